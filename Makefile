@@ -1,0 +1,45 @@
+# `make demo` and `make test` need Python >= 3.11 and a package index, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all test-browser lint bench gpu-cifar10 clean
+
+demo: $(VENV)/.installed
+	$(BIN)/simclr-jax pretrain --config=simclr_digits --workdir=runs/demo
+	$(BIN)/simclr-jax probe --workdir=runs/demo --protocol=logistic --labels=1,5,15,150 --baselines
+	$(BIN)/simclr-jax report --workdir=runs/demo
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -m "not slow"
+
+# Also the tests that take minutes.
+test-all: $(VENV)/.installed lint
+	$(BIN)/python -m pytest
+
+# Opens the report of a small run in headless Chromium (`apt-get install chromium`).
+test-browser: $(VENV)/.installed
+	$(BIN)/python -m pytest tests/browser_check.py -s
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Ratio of a CPU training step to PyTorch's; needs torch in $(VENV).
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/cpu_step.py
+
+# CIFAR-10 on one GPU: DATA is a folder with train.npz and test.npz (images or JPEG bytes).
+gpu-cifar10:
+	$(PYTHON) benchmarks/gpu_cifar10.py --data=$(DATA)
+
+$(VENV)/.installed: setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python >= 3.11 is needed, $(PYTHON) is $$($(PYTHON) --version): make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache *.egg-info

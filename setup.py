@@ -1,0 +1,41 @@
+"""Packaging. The recipes in configs/ are installed as package data of simclr_jax."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+)'", (HERE / 'simclr_jax/__init__.py').read_text())[1]
+
+setup(
+  name='simclr_jax',
+  version=VERSION,
+  description='SimCLR in JAX and Flax, from a laptop to a TPU pod',
+  long_description=(HERE / 'README.md').read_text(),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  packages=[*find_packages(include=['simclr_jax', 'simclr_jax.*']), 'simclr_jax.configs'],
+  package_dir={'simclr_jax.configs': 'configs'},
+  python_requires='>=3.11',
+  install_requires=[
+    'absl-py',
+    'clu>=0.0.12',
+    'flax>=0.12',
+    'jax>=0.10.1,<0.13',  # XLA's flags, see simclr_jax/__init__.py, differ outside this range
+    'matplotlib>=3.8',
+    'ml-collections>=1.0',
+    'numpy>=2.0',
+    'optax>=0.2.5',
+    'orbax-checkpoint>=0.12.1,<1.0',
+    'scikit-learn>=1.5',
+    'scipy',
+    'tensorboard',  # clu.metric_writers needs it and does not say so
+    'tensorflow-cpu>=2.20; sys_platform == "linux" and platform_machine == "x86_64"',
+    'tensorflow>=2.20; sys_platform != "linux" or platform_machine != "x86_64"',
+    'tensorflow-datasets>=4.9.8',
+    'tqdm',
+  ],
+  extras_require={'dev': ['pytest', 'ruff']},
+  entry_points={'console_scripts': ['simclr-jax = simclr_jax.cli:main']},
+)

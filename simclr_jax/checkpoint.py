@@ -1,0 +1,192 @@
+"""Saving and restoring, the only file that imports Orbax.
+
+A checkpoint is an Orbax directory with the item `state` and, as custom metadata, a JSON of what Orbax
+does not know: a CRC-32 for every leaf, since Orbax reads flipped bits without a word, and whatever the
+caller adds (config, step, versions).
+"""
+
+import importlib.metadata
+import pathlib
+import platform
+import subprocess
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from simclr_jax import __version__
+from simclr_jax.config import ConfigError
+
+PyTree = Any
+
+
+class CheckpointError(RuntimeError):
+  """Checkpoints exist, and none can be read; or one could not be written."""
+
+
+def digest(tree: PyTree) -> dict[str, int]:
+  """CRC-32 of the bytes of every leaf, by its path."""
+  return {
+    jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+  }
+
+
+def versions() -> dict[str, str]:
+  """Versions of what the numbers depend on, and of this code if it is a git checkout."""
+  packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+  found = {'simclr_jax': __version__, 'python': platform.python_version()}
+  for name in packages:
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = 'not installed'
+  git = ['git', '-C', str(pathlib.Path(__file__).parent), 'rev-parse', 'HEAD']
+  try:
+    revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    found['git'] = revision
+  except (OSError, subprocess.CalledProcessError):
+    pass
+  return found
+
+
+def abstract(tree: PyTree) -> PyTree:
+  """Shapes, dtypes and shardings of `tree`: what restoring needs to know of the target."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def save_tree(path: pathlib.Path, tree: PyTree, metadata: dict[str, Any]) -> None:
+  """Writes one tree of arrays to the new directory `path`."""
+  ocp.save(path.resolve(), tree, custom_metadata={**metadata, 'crc32': digest(tree)})
+
+
+def load_tree(path: pathlib.Path, target: PyTree | None = None) -> tuple[PyTree, dict[str, Any]]:
+  """Reads a directory of `save_tree`, or one step of a run: (tree, metadata).
+
+  Args:
+    path: the directory.
+    target: abstract arrays with shardings; without it, numpy arrays come back.
+
+  Raises:
+    CheckpointError: it cannot be read, or its bytes are not those that were written.
+  """
+  path = path.resolve()
+  try:
+    metadata = ocp.metadata(path)
+    if target is None:
+      target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), metadata.metadata)
+    tree = ocp.load(path, target)
+    expected = (metadata.custom_metadata or {})['crc32']
+  except Exception as error:  # Orbax raises a dozen types, bare Exception among them
+    reason = str(error).split('. See full')[0].split('\n')[0]
+    raise CheckpointError(f'{path} is unreadable: {type(error).__name__}: {reason[:300]}') from error
+  found = digest(tree)
+  wrong = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
+  if wrong:
+    raise CheckpointError(f'{path} is damaged: the checksum of {wrong[0]} does not match')
+  return tree, metadata.custom_metadata
+
+
+def steps(folder: pathlib.Path) -> list[int]:
+  """Steps of the finished checkpoints in `folder`, ascending."""
+  if not folder.is_dir():
+    return []
+  return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
+
+
+def restore(folder: pathlib.Path, target: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+  """The newest readable state in `folder`, or None if there has never been one.
+
+  Unreadable newer ones are renamed to `corrupt-<step>`: left in place they would keep the run from
+  saving these steps again.
+
+  Raises:
+    CheckpointError: there are checkpoints and none is readable.
+    ConfigError: the newest is sound but of another network.
+  """
+  found = steps(folder)
+  shapes = {
+    jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(target)
+  }
+  damaged = []
+  for step in reversed(found):
+    path = folder / str(step)
+    try:
+      _check_shapes(path, shapes)
+      restored = load_tree(path, target)
+    except CheckpointError as error:
+      logging.warning('%s', error)
+      damaged.append(path)
+      continue
+    for bad in damaged:
+      quarantine = bad.with_name(f'corrupt-{bad.name}')
+      bad.rename(quarantine)
+      logging.warning('moved %s to %s; going on from step %d', bad.name, quarantine, step)
+    return restored
+  if damaged or list(folder.glob('corrupt-*')):
+    raise CheckpointError(
+      f'no checkpoint in {folder} can be read ({len(damaged)} tried): restore the folder from a '
+      'backup, or choose a new --workdir to begin again'
+    )
+  return None
+
+
+def _check_shapes(path, shapes):
+  """A sound checkpoint of another network is the user's mistake and no damage."""
+  try:
+    stored = (ocp.metadata(path.resolve()).custom_metadata or {})['shapes']
+  except Exception as error:
+    raise CheckpointError(f'{path} is unreadable: {type(error).__name__}') from error
+  for leaf in sorted(stored.keys() | shapes.keys()):
+    if stored.get(leaf) != shapes.get(leaf):
+      raise ConfigError(
+        f'{path} is of another network: {leaf} is {stored.get(leaf)} there '
+        f'and {shapes.get(leaf)} in this recipe'
+      )
+
+
+class Saver:
+  """Saves a run's states in the background. Use it as a context manager: leaving waits."""
+
+  def __init__(self, folder: pathlib.Path, keep: int):
+    """Keeps the `keep` newest checkpoints in `folder`."""
+    self._folder = folder
+    self._checkpointer = ocp.training.Checkpointer(
+      folder.resolve(),  # a relative path would fail in the background only
+      preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+      cleanup_tmp_directories=True,
+    )
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error):
+    self.wait()
+    self._checkpointer.close()
+
+  def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> None:
+    """Begins to write `state`; its buffers may be donated as soon as this returns.
+
+    Raises:
+      CheckpointError: this save was refused, or the one before it failed.
+    """
+    shapes = {
+      jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
+      for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    metadata = {**metadata, 'step': step, 'crc32': digest(state), 'shapes': shapes}
+    self.wait()  # an error of the last save is raised here and not lost
+    if self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata) is None:
+      raise CheckpointError(f'Orbax refused to save step {step} in {self._folder}')
+
+  def wait(self) -> None:
+    """Returns when everything is on disk."""
+    try:
+      self._checkpointer.wait()
+    except Exception as error:
+      reason = str(error).split('\n')[0]
+      raise CheckpointError(f'a checkpoint in {self._folder} was not written: {reason[:300]}') from error

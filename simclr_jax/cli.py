@@ -1,0 +1,229 @@
+"""`simclr-jax VERB ...`: parses words, calls the function that does the work, turns errors into codes.
+
+Exit codes: 0 done, 1 a failure named on stderr, 2 wrong usage or recipe, 3 the loss is not finite,
+75 stopped by SIGTERM after saving, 130 stopped by Ctrl-C after saving.
+"""
+
+import argparse
+import os
+import pathlib
+import shlex
+import sys
+
+DESCRIPTION = """Contrastive pretraining of image encoders in JAX.
+
+The same `pretrain` command on the same --workdir goes on where the last one stopped.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs one verb; `argv` defaults to the process's arguments. Returns the exit code."""
+  argv = sys.argv[1:] if argv is None else argv
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # TensorFlow only reads files and writes logs
+  args, overrides = _parse(argv)
+
+  # After parsing: JAX takes seconds to import, and --help should not.
+  from simclr_jax.checkpoint import CheckpointError
+  from simclr_jax.config import ConfigError
+  from simclr_jax.train import EXIT_NAN, NotFinite
+
+  args.command = 'simclr-jax ' + shlex.join(argv)
+  try:
+    return args.run(args, overrides)
+  except ConfigError as error:
+    return _fail(error, 2)
+  except NotFinite as error:
+    return _fail(error, EXIT_NAN)
+  except (CheckpointError, OSError) as error:
+    return _fail(error, 1)
+  except KeyboardInterrupt:
+    return _fail('stopped by Ctrl-C', 130)
+
+
+def _fail(error, code):
+  print(f'simclr-jax: error: {error}', file=sys.stderr)
+  return code
+
+
+def _parse(argv):
+  parser = argparse.ArgumentParser(
+    'simclr-jax',
+    description=DESCRIPTION,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  verbs = parser.add_subparsers(metavar='VERB', required=True)
+
+  def verb(name, run, summary, details):
+    p = verbs.add_parser(
+      name,
+      help=summary,
+      description=f'{summary[0].upper()}{summary[1:]}.\n\n{details}',
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+    p.set_defaults(run=run, parser=p)
+    return p
+
+  def workdir(p, text='the run to look at'):
+    p.add_argument('--workdir', required=True, type=pathlib.Path, metavar='RUN', help=text)
+
+  p = verb(
+    'pretrain', _pretrain, 'train an encoder without labels',
+    'Example:\n'
+    '  simclr-jax pretrain --config=simclr_cifar10 --workdir=runs/c10 \\\n'
+    '      --config.epochs=200 --config.data.dir=$HOME/tensorflow_datasets\n\n'
+    'Shipped recipes: see configs/. Any field is set with --config.FIELD=VALUE, for instance\n'
+    '--config.batch_size=256, --config.model.depth=50, --config.data.source=npz.',
+  )  # fmt: skip
+  p.add_argument(
+    '--config', required=True, metavar='RECIPE', help='a shipped recipe, or the path of one; RECIPE:VARIANT'
+  )
+  workdir(p, 'where the run lives; if it holds one, it is resumed')
+
+  p = verb(
+    'probe', _probe, 'train a linear classifier on the frozen features',
+    '--protocol=sgd is SimCLR\'s: Nesterov SGD on cropped and flipped images; --cached trains on\n'
+    'features computed once, which takes minutes instead of hours on a CPU.\n'
+    '--protocol=logistic fits a logistic regression (L-BFGS) with few labels a class, several\n'
+    'times, on random subsets. Results go to RUN/evaluation.json and into the report.',
+  )  # fmt: skip
+  workdir(p)
+  p.add_argument('--protocol', choices=('sgd', 'logistic'), default='sgd')
+  p.add_argument('--epochs', type=_positive, default=100, help='sgd: passes over the data (100)')
+  p.add_argument('--batch-size', type=_positive, default=512, help='sgd: (512)')
+  p.add_argument('--learning-rate', type=float, default=0.1, help='sgd: times batch/256 (0.1)')
+  p.add_argument('--cached', action='store_true', help='sgd: no augmentation, features computed once')
+  p.add_argument(
+    '--labels', type=_positives, default=[1, 10, 100], metavar='N,N,...', help='logistic: labels a class (1,10,100)'
+  )
+  p.add_argument('--draws', type=_positive, default=5, help='logistic: random subsets for each (5)')
+  p.add_argument('--baselines', action='store_true', help='also: raw pixels and the untrained encoder')
+
+  p = verb(
+    'knn', _knn, 'classify the test images by their nearest training images',
+    'Cosine similarity s, a neighbour counts exp(s / temperature). Needs labels.',
+  )  # fmt: skip
+  workdir(p)
+  p.add_argument('--k', type=_positive, default=200, help='neighbours (200)')
+  p.add_argument('--temperature', type=float, default=0.1, help='(0.1)')
+  p.add_argument('--baselines', action='store_true', help='also: raw pixels and the untrained encoder')
+
+  p = verb(
+    'embed', _embed, 'write the features of images to a file',
+    'Example:\n'
+    '  simclr-jax embed --workdir=runs/c10 --images=mine.npy --out=features.npz\n\n'
+    'Without --images: of the data of the run. The output has `features` float32 [n, d] and, if\n'
+    'they are known, `labels`; as .npy the features alone.',
+  )  # fmt: skip
+  workdir(p, 'a run, or an exported encoder')
+  p.add_argument('--split', choices=('train', 'test'), default='train', help='of the run\'s data (train)')
+  p.add_argument('--images', type=pathlib.Path, metavar='FILE', help='.npy, or .npz with `images`: uint8 [n, h, w, 3]')
+  p.add_argument('--out', required=True, type=pathlib.Path, metavar='FILE', help='.npz or .npy')
+
+  p = verb(
+    'export', _export, 'write the encoder alone, for fine-tuning elsewhere',
+    'The folder gets variables/, an Orbax checkpoint of params and batch_stats, and encoder.json:\n'
+    'architecture, preprocessing, provenance. The README shows how to read it without this package.',
+  )  # fmt: skip
+  workdir(p)
+  p.add_argument('--to', choices=('orbax',), default='orbax', help='the format')
+  p.add_argument('--out', required=True, type=pathlib.Path, metavar='DIR', help='a new folder')
+
+  p = verb(
+    'report', _report, 'make one HTML page of a run',
+    'Curves, augmented views, a map of the embeddings, nearest neighbours, evaluations, recipe and\n'
+    'versions. One file with everything in it, to be opened without a network.',
+  )  # fmt: skip
+  workdir(p)
+  p.add_argument('--out', type=pathlib.Path, metavar='FILE', help='(RUN/report.html)')
+
+  args, rest = parser.parse_known_args(argv)
+  overrides = {}
+  while rest:
+    word = rest.pop(0)
+    name, equals, value = word.partition('=')
+    if not name.startswith('--config.'):
+      args.parser.error(f'unexpected argument {word!r}')
+    if not equals:
+      if not rest:
+        args.parser.error(f'{name} needs a value: {name}=VALUE')
+      value = rest.pop(0)
+    overrides[name.removeprefix('--config.')] = value
+  return args, overrides
+
+
+def _positive(text):
+  value = int(text)
+  if value < 1:
+    raise argparse.ArgumentTypeError(f'{text} is below 1')
+  return value
+
+
+def _positives(text):
+  return [_positive(t) for t in text.split(',')]
+
+
+def _pretrain(args, overrides):
+  from simclr_jax import config, train
+
+  return train.pretrain(config.load(args.config, overrides), args.workdir, args.command)
+
+
+def _run_config(args, overrides):
+  """The recipe of --workdir; only where its data lies may be overridden."""
+  from simclr_jax import config, train
+
+  for field in overrides:
+    if not field.startswith('data.'):
+      raise config.ConfigError(f'--config.{field}: only data.* can be set here, the rest is the run\'s')
+  return config.from_dict(train.read_config(args.workdir), overrides)
+
+
+def _probe(args, overrides):
+  from simclr_jax.evaluate import run
+
+  recipe = _run_config(args, overrides)
+  if args.protocol == 'sgd':
+    run.linear_probe(
+      args.workdir, recipe, args.epochs, args.batch_size, args.learning_rate, args.cached, args.baselines
+    )
+  else:
+    run.label_efficiency(args.workdir, recipe, args.labels, args.draws, args.baselines)
+  return 0
+
+
+def _knn(args, overrides):
+  from simclr_jax.evaluate import run
+
+  if not args.temperature > 0:
+    args.parser.error(f'--temperature={args.temperature} is not above 0')
+  recipe = _run_config(args, overrides)
+  run.nearest_neighbours(args.workdir, recipe, args.k, args.temperature, args.baselines)
+  return 0
+
+
+def _embed(args, overrides):
+  from simclr_jax.evaluate import run
+
+  recipe = None if args.images else _run_config(args, overrides)
+  run.embed(args.workdir, recipe, args.split, args.images, args.out)
+  return 0
+
+
+def _export(args, overrides):
+  from simclr_jax.interop import orbax
+
+  _run_config(args, overrides)
+  orbax.export(orbax.load_encoder(args.workdir), args.out)
+  print(f'wrote {args.out}')
+  return 0
+
+
+def _report(args, overrides):
+  from simclr_jax.report import page
+
+  out = args.out or args.workdir / 'report.html'
+  page.write(args.workdir, _run_config(args, overrides), out)
+  print(f'wrote {out}')
+  return 0

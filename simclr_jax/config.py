@@ -1,0 +1,226 @@
+"""Recipes: finding, overriding and checking them, before any device is touched."""
+
+import difflib
+import importlib.util
+import math
+import pathlib
+
+import ml_collections
+
+from simclr_jax.models import heads, resnet
+
+# Where recipes named without a path are found: beside the package in a checkout, inside it when
+# installed.
+FOLDERS = (
+  pathlib.Path(__file__).parent / 'configs',
+  pathlib.Path(__file__).parents[1] / 'configs',
+)
+# A run may be resumed with other values of these: they change no result.
+FREE = (
+  'log_every_steps',
+  'checkpoint_every_steps',
+  'keep_checkpoints',
+  'knn_every_epochs',
+  'tensorboard',
+  'data.dir',
+)
+
+
+class ConfigError(ValueError):
+  """A recipe, flag or workdir that cannot be used; the message is for the user."""
+
+
+def names() -> list[str]:
+  """The shipped recipes."""
+  return sorted({p.stem for folder in FOLDERS for p in folder.glob('[a-z]*.py')})
+
+
+def load(spec: str, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
+  """Runs a recipe's `get_config` and sets fields.
+
+  A recipe is a Python file and is executed: load none that you do not trust.
+
+  Args:
+    spec: a path, or the name of a shipped recipe; `:variant` behind it is given to `get_config`.
+    overrides: field (`'data.dir'`) -> value as text; it gets the type of the recipe's value.
+
+  Raises:
+    ConfigError: no such recipe or field, or a value that is not of the field's type or range.
+  """
+  path, _, variant = spec.partition(':')
+  found = [p for p in (pathlib.Path(path), *(f / f'{path}.py' for f in FOLDERS)) if p.is_file()]
+  if not found:
+    raise ConfigError(f'no recipe {path!r}{_did_you_mean(path, names())}; '
+                      f'shipped ones: {", ".join(names())}')  # fmt: skip
+  module_spec = importlib.util.spec_from_file_location('recipe', found[0])
+  if module_spec is None:
+    raise ConfigError(f'the recipe {str(found[0])!r} is not a Python file')
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  if not hasattr(module, 'get_config'):
+    raise ConfigError(f'{found[0]} has no function get_config()')
+  return _finish(module.get_config(variant) if variant else module.get_config(), overrides)
+
+
+def from_dict(
+  values: dict, overrides: dict[str, str] | None = None
+) -> ml_collections.ConfigDict:
+  """A recipe from a run's config.json, as `load` gives it."""
+  return _finish(ml_collections.ConfigDict(values), overrides)
+
+
+def _finish(config, overrides):
+  for field, text in (overrides or {}).items():
+    _override(config, field, text)
+  config.lock()
+  check(config)
+  return config
+
+
+def flatten(config: ml_collections.ConfigDict | dict) -> dict[str, object]:
+  """Nested recipe -> {'data.dir': value, ...}, derived values resolved."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, (dict, ml_collections.ConfigDict)):
+      flat.update({f'{key}.{k}': v for k, v in flatten(value).items()})
+    else:
+      flat[key] = value
+  return flat
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises `ConfigError` with the field, its value and what is allowed."""
+  for field, value in flatten(config).items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ConfigError(f'{field}={value} is not a finite number')
+  for field, lowest, highest in (
+    ('seed', 0, 2**32 - 1),
+    ('epochs', 0, None),
+    ('steps', 0, None),
+    ('batch_size', 2, None),
+    ('image_size', 8, None),
+    ('temperature', 1e-3, None),
+    ('loss_scale', 1e-6, None),
+    ('learning_rate', 0.0, None),
+    ('warmup_epochs', 0.0, None),
+    ('weight_decay', 0.0, None),
+    ('momentum', 0.0, 1.0),
+    ('log_every_steps', 1, None),
+    ('checkpoint_every_steps', 0, None),
+    ('keep_checkpoints', 1, None),
+    ('knn_every_epochs', 0, None),
+    ('data.num_classes', 0, None),
+    ('model.width_multiplier', 1 / 64, None),
+    ('model.head_layers', 1, 4),
+    ('model.head_dim', 1, None),
+    ('augment.crop_area_min', 1e-4, 1.0),
+    ('augment.crop_area_max', 1e-4, 1.0),
+    ('augment.crop_min_object_covered', 0.0, 1.0),
+    ('augment.color_strength', 0.0, 1.25),
+    ('augment.color_probability', 0.0, 1.0),
+    ('augment.grayscale_probability', 0.0, 1.0),
+    ('augment.blur_probability', 0.0, 1.0),
+  ):
+    value = _get(config, field)
+    if value < lowest or (highest is not None and value > highest):
+      allowed = f'at least {lowest}' if highest is None else f'from {lowest} to {highest}'
+      raise ConfigError(f'{field}={value} is out of range: {allowed}')
+  for field, allowed in (
+    ('dtype', ('auto', 'float32', 'bfloat16')),
+    ('optimizer', ('lars', 'sgd', 'adamw')),
+    ('learning_rate_scaling', ('linear', 'sqrt', 'none')),
+    ('data.source', ('digits', 'npz', 'tfds')),
+    ('model.depth', tuple(resnet.DEPTHS)),
+    ('model.stem', tuple(resnet.STEMS)),
+    ('model.dialect', resnet.DIALECTS),
+    ('model.head', heads.MODES),
+    ('augment.brightness', ('additive', 'multiplicative')),
+    ('augment.blur_sigma', ('example', 'batch')),
+  ):
+    value = _get(config, field)
+    if value not in allowed:
+      raise ConfigError(f'{field}={value!r} is not one of {", ".join(map(str, allowed))}')
+  if not config.steps and not config.epochs:
+    raise ConfigError('epochs=0 and steps=0: one of them says how long to train')
+  if not config.steps and config.warmup_epochs > config.epochs:
+    raise ConfigError(
+      f'warmup_epochs={config.warmup_epochs} is longer than the training, epochs={config.epochs}'
+    )
+  if config.augment.crop_area_min > config.augment.crop_area_max:
+    raise ConfigError(
+      f'augment.crop_area_min={config.augment.crop_area_min} is above '
+      f'augment.crop_area_max={config.augment.crop_area_max}'
+    )
+  if config.model.width_multiplier * 64 % 1:
+    raise ConfigError(
+      f'model.width_multiplier={config.model.width_multiplier}: 64 times it is not a whole number'
+    )
+
+
+def check_against(
+  config: ml_collections.ConfigDict, examples: int, devices: int, warmup_steps: int, steps: int
+) -> None:
+  """The checks that need the data set's size and the number of devices."""
+  if config.batch_size > examples:
+    raise ConfigError(
+      f'batch_size={config.batch_size} is larger than the data set, {examples} images'
+    )
+  if config.batch_size % devices:
+    raise ConfigError(
+      f'batch_size={config.batch_size} is not divisible by the number of devices, {devices}'
+    )
+  if warmup_steps > steps:
+    raise ConfigError(
+      f'warmup_epochs={config.warmup_epochs} are {warmup_steps} steps, '
+      f'more than the whole training, {steps} steps'
+    )
+
+
+def check_unchanged(old: dict, new: ml_collections.ConfigDict, workdir: str) -> None:
+  """Refuses to go on in a workdir that another recipe began.
+
+  Raises:
+    ConfigError: naming each field that differs, its old and its new value.
+  """
+  old_flat, new_flat = flatten(old), flatten(new)
+  changes = [
+    f'{field}: {old_flat.get(field, "absent")!r} -> {new_flat.get(field, "absent")!r}'
+    for field in sorted(old_flat.keys() | new_flat.keys())
+    if field not in FREE and old_flat.get(field, None) != new_flat.get(field, None)
+  ]
+  if changes:
+    raise ConfigError(
+      f'{workdir} holds a run of another recipe ({"; ".join(changes)}): '
+      'restore these values or choose a new --workdir'
+    )
+
+
+def _get(config, field):
+  for key in field.split('.'):
+    config = config[key]
+  return config
+
+
+def _did_you_mean(word, words):
+  close = difflib.get_close_matches(word, words, n=1)
+  return f', did you mean {close[0]!r}?' if close else ''
+
+
+def _override(config, field, text):
+  flat = flatten(config)
+  if field not in flat:
+    raise ConfigError(f'the recipe has no field {field!r}{_did_you_mean(field, list(flat))}')
+  old = flat[field]
+  try:
+    if isinstance(old, bool):
+      value = {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
+    else:
+      value = type(old)(text)
+  except (ValueError, KeyError):
+    kind = {bool: 'true or false', int: 'a whole number', float: 'a number'}[type(old)]
+    raise ConfigError(f'{field}={text!r} is not {kind}') from None
+  *parents, key = field.split('.')
+  for parent in parents:
+    config = config[parent]
+  with config.ignore_type():  # the value has the type of the old one; a derived field has its source's
+    config[key] = value

@@ -1,0 +1,179 @@
+"""The evaluations as a user calls them: on a run, printed as a table, kept in `evaluation.json`."""
+
+import json
+import pathlib
+import zipfile
+from typing import Any
+
+import ml_collections
+import numpy as np
+from tqdm import tqdm
+
+from simclr_jax import data
+from simclr_jax.config import ConfigError
+from simclr_jax.data import Dataset
+from simclr_jax.evaluate import features, knn, logistic, probe
+from simclr_jax.interop import orbax
+
+
+def linear_probe(
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  epochs: int,
+  batch_size: int,
+  learning_rate: float,
+  cached: bool,
+  baselines: bool,
+) -> dict[str, Any]:
+  """SimCLR's linear evaluation of a run (`probe.linear`), top-1 by encoder."""
+  train, test = _labelled(config)
+  scores = {}
+  for name, encoder in _encoders(workdir, baselines).items():
+    print(f'linear probe on the {name} encoder', flush=True)
+
+    def show(step, total, loss):
+      print(f'  step {step}/{total}  loss {loss:.4f}', flush=True)
+
+    scores[name] = probe.linear(
+      encoder, train, test, epochs, batch_size, learning_rate, cached, report=show
+    )
+  result = {
+    'title': f'Linear probe, {epochs} epochs{", cached features" if cached else ""}',
+    'columns': ['top-1 %'],
+    'rows': {name: [[100 * s['top1'], None]] for name, s in scores.items()},
+    'settings': scores['pretrained'],
+  }
+  return _keep(workdir, 'linear_cached' if cached else 'linear', result)
+
+
+def nearest_neighbours(
+  workdir: pathlib.Path, config: ml_collections.ConfigDict, k: int, temperature: float, baselines: bool
+) -> dict[str, Any]:
+  """Weighted kNN of a run (`knn.accuracy`), top-1 by features."""
+  train, test = _labelled(config)
+  rows = {}
+  for name, embed in _features(workdir, baselines).items():
+    top1 = knn.accuracy(
+      embed(train.images), train.labels, embed(test.images), test.labels, k, temperature
+    )
+    rows[name] = [[100 * top1, None]]
+  result = {
+    'title': f'kNN, k = {k}, temperature {temperature:g}',
+    'columns': ['top-1 %'],
+    'rows': rows,
+    'settings': {'k': k, 'temperature': temperature, 'bank': len(train), 'queries': len(test)},
+  }
+  return _keep(workdir, 'knn', result)
+
+
+def label_efficiency(
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  labels_per_class: list[int],
+  draws: int,
+  baselines: bool,
+) -> dict[str, Any]:
+  """Logistic regression with few labels (`logistic.label_efficiency`), by features."""
+  train, test = _labelled(config)
+  rows = {}
+  for name, embed in _features(workdir, baselines).items():
+    try:
+      found = logistic.label_efficiency(
+        embed(train.images), train.labels, embed(test.images), test.labels, labels_per_class, draws
+      )
+    except ValueError as error:
+      raise ConfigError(f'--labels: {error}') from None
+    rows[name] = [[100 * r['mean'], 100 * r['std']] for r in found]
+  result = {
+    'title': f'Logistic regression with few labels, accuracy % over {draws} draws',
+    'columns': [f'{n} a class' for n in labels_per_class],
+    'rows': rows,
+    'settings': {'draws': draws, 'test_images': len(test), 'regularization': 1.0},
+  }
+  return _keep(workdir, 'label_efficiency', result)
+
+
+def embed(
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict | None,
+  split: str,
+  images: pathlib.Path | None,
+  out: pathlib.Path,
+) -> None:
+  """Writes the features of a split of the run's data, or of the images in a file, to `out`."""
+  if out.suffix not in ('.npz', '.npy'):
+    raise ConfigError(f'--out={out}: the name must end in .npz or .npy')
+  if not out.parent.is_dir():
+    raise ConfigError(f'--out={out}: the folder {out.parent} does not exist')
+  encoder = orbax.load_encoder(workdir)
+  dataset = _read_images(images) if images else data.load(config.data, split)
+  with tqdm(total=len(dataset), unit='image') as bar:
+    h = encoder(dataset.images, progress=lambda done: bar.update(done - bar.n))
+  if out.suffix == '.npy':
+    np.save(out, h)
+  elif dataset.labelled:
+    np.savez(out, features=h, labels=dataset.labels)
+  else:
+    np.savez(out, features=h)
+  print(f'wrote {out}: features {list(h.shape)} float32')
+
+
+def table(result: dict[str, Any]) -> str:
+  """A kept result as plain text."""
+  width = max(len(name) for name in result['rows'])
+  lines = [result['title'], ' ' * width + ''.join(f'{c:>16}' for c in result['columns'])]
+  for name, cells in result['rows'].items():
+    lines.append(f'{name:{width}}' + ''.join(f'{cell(*c):>16}' for c in cells))
+  return '\n'.join(lines)
+
+
+def cell(mean: float, std: float | None) -> str:
+  """Mean and, if known, standard deviation."""
+  return f'{mean:.1f}' if std is None else f'{mean:.1f} ± {std:.1f}'
+
+
+def kept(workdir: pathlib.Path) -> dict[str, Any]:
+  """The results so far, by name."""
+  path = workdir / 'evaluation.json'
+  try:
+    return json.loads(path.read_text()) if path.exists() else {}
+  except ValueError:
+    raise ConfigError(f'{path} is damaged: delete it and evaluate again') from None
+
+
+def _keep(workdir, name, result):
+  results = {**kept(workdir), name: result}
+  new = workdir / 'evaluation.json.new'
+  new.write_text(json.dumps(results, indent=1) + '\n')
+  new.rename(workdir / 'evaluation.json')
+  print(table(result), flush=True)
+  return result
+
+
+def _labelled(config) -> tuple[Dataset, Dataset]:
+  train, test = data.load(config.data, 'train'), data.load(config.data, 'test')
+  if not (train.labelled and test.labelled):
+    raise ConfigError('this evaluation needs labels, and the data of the run has none')
+  return train, test
+
+
+def _encoders(workdir, baselines) -> dict[str, features.Encoder]:
+  pretrained = orbax.load_encoder(workdir)
+  untrained = {'untrained': features.untrained(pretrained.architecture)} if baselines else {}
+  return {**untrained, 'pretrained': pretrained}
+
+
+def _features(workdir, baselines):
+  pixels = {'raw pixels': lambda x: x.reshape(len(x), -1) / np.float32(255)} if baselines else {}
+  return {**pixels, **_encoders(workdir, baselines)}
+
+
+def _read_images(path):
+  try:
+    loaded = np.load(path, allow_pickle=False)
+    images = loaded['images'] if hasattr(loaded, 'files') else loaded
+  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    raise ConfigError(f'--images={path} cannot be read as .npy, or .npz with `images`: {error}') from None
+  if not len(images):
+    raise ConfigError(f'--images={path} holds no images')
+  return Dataset(images, np.full(len(images), -1, np.int32))

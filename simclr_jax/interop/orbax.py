@@ -1,0 +1,83 @@
+"""Encoders as Orbax checkpoints that need nothing of this project to be read.
+
+An exported folder holds `variables/`, an Orbax checkpoint of `params` and `batch_stats`, and
+`encoder.json`: the architecture, the preprocessing and where the weights come from.
+"""
+
+import json
+import pathlib
+
+import jax
+
+from simclr_jax import checkpoint, config as recipes, methods, optim, train, train_state
+from simclr_jax.evaluate.features import Encoder
+
+PREPROCESSING = {
+  'range': [0, 1],
+  'mean': [0, 0, 0],
+  'std': [1, 1, 1],
+  'layout': 'NHWC, RGB',
+  'crop': 'centre, 0.875 of the shorter side; none if the image has the right size',
+  'resize': 'bicubic (Keys, a = -0.5), half-pixel centres, no antialiasing',
+}
+
+
+def load_encoder(folder: str | pathlib.Path) -> Encoder:
+  """The encoder of a run's workdir (its newest readable checkpoint) or of an exported folder.
+
+  Raises:
+    ConfigError: `folder` is neither.
+    CheckpointError: what it holds cannot be read or is damaged.
+  """
+  folder = pathlib.Path(folder)
+  card = folder / 'encoder.json'
+  if card.is_file():
+    description = json.loads(card.read_text())
+    variables, _ = checkpoint.load_tree(folder / 'variables')
+    return Encoder(description['architecture'], variables, description['provenance'])
+  if not (folder / 'config.json').is_file():
+    raise recipes.ConfigError(
+      f'{folder} is neither the workdir of a run (config.json) nor an exported encoder (encoder.json)'
+    )
+  return _from_run(folder)
+
+
+def _from_run(workdir):
+  config = recipes.from_dict(train.read_config(workdir))
+  method = methods.build(config)
+
+  rate = optim.schedule(config, config.batch_size)  # the slots' shapes do not depend on it
+
+  def fresh():
+    return train_state.create(method, optim.build(config, rate), config.seed, config.image_size)
+
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  target = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), jax.eval_shape(fresh)
+  )
+  restored = checkpoint.restore(workdir / 'checkpoints', target)
+  if restored is None:
+    raise recipes.ConfigError(f'{workdir} has no checkpoint yet')
+  state, metadata = restored
+  provenance = {'workdir': str(workdir), **{k: metadata[k] for k in ('step', 'config', 'versions')}}
+  return Encoder(train.architecture(config), method.encoder(state.params, state.state), provenance)
+
+
+def export(encoder: Encoder, out: str | pathlib.Path) -> None:
+  """Writes `encoder` to the new folder `out`.
+
+  Raises:
+    ConfigError: `out` exists and is not an empty folder.
+  """
+  out = pathlib.Path(out)
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise recipes.ConfigError(f'--out={out} exists already: name a new folder')
+  out.mkdir(parents=True, exist_ok=True)
+  checkpoint.save_tree(out / 'variables', jax.device_get(encoder.variables), {})
+  size = encoder.architecture['image_size']
+  description = {
+    'architecture': encoder.architecture,
+    'preprocessing': {'size': [size, size], **PREPROCESSING},
+    'provenance': encoder.provenance,
+  }
+  (out / 'encoder.json').write_text(json.dumps(description, indent=1) + '\n')

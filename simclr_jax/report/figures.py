@@ -1,0 +1,134 @@
+"""The report's pictures, as data URIs: nothing is fetched when the page is opened."""
+
+import base64
+import io
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+
+from simclr_jax import losses
+
+matplotlib.rcParams.update({
+  'font.family': 'sans-serif',
+  'font.size': 10,
+  'axes.spines.top': False,
+  'axes.spines.right': False,
+  'axes.grid': True,
+  'grid.color': '#e6e6e6',
+  'svg.fonttype': 'none',
+  'svg.hashsalt': 'simclr_jax',
+})
+BLUE = '#2563eb'
+
+
+def curves(records: list[dict[str, Any]]) -> str:
+  """Loss, accuracies and learning rate against the step, side by side."""
+  figure = matplotlib.figure.Figure(figsize=(10.5, 3.1), layout='constrained')
+  loss, accuracy, rate = figure.subplots(1, 3)
+  panels = [
+    (loss, 'NT-Xent loss', [('loss', 'loss')]),
+    (accuracy, 'accuracy, %', [('contrastive_acc', 'contrastive'), ('probe_acc', 'online probe'),
+                               ('knn_acc', 'online kNN')]),
+    (rate, 'learning rate', [('learning_rate', 'learning rate')]),
+  ]  # fmt: skip
+  for axes, title, series in panels:
+    axes.set_title(title, loc='left')
+    axes.set_xlabel('step')
+    for color, (key, name) in zip((BLUE, '#d97706', '#059669'), series):
+      points = [(r['step'], r[key]) for r in records if r.get(key) is not None]
+      if not points:
+        continue
+      x, y = np.array(points, float).T
+      percent = axes is accuracy
+      marker = 'o' if len(x) < 15 else None
+      axes.plot(x, 100 * y if percent else y, color=color, marker=marker, ms=4, label=name)
+      if percent:
+        axes.annotate(f' {name}', (x[-1], 100 * y[-1]), color=color, va='center', fontsize=9)
+        axes.margins(x=0.35)
+  accuracy.set_xlim(left=0)
+  rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
+  return _svg(figure)
+
+
+def label_curve(result: dict[str, Any]) -> str:
+  """Accuracy against the number of labels a class, with the spread over the draws."""
+  figure = matplotlib.figure.Figure(figsize=(6.2, 3.6), layout='constrained')
+  axes = figure.subplots()
+  x = [int(c.split()[0]) for c in result['columns']]
+  for color, (name, cells) in zip(('#6b7280', '#d97706', BLUE), result['rows'].items()):
+    mean, std = np.array(cells, float).T
+    axes.errorbar(x, mean, std, color=color, marker='o', ms=4, capsize=3)
+    axes.annotate(f'  {name}', (x[-1], mean[-1]), color=color, va='center')
+  axes.set_xscale('log')
+  axes.set_xticks(x, [str(n) for n in x])
+  axes.minorticks_off()
+  axes.margins(x=0.28)
+  axes.set_xlim(left=0.8 * x[0])
+  axes.set_ylim(0, 100)
+  axes.set_xlabel('labels a class')
+  axes.set_title('accuracy on held-out images, %', loc='left')
+  return _svg(figure)
+
+
+def embedding_map(h: np.ndarray, labels: np.ndarray | None, seed: int = 0) -> str:
+  """The features `[n, d]` in two dimensions (t-SNE of 50 principal components), coloured by label."""
+  figure = matplotlib.figure.Figure(figsize=(6.2, 5.2), layout='constrained')
+  axes = figure.subplots()
+  unit = np.asarray(losses.l2_normalize(h))
+  reduced = PCA(min(50, *unit.shape), random_state=seed).fit_transform(unit)
+  perplexity = min(30, (len(h) - 1) / 3)
+  xy = TSNE(perplexity=perplexity, init='pca', random_state=seed).fit_transform(reduced)
+  if labels is None:
+    axes.scatter(*xy.T, s=7, color=BLUE)
+  else:
+    for c in np.unique(labels):
+      here = labels == c
+      color = matplotlib.colormaps['tab10' if labels.max() < 10 else 'tab20'](c % 20)
+      axes.scatter(*xy[here].T, s=7, color=color)
+      axes.annotate(
+        str(c), np.median(xy[here], axis=0), ha='center', va='center', fontsize=11, weight='bold',
+        bbox={'boxstyle': 'circle,pad=0.25', 'fc': 'white', 'ec': color},
+      )  # fmt: skip
+  axes.set_axis_off()
+  return _png(figure, dpi=130)
+
+
+def image_grid(rows: list[list[np.ndarray]], scale: int, gap_after: int | None = None) -> str:
+  """Rows of images (uint8, or float in [0, 1], all of one size) as one picture, enlarged `scale` times.
+
+  A wider gap follows column `gap_after`.
+  """
+  size = rows[0][0].shape[0] * scale
+  pad, gap = 4, 14
+  width = len(rows[0]) * (size + pad) - pad + (gap if gap_after is not None else 0)
+  canvas = np.ones((len(rows) * (size + pad) - pad, width, 3))
+  for i, row in enumerate(rows):
+    x = 0
+    for j, image in enumerate(row):
+      image = image / 255 if image.dtype == np.uint8 else np.asarray(image)
+      big = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
+      canvas[i * (size + pad) : i * (size + pad) + size, x : x + size] = big
+      x += size + pad + (gap if j == gap_after else 0)
+  buffer = io.BytesIO()
+  matplotlib.image.imsave(buffer, np.clip(canvas, 0, 1), format='png')
+  return _uri(buffer, 'png')
+
+
+def _svg(figure):
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='svg', metadata={'Date': None})
+  return _uri(buffer, 'svg+xml')
+
+
+def _png(figure, dpi):
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png', dpi=dpi)
+  return _uri(buffer, 'png')
+
+
+def _uri(buffer, kind):
+  return f'data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}'

@@ -1,0 +1,145 @@
+"""Everything about a run on one self-contained page."""
+
+import html
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from simclr_jax import config as recipes, data, losses
+from simclr_jax.data import Dataset, augment
+from simclr_jax.evaluate import run
+from simclr_jax.interop import orbax
+from simclr_jax.report import figures
+
+MAP_IMAGES = 1500
+QUERIES, NEIGHBOURS = 6, 8
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1040px; margin: 2rem auto;
+       padding: 0 1rem }
+h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; font-size: 1.2rem }
+p.lead, figcaption, caption { color: #6b7280 } figcaption, caption { font-size: .9rem; text-align: left }
+img { max-width: 100%; display: block } figure { margin: 0 }
+.pixels { image-rendering: pixelated }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 2rem;
+       align-items: start }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td, th { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #e5e7eb }
+td.n, th.n { text-align: right }
+pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; font-size: .85rem }
+"""
+
+
+def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
+  """Writes the report of a run to the file `out`."""
+  if not out.parent.is_dir():
+    raise recipes.ConfigError(f'--out={out}: the folder {out.parent} does not exist')
+  encoder = orbax.load_encoder(workdir)
+  train = data.load(config.data, 'train')
+  try:
+    test = data.load(config.data, 'test')
+  except recipes.ConfigError:  # unlabelled data often comes without a test split
+    test = train
+  about = json.loads((workdir / 'config.json').read_text())
+  records = read_metrics(workdir)
+  results = run.kept(workdir)
+
+  chosen = np.sort(np.random.default_rng(0).permutation(len(test))[:MAP_IMAGES])
+  shown = Dataset(test.images[chosen], test.labels[chosen])
+  h = encoder(shown.images)
+  labels = shown.labels if shown.labelled else None
+  step = encoder.provenance['step']
+
+  parts = [
+    f'<h1>{html.escape(workdir.resolve().name)}</h1>',
+    f'<p class="lead">{html.escape(config.method)}, ResNet-{config.model.depth}, '
+    f'{len(train):,} training images, step {step:,}</p>',
+    *(_table(r) for r in results.values()),
+  ]
+  if 'label_efficiency' in results and len(results['label_efficiency']['columns']) > 1:
+    parts.append(
+      _figure(figures.label_curve(results['label_efficiency']), 'Accuracy against labels', '',
+              'Bars: one standard deviation over the draws.')
+    )  # fmt: skip
+  parts += [
+    '<h2>Training</h2>',
+    _figure(figures.curves(records), 'Training curves') if records else '<p>No metrics yet.</p>',
+    '<h2>What the encoder sees</h2>',
+    _figure(_view_grid(train, config), 'Augmented views', 'pixels',
+            'Left: training images. Right: two pairs of views of each, as the training draws them.'),
+    '<h2>What it makes of it</h2><div class="two">',
+    _figure(figures.embedding_map(h, labels), 'Embedding map', '',
+            f'{len(chosen):,} held-out images, t-SNE of their features'
+            + (', coloured by a label that the training did not see.' if labels is not None else '.')),
+    _figure(_neighbour_grid(shown, h), 'Nearest neighbours', 'pixels',
+            f'Left: {QUERIES} images. Right: their {NEIGHBOURS} nearest by cosine similarity.'),
+    '</div>',
+    '<h2>How it was made</h2>',
+    f'<pre>{html.escape(about["command"] or "from Python")}</pre>',
+    '<table><caption>Versions</caption>',
+    *(f'<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>' for k, v in about['versions'].items()),
+    '</table><p>Recipe</p>',
+    f'<pre>{html.escape(json.dumps(about["config"], indent=1))}</pre>',
+  ]  # fmt: skip
+  title = html.escape(f'simclr_jax: {workdir.resolve().name}')
+  out.write_text(
+    '<!doctype html><html lang="en"><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width">'
+    f'<title>{title}</title><style>{STYLE}</style>\n' + '\n'.join(parts) + '\n</html>\n'
+  )
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict]:
+  """The records of `metrics.jsonl`; none if there is no such file."""
+  path = workdir / 'metrics.jsonl'
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def _table(result):
+  head = ''.join(f'<th class="n">{html.escape(c)}</th>' for c in result['columns'])
+  rows = ''.join(
+    f'<tr><td>{html.escape(name)}</td>'
+    + ''.join(f'<td class="n">{run.cell(*c)}</td>' for c in cells)
+    + '</tr>'
+    for name, cells in result['rows'].items()
+  )
+  title = html.escape(result['title'])
+  return f'<h2>{title}</h2><table class="evaluation"><tr><th></th>{head}</tr>{rows}</table>'
+
+
+def _figure(uri, alt, css='', caption=''):
+  caption = f'<figcaption>{caption}</figcaption>' if caption else ''
+  return f'<figure><img class="{css}" alt="{alt}" src="{uri}">{caption}</figure>'
+
+
+def _view_grid(train, config, count=6):
+  """Image, two views, two more views."""
+  rows = []
+  positions = jnp.arange(count, dtype=jnp.int32)
+  draw = jax.jit(
+    lambda epoch: augment.views(
+      jnp.asarray(train.images[:count]), jnp.full(count, epoch), positions, config.augment,
+      config.seed, config.image_size,
+    )
+  )  # fmt: skip
+  pairs = [np.asarray(draw(epoch)) for epoch in range(2)]
+  size = config.image_size
+  fit = jax.jit(jax.vmap(lambda x: augment.center_view(x, size)))
+  originals = np.asarray(fit(jnp.asarray(train.images[:count])))
+  for i in range(count):
+    rows.append([originals[i], *(view for pair in pairs for view in pair[i])])
+  return figures.image_grid(rows, max(round(96 / size), 1), gap_after=0)
+
+
+def _neighbour_grid(shown, h):
+  z = np.asarray(losses.l2_normalize(h))
+  queries = np.linspace(0, len(z) - 1, QUERIES).astype(int)
+  similarity = z[queries] @ z.T
+  similarity[np.arange(len(queries)), queries] = -2  # not the image itself
+  nearest = np.argsort(-similarity, axis=1)[:, :NEIGHBOURS]
+  rows = [[shown.images[i] for i in (q, *found)] for q, found in zip(queries, nearest)]
+  return figures.image_grid(rows, max(round(56 / rows[0][0].shape[0]), 1), gap_after=0)

@@ -1,0 +1,346 @@
+"""The pretraining loop: recipe -> mesh -> data -> method -> restore -> steps."""
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import pathlib
+import signal
+import sys
+import time
+import zlib
+
+import jax
+import ml_collections
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+from tqdm import tqdm
+
+from simclr_jax import checkpoint, config as recipes, data, methods, optim, sharding, train_state
+from simclr_jax.data import order
+from simclr_jax.evaluate import features, knn
+
+EXIT_NAN = 3  # the loss is not finite
+EXIT_PREEMPTED = 75  # SIGTERM: saved; the same command goes on
+
+
+class NotFinite(RuntimeError):
+  """The loss or its gradient is NaN or infinite."""
+
+
+class Stop:
+  """Turns SIGTERM and the first Ctrl-C into a wish that the loop grants between two steps.
+
+  A second Ctrl-C stops at once. (Several processes need jax.distributed's own handler instead, so
+  that all save the same step.)
+  """
+
+  def __init__(self):
+    self.signal: int | None = None
+    self._old: dict[int, object] = {}
+
+  def __enter__(self):
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._old[number] = signal.signal(number, self._note)
+    return self
+
+  def __exit__(self, *error):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+  def _note(self, number, frame):
+    self.signal = number
+    if number == signal.SIGINT:
+      signal.signal(number, signal.default_int_handler)
+
+  @property
+  def exit_code(self) -> int:
+    """The process's exit code: 75 after SIGTERM, 130 after Ctrl-C, 0 without a signal."""
+    return {None: 0, signal.SIGTERM: EXIT_PREEMPTED, signal.SIGINT: 130}[self.signal]
+
+
+class Log:
+  """metrics.jsonl, TensorBoard and the progress line."""
+
+  def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, tensorboard: bool):
+    self._path = workdir / 'metrics.jsonl'
+    _truncate(self._path, first_step)
+    self._file = self._path.open('a')
+    self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
+    self._steps = steps
+    terminal = sys.stderr.isatty()
+    self._bar = tqdm(total=steps, initial=first_step, unit='step', disable=not terminal)
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Records metrics under `step`."""
+    # JSON has no NaN
+    finite = {k: v if np.isfinite(v) else None for k, v in metrics.items()}
+    self._file.write(json.dumps({'step': step, **finite}) + '\n')
+    self._file.flush()
+    if self._writer:
+      self._writer.write_scalars(step, metrics)
+
+  def progress(self, step: int, metrics: dict[str, float]) -> None:
+    """One line: a bar's text on a terminal, a plain line elsewhere."""
+    eta = (self._steps - step) / max(metrics['steps_per_second'], 1e-9)
+    text = (
+      f'epoch {metrics["epoch"]:.2f}  loss {metrics["loss"]:.4f}  '
+      f'contrastive acc {metrics["contrastive_acc"]:.1%}  '
+      f'{metrics["examples_per_second"]:,.0f} examples/s'
+    )
+    if self._bar.disable:
+      print(f'step {step}/{self._steps}  {text}  ETA {tqdm.format_interval(eta)}', flush=True)
+    else:
+      self._bar.set_postfix_str(text, refresh=False)
+      self._bar.update(step - self._bar.n)
+
+  def say(self, text: str) -> None:
+    """A line above the bar."""
+    tqdm.write(text) if not self._bar.disable else print(text, flush=True)
+
+  def close(self) -> None:
+    """Everything is on disk when this returns."""
+    self._bar.close()
+    self._file.close()
+    if self._writer:
+      self._writer.flush()
+      self._writer.close()
+
+
+def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: str = '') -> int:
+  """Trains to the end of the recipe, from the newest checkpoint in `workdir` if there is one.
+
+  Args:
+    config: a checked recipe (`config.load`).
+    workdir: gets `config.json`, `checkpoints/`, `metrics.jsonl` and `metrics/` (TensorBoard).
+    command: recorded, for the report.
+
+  Returns:
+    0 when the training is complete; 75 or 130 when a signal stopped it after saving.
+
+  Raises:
+    ConfigError: the recipe does not fit the data, the devices or the workdir.
+    CheckpointError: no checkpoint can be read, or one cannot be written.
+    NotFinite: the loss became NaN or infinite; the last checkpoint is from before.
+  """
+  with Stop() as stop, _locked(workdir), contextlib.ExitStack() as cleanup:
+    _check_workdir(config, workdir)
+    train = data.load(config.data, 'train')
+    steps = optim.train_steps(config, len(train))
+    warmup = optim.warmup_steps(config, len(train))
+    recipes.check_against(config, len(train), jax.device_count(), warmup, steps)
+    _warn(config, train)
+
+    mesh = sharding.make_mesh()
+    state, step_fn = train_state.build(config, train, mesh)
+    _write_config(config, workdir, command)
+    _describe(config, mesh, train, steps, state)
+
+    folder = workdir / 'checkpoints'
+    restored = checkpoint.restore(folder, checkpoint.abstract(state))
+    if restored:
+      state = restored[0]
+      print(f'resuming {workdir} from step {int(state.step)} of {steps}', flush=True)
+    first = int(state.step)
+    if first >= steps:
+      print(f'{workdir} is complete: {first} steps', flush=True)
+      return 0
+
+    saver = cleanup.enter_context(checkpoint.Saver(folder, config.keep_checkpoints))
+    log = Log(workdir, first, steps, config.tensorboard)
+    cleanup.callback(log.close)
+    online_knn = _online_knn(config, train) if config.knn_every_epochs else None
+    every_epoch = max(len(train) // config.batch_size, 1)
+    save_every = config.checkpoint_every_steps or every_epoch
+    knn_every = config.knn_every_epochs * every_epoch
+    clock, clock_step = time.monotonic(), first
+    pending = None
+
+    def finish(done, metrics):
+      """Fetches the metrics of step `done`; while the loop runs, the next one is on the device."""
+      nonlocal clock, clock_step
+      values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      if not np.isfinite([values['loss'], values['grad_norm']]).all():
+        log.write(done, values)
+        raise NotFinite(
+          f'step {done}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, learning rate '
+          f'{values["learning_rate"]:.4g}: training stopped before the next checkpoint; '
+          f'{_newest(folder)}. A lower learning_rate or a longer warm-up usually helps'
+        )
+      if done % config.log_every_steps and done != steps:
+        return
+      now = time.monotonic()
+      values['steps_per_second'] = (done - clock_step) / max(now - clock, 1e-9)
+      values['examples_per_second'] = values['steps_per_second'] * config.batch_size
+      values['epoch'] = done * config.batch_size / len(train)
+      values['batch_hash'] = _batch_hash(config, done - 1, len(train))
+      clock, clock_step = now, done
+      log.write(done, values)
+      log.progress(done, values)
+
+    def save(done):
+      nonlocal pending
+      if pending:  # nothing is saved before its loss is known to be finite
+        finish(*pending)
+        pending = None
+      saver.save(done, state, {'config': config.to_dict(), 'versions': checkpoint.versions()})
+
+    done = first
+    for i in range(first, steps):
+      state, metrics = step_fn(state, i)
+      done = i + 1
+      if pending:
+        finish(*pending)
+      pending = (done, metrics)
+      if done % save_every == 0 or done == steps:
+        save(done)
+      if online_knn and (done % knn_every == 0 or done == steps):
+        accuracy = online_knn(state)
+        log.write(done, {'knn_acc': accuracy})
+        log.say(f'step {done}/{steps}  online kNN {accuracy:.1%}')
+        clock, clock_step = time.monotonic(), done
+      if stop.signal:
+        break
+    if stop.signal and done < steps:
+      if done % save_every:
+        save(done)
+      saver.wait()
+      name = signal.Signals(stop.signal).name
+      log.say(f'{name}: saved step {done} of {steps}; the same command goes on from there')
+      return stop.exit_code
+    saver.wait()
+    log.say(f'complete: {steps} steps, in {workdir}')
+    return 0
+
+
+@contextlib.contextmanager
+def _locked(workdir):
+  """One run in a workdir at a time."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = (workdir / '.lock').open('w')
+  except OSError as error:
+    raise recipes.ConfigError(f'--workdir={workdir} cannot be written: {error.strerror}') from None
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise recipes.ConfigError(f'another run is using --workdir={workdir}') from None
+    yield
+
+
+def _check_workdir(config, workdir):
+  path = workdir / 'config.json'
+  if not path.exists():
+    if checkpoint.steps(workdir / 'checkpoints'):
+      raise recipes.ConfigError(f'{workdir} has checkpoints, but its config.json is missing')
+    return
+  recipes.check_unchanged(read_config(workdir), config, str(workdir))
+
+
+def read_config(workdir: pathlib.Path) -> dict:
+  """The recipe that a workdir was begun with, as plain data."""
+  path = workdir / 'config.json'
+  try:
+    return json.loads(path.read_text())['config']
+  except FileNotFoundError:
+    raise recipes.ConfigError(f'{workdir} is not the workdir of a run: it has no config.json') from None
+  except (ValueError, KeyError, TypeError):
+    raise recipes.ConfigError(f'{path} is damaged: it does not hold a recipe') from None
+
+
+def _write_config(config, workdir, command):
+  text = json.dumps(
+    {'config': config.to_dict(), 'command': command, 'versions': checkpoint.versions()}, indent=1
+  )
+  new = workdir / 'config.json.new'
+  new.write_text(text + '\n')
+  new.rename(workdir / 'config.json')
+
+
+def _describe(config, mesh, train, steps, state):
+  """What a log needs at its top to be understood later."""
+  print(config)
+  print('\n'.join(f'{name} {version}' for name, version in checkpoint.versions().items()))
+  kinds = sorted({d.device_kind for d in mesh.devices.flat})
+  print(f'{mesh.size} device(s): {", ".join(kinds)}; mesh {dict(mesh.shape)}')
+  print(f'{len(train):,} images {list(train.images.shape[1:])}; {steps:,} steps of {config.batch_size}')
+  print(parameter_overview.get_parameter_overview(state.params), flush=True)
+
+
+def _warn(config, train):
+  if config.model.stem == 'imagenet' and config.image_size < 64:
+    logging.warning(
+      'model.stem=imagenet shrinks images of %d pixels eightfold before the first block and costs '
+      'about ten points of accuracy: use model.stem=cifar', config.image_size
+    )  # fmt: skip
+  if config.data.num_classes and not train.labelled:
+    logging.warning('the data has no labels: probe_acc means nothing')
+
+
+def _online_knn(config, train):
+  """A function state -> kNN accuracy on the test split, or None if there is nothing to measure."""
+  if not train.labelled:
+    return None
+  test = data.load(config.data, 'test')
+  method = methods.build(config)
+  rng = np.random.default_rng(0)
+  bank = np.sort(rng.permutation(len(train))[:10_000])
+  queries = np.sort(rng.permutation(len(test))[:2_000])
+  encoder = None
+
+  def measure(state):
+    nonlocal encoder
+    variables = method.encoder(state.params, state.state)
+    if encoder is None:
+      encoder = features.Encoder(architecture(config), variables)
+    encoder = encoder.with_variables(variables)
+    return knn.accuracy(
+      encoder(train.images[bank]), train.labels[bank],
+      encoder(test.images[queries]), test.labels[queries],
+    )  # fmt: skip
+
+  return measure
+
+
+def architecture(config: ml_collections.ConfigDict | dict) -> dict:
+  """What rebuilds a recipe's encoder: its `model` part and the image size."""
+  return {**dict(config['model']), 'image_size': config['image_size']}
+
+
+def _batch_hash(config, step, examples):
+  rows = order.rows(config.seed, step, config.batch_size, examples)
+  return zlib.crc32(np.stack([rows[k] for k in sorted(rows)]))
+
+
+def _newest(folder):
+  found = checkpoint.steps(folder)
+  return f'the newest checkpoint is of step {found[-1]}' if found else 'there is no checkpoint yet'
+
+
+def _truncate(path, last_step):
+  """Drops the records of steps that a resumed run will take again."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      if json.loads(line)['step'] <= last_step:
+        kept.append(line)
+    except (ValueError, KeyError):
+      continue  # cut off by a kill
+  new = path.with_suffix('.new')
+  new.write_text(''.join(f'{line}\n' for line in kept))
+  new.rename(path)
+
+
+def _tensorboard(folder):
+  if not (importlib.util.find_spec('tensorflow') and importlib.util.find_spec('tensorboard')):
+    logging.warning('TensorFlow is not installed: no TensorBoard files, only metrics.jsonl')
+    return None
+  import tensorflow as tf
+  from clu import metric_writers
+
+  tf.config.set_visible_devices([], 'GPU')  # TensorFlow must not take the accelerator
+  return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))

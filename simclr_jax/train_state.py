@@ -1,0 +1,140 @@
+"""The state of a training and the step that advances it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from simclr_jax import methods, optim, sharding
+from simclr_jax.data import Dataset, augment, order
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a step changes, and so everything that a checkpoint holds.
+
+  Attributes:
+    step: int32 `[]`, steps taken.
+    params: learned by gradient.
+    state: what else the method keeps: BatchNorm statistics, queues.
+    opt_state: the optimizer's slots.
+  """
+
+  step: jax.Array
+  params: PyTree
+  state: PyTree
+  opt_state: PyTree
+
+
+def create(
+  method: methods.Method, optimizer: optax.GradientTransformation, seed: int, image_size: int
+) -> TrainState:
+  """A fresh state; a function of `seed` alone. Call it inside jit."""
+  batch = {'views': jnp.zeros((2, 2, image_size, image_size, 3))}
+  params, state = method.init(jax.random.key(seed), batch)
+  return TrainState(jnp.zeros((), jnp.int32), params, state, optimizer.init(params))
+
+
+def train_step(
+  method: methods.Method,
+  optimizer: optax.GradientTransformation,
+  rate: optax.Schedule,
+  config: ml_collections.ConfigDict,
+  ts: TrainState,
+  data: dict[str, jax.Array],
+  rows: dict[str, jax.Array],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update.
+
+  Args:
+    method, optimizer, rate, config: what is trained, and how; not traced.
+    ts: the state before.
+    data: `images` uint8 `[N, h, w, 3]` and `labels` int32 `[N]`, on every device.
+    rows: `index`, `epoch`, `position`, int32 `[n]`, from `data.order.rows`.
+
+  Returns:
+    The state after, and float32 scalar metrics.
+  """
+  batch = {
+    'views': augment.views(
+      data['images'][rows['index']],
+      rows['epoch'],
+      rows['position'],
+      config.augment,
+      config.seed,
+      config.image_size,
+    ),
+    'label': data['labels'][rows['index']],
+    'index': rows['index'],
+  }
+  # The base key is never advanced, so a resumed run draws what the uninterrupted one would have.
+  rng = jax.random.fold_in(jax.random.key(config.seed), ts.step)
+  gradient = jax.value_and_grad(method.loss, has_aux=True)
+  (_, (state, metrics)), grads = gradient(ts.params, ts.state, batch, rng)
+  updates, opt_state = optimizer.update(grads, ts.opt_state, ts.params)
+  metrics['learning_rate'] = rate(ts.step)
+  metrics['grad_norm'] = optax.global_norm(grads)
+  new = TrainState(ts.step + 1, optax.apply_updates(ts.params, updates), state, opt_state)
+  return new, metrics
+
+
+def build(
+  config: ml_collections.ConfigDict, dataset: Dataset, mesh: jax.sharding.Mesh | None = None
+) -> tuple[TrainState, Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]]]:
+  """A recipe and its images -> a fresh state and `step(state, i) -> (state, metrics)`.
+
+  `i` picks the batch: step `i` of the run that `config` describes. The state given to `step` is used
+  up (its buffers are donated).
+
+  Args:
+    config: a recipe.
+    dataset: stays on the devices for the whole run, once on each.
+    mesh: the devices; all of them by default.
+  """
+  mesh = mesh or sharding.make_mesh()
+  method = methods.build(config)
+  rate = optim.schedule(config, len(dataset))
+  optimizer = optim.build(config, rate)
+  replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+
+  def step(ts, data, rows):
+    return train_step(method, optimizer, rate, config, ts, data, rows)
+
+  def init():
+    return create(method, optimizer, config.seed, config.image_size)
+
+  with jax.set_mesh(mesh):
+    ts = jax.jit(init, out_shardings=replicated)()
+    compiled = (
+      jax.jit(
+        step,
+        donate_argnums=0,
+        in_shardings=(replicated, replicated, by_row),
+        out_shardings=(replicated, replicated),
+      )
+    )  # fmt: skip
+  data = sharding.put_replicated(
+    mesh, {'images': dataset.images, 'labels': dataset.labels.astype(np.int32)}
+  )
+
+  def run(ts, i):
+    rows = order.rows(config.seed, i, config.batch_size, len(dataset))
+    with jax.set_mesh(mesh):
+      return compiled(ts, data, sharding.put_batch(mesh, rows))
+
+  def lower(ts):
+    rows = order.rows(config.seed, 0, config.batch_size, len(dataset))
+    with jax.set_mesh(mesh):
+      return compiled.lower(ts, data, sharding.put_batch(mesh, rows))
+
+  run.lower = lower
+  return ts, run
