@@ -29,7 +29,7 @@ def schedule(config: ml_collections.ConfigDict, examples: int) -> optax.Schedule
   cosine = optax.cosine_decay_schedule(peak, max(total - warmup, 1))
   if not warmup:
     return cosine
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), cosine], [warmup])
+  return optax.join_schedules([lambda step: step / warmup * peak, cosine], [warmup])
 
 
 def _matrices(params):

@@ -65,7 +65,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
         labels[rows] = example['label']
       read = rows.stop
   except (tf.errors.OpError, ValueError) as error:
-    reason = str(error).split('\n')[0]
+    reason = str(error).split('\n')[0].split('}} ')[-1].split(' [Op:')[0]
     raise ConfigError(f'{config.name} in {builder.data_dir} cannot be read: {reason}') from None
   if read != count:  # a file cut off between two records ends early without an error
     raise ConfigError(

@@ -1,0 +1,35 @@
+"""Eight fake devices, silent rank promotion forbidden, and a place for what modules share."""
+
+import os
+import pathlib
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import simclr_jax  # noqa: F401  (sets XLA's flags before JAX reads them)
+
+import jax
+import pytest
+
+jax.config.update('jax_num_cpu_devices', 8)
+jax.config.update('jax_platforms', 'cpu')
+
+# The smallest recipe that still has every part: set with `config.load('simclr_digits', TINY)`.
+TINY = {
+  'model.width_multiplier': '0.125',
+  'model.head_dim': '16',
+  'batch_size': '32',
+  'steps': '20',
+  'warmup_epochs': '0',
+  'knn_every_epochs': '0',
+  'log_every_steps': '1',
+  'tensorboard': 'false',
+}
+
+
+@pytest.fixture
+def test_data() -> pathlib.Path:
+  """The folder of real data sets that some tests read."""
+  folder = os.environ.get('SIMCLR_JAX_TEST_DATA')
+  if not folder:
+    pytest.skip('SIMCLR_JAX_TEST_DATA names no folder with the TFDS data set cifar10')
+  return pathlib.Path(folder)

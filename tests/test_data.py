@@ -1,0 +1,152 @@
+"""Order of the examples, the sources, and their errors."""
+
+import shutil
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from simclr_jax import config, data
+from simclr_jax.config import ConfigError
+from simclr_jax.data import digits, order, tfds as ours
+
+
+def source(**values):
+  c = config.load('simclr_cifar10').data
+  with c.unlocked():
+    c.update(values)
+  return c
+
+
+def test_every_example_once_a_pass_and_none_dropped():
+  """Breaks if a pass repeats or skips an image, or the partial batch at its end is dropped."""
+  n, size = 50, 16
+  batches = [order.rows(3, step, size, n) for step in range(25)]  # 8 passes
+  index = np.concatenate([b['index'] for b in batches])
+  epoch = np.concatenate([b['epoch'] for b in batches])
+  position = np.concatenate([b['position'] for b in batches])
+  for e in range(8):
+    assert sorted(index[epoch == e]) == list(range(n))
+    assert list(position[epoch == e]) == list(range(n))
+  assert not np.array_equal(index[epoch == 0], index[epoch == 1])
+
+
+def test_batches_are_a_function_of_seed_and_step():
+  """Breaks if a batch depends on what was asked before: the resume would read other images."""
+  late = order.rows(0, 1000, 32, 500)
+  order.permutation.cache_clear()
+  order.rows(0, 3, 32, 500)
+  for k, v in order.rows(0, 1000, 32, 500).items():
+    np.testing.assert_array_equal(v, late[k])
+    assert v.dtype == np.int32
+  assert not np.array_equal(order.rows(1, 1000, 32, 500)['index'], late['index'])
+
+
+def test_digits():
+  """Breaks if the embedded data change: size, split by scan, balance, dark background."""
+  train, test = (digits.load(None, s) for s in ('train', 'test'))
+  assert train.images.shape == (6000, 32, 32, 3) and test.images.shape == (1188, 32, 32, 3)
+  assert train.images.dtype == np.uint8 and train.labelled and test.labelled
+  assert np.bincount(train.labels).min() >= 500
+  corner = train.images[:, 0, 0].astype(int)
+  assert corner.max() <= 51 and (corner.max(1) == corner.min(1)).mean() > 0.9  # dark, gray
+  assert train.images.max((1, 2, 3)).min() > 100  # bright ink
+  again = digits.load(None, 'train')
+  np.testing.assert_array_equal(train.images, again.images)
+  # Placements of one scan differ.
+  assert not np.array_equal(train.images[0], train.images[1])
+  with pytest.raises(ConfigError, match='splits train and test'):
+    digits.load(None, 'validation')
+
+
+def test_npz(tmp_path):
+  """Breaks if labels stop being optional, or a broken file gives a traceback."""
+  x = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+  c = source(source='npz', dir=str(tmp_path))
+  with pytest.raises(ConfigError, match='train.npz does not exist'):
+    data.load(c, 'train')
+  np.savez(tmp_path / 'train.npz', images=x)
+  got = data.load(c, 'train')
+  np.testing.assert_array_equal(got.images, x)
+  assert not got.labelled and (got.labels == -1).all()
+  np.savez(tmp_path / 'train.npz', images=x, labels=np.arange(5))
+  assert data.load(c, 'train').labelled
+  np.savez(tmp_path / 'train.npz', images=x, labels=np.arange(4))
+  with pytest.raises(ConfigError, match='5 images, but labels'):
+    data.load(c, 'train')
+  np.savez(tmp_path / 'train.npz', images=x.astype(np.float32))
+  with pytest.raises(ConfigError, match='must be uint8'):
+    data.load(c, 'train')
+  np.savez(tmp_path / 'train.npz', pictures=x)
+  with pytest.raises(ConfigError, match='no array "images"'):
+    data.load(c, 'train')
+  np.savez(tmp_path / 'train.npz', images=np.array([{}], object))
+  with pytest.raises(ConfigError, match='cannot be read'):  # a pickle is not opened
+    data.load(c, 'train')
+  (tmp_path / 'train.npz').write_bytes(b'<html>')
+  with pytest.raises(ConfigError, match='cannot be read'):
+    data.load(c, 'train')
+  with pytest.raises(ConfigError, match='data.dir is empty'):
+    data.load(source(source='npz', dir=''), 'train')
+
+
+def test_arrays_never_import_tensorflow():
+  """Breaks if anything between an array and a training step imports TensorFlow."""
+  program = """
+import sys
+from simclr_jax import config, data, train_state, train
+from simclr_jax.evaluate import knn, probe, logistic
+from simclr_jax.interop import orbax
+recipe = config.load('simclr_digits', {'model.width_multiplier': '0.125', 'batch_size': '8'})
+state, step = train_state.build(recipe, data.load(recipe.data, 'train'))
+state, metrics = step(state, 0)
+assert float(metrics['loss']) > 0
+assert 'tensorflow' not in sys.modules, 'TensorFlow was imported'
+"""
+  subprocess.run([sys.executable, '-c', program], check=True)
+
+
+def test_cifar10_from_tfds(test_data):
+  """Breaks if images, labels or their order are not those of the TFDS files."""
+  tfds = pytest.importorskip('tensorflow_datasets')
+  c = source(dir=str(test_data / 'tfds'))
+  part = ours.load(c, 'train[:1000]')
+  assert part.images.shape == (1000, 32, 32, 3) and part.labelled
+  builder = tfds.builder('cifar10', data_dir=str(test_data / 'tfds'))
+  for i, example in zip(range(5), builder.as_dataset(split='train').as_numpy_iterator()):
+    np.testing.assert_array_equal(part.images[i], example['image'])
+    assert part.labels[i] == example['label']
+
+
+@pytest.mark.parametrize(
+  'values, split, message',
+  [
+    (dict(name='cifar11'), 'train', "'cifar11' is not a TFDS data set"),
+    (dict(name='mnist'), 'train', 'tfds build mnist'),
+    (dict(name='cifar10'), 'valid', "no split 'valid', only"),
+  ],
+)
+def test_tfds_errors_are_one_sentence(test_data, values, split, message):
+  """Breaks if a missing data set dumps TFDS's catalogue, or does not say how to prepare it."""
+  pytest.importorskip('tensorflow_datasets')
+  with pytest.raises(ConfigError, match=message) as error:
+    ours.load(source(dir=str(test_data / 'tfds'), **values), split)
+  assert len(str(error.value)) < 400 and '\n' not in str(error.value)
+
+
+def test_truncated_tfds_shard_is_an_error(test_data, tmp_path):
+  """Breaks if a shard cut at a record boundary passes as a shorter data set."""
+  pytest.importorskip('tensorflow_datasets')
+
+  folder = tmp_path / 'cifar10' / '3.0.2'
+  shutil.copytree(test_data / 'tfds' / 'cifar10' / '3.0.2', folder)
+  shard = sorted(folder.glob('*test*tfrecord*'))[0]
+  shard.chmod(0o644)
+  content, at = shard.read_bytes(), 0
+  for _ in range(10):  # a record is its length (8 bytes), a CRC, the bytes, a CRC
+    at += 8 + 4 + struct.unpack('<Q', content[at : at + 8])[0] + 4
+  shard.write_bytes(content[:at])
+  with pytest.raises(ConfigError, match='10000 elements but contained only 8760'):
+    ours.load(source(dir=str(tmp_path)), 'test')
