@@ -32,8 +32,12 @@ def jax_step(depth, width, images, temperature=0.2):
   state = (params, (variables['batch_stats'], heads['batch_stats']), optimizer.init(params))
 
   def loss(params, stats, x):
-    h, s0 = net.apply({'params': params[0], 'batch_stats': stats[0]}, x, True, mutable='batch_stats')
-    z, s1 = head.apply({'params': params[1], 'batch_stats': stats[1]}, h, True, mutable='batch_stats')
+    h, s0 = net.apply(
+      {'params': params[0], 'batch_stats': stats[0]}, x, True, mutable='batch_stats'
+    )
+    z, s1 = head.apply(
+      {'params': params[1], 'batch_stats': stats[1]}, h, True, mutable='batch_stats'
+    )
     return losses.nt_xent(z[-1], temperature)[0], (s0['batch_stats'], s1['batch_stats'])
 
   @jax.jit
@@ -64,7 +68,9 @@ def torch_step(depth, width, images, temperature=0.2):
     def __init__(self, i, f, s, bottleneck, project):
       super().__init__()
       o = 4 * f if bottleneck else f
-      shape = [(i, f, 1, 1), (f, f, 3, s), (f, o, 1, 1)] if bottleneck else [(i, f, 3, s), (f, f, 3, 1)]
+      shape = (
+        [(i, f, 1, 1), (f, f, 3, s), (f, o, 1, 1)] if bottleneck else [(i, f, 3, s), (f, f, 3, 1)]
+      )
       self.convs = nn.ModuleList(conv_bn(*a) for a in shape)
       self.proj = conv_bn(i, o, 1, s) if project else nn.Identity()
 
@@ -125,7 +131,9 @@ def main():
     print(f'{name:10}  median {np.median(t):.3f} s/step  min {min(t):.3f}')
   if 'torch' in times:
     ratio = np.array(times['simclr_jax']) / np.array(times['torch'])
-    print(f'ratio simclr_jax / torch: median {np.median(ratio):.2f}  ({ratio.min():.2f}-{ratio.max():.2f})')
+    print(
+      f'ratio simclr_jax / torch: median {np.median(ratio):.2f}  ({ratio.min():.2f}-{ratio.max():.2f})'
+    )
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ import ml_collections
 
 def get_config(variant: str = 'v1') -> ml_collections.ConfigDict:
   if variant not in ('v1', 'v2'):
-    raise ValueError(f'variant {variant!r} is not v1 or v2')
+    raise ValueError(f'the variant {variant!r} is not v1 or v2')
   v1 = variant == 'v1'
   config = ml_collections.ConfigDict()
   config.method = 'simclr'

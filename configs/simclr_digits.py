@@ -31,10 +31,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.crop_area_max = 1.0
   config.augment.crop_min_object_covered = 0.1
   config.augment.flip = False  # a mirrored digit is another sign
-  config.augment.color_strength = 0.5
+  config.augment.color_strength = 1.0
   config.augment.color_probability = 0.8
   config.augment.brightness = 'multiplicative'
-  config.augment.grayscale_probability = 0.2
+  config.augment.grayscale_probability = 0.5  # the tint would give an image away
   config.augment.blur_probability = 0.0
   config.augment.blur_sigma = 'example'
 
@@ -50,11 +50,11 @@ def get_config() -> ml_collections.ConfigDict:
   config.temperature = 0.2
   config.loss_scale = 1.0
 
-  config.optimizer = 'adamw'
-  config.learning_rate = 1e-3
-  config.learning_rate_scaling = 'none'
+  config.optimizer = 'lars'
+  config.learning_rate = 4.0
+  config.learning_rate_scaling = 'linear'
   config.warmup_epochs = config.get_ref('epochs') * 0.1
-  config.weight_decay = 1e-4
+  config.weight_decay = 1e-6
   config.momentum = 0.9
 
   config.log_every_steps = 10

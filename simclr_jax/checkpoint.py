@@ -82,7 +82,9 @@ def load_tree(path: pathlib.Path, target: PyTree | None = None) -> tuple[PyTree,
     expected = (metadata.custom_metadata or {})['crc32']
   except Exception as error:  # Orbax raises a dozen types, bare Exception among them
     reason = str(error).split('. See full')[0].split('\n')[0]
-    raise CheckpointError(f'{path} is unreadable: {type(error).__name__}: {reason[:300]}') from error
+    raise CheckpointError(
+      f'{path} is unreadable: {type(error).__name__}: {reason[:300]}'
+    ) from error
   found = digest(tree)
   wrong = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
   if wrong:
@@ -189,4 +191,6 @@ class Saver:
       self._checkpointer.wait()
     except Exception as error:
       reason = str(error).split('\n')[0]
-      raise CheckpointError(f'a checkpoint in {self._folder} was not written: {reason[:300]}') from error
+      raise CheckpointError(
+        f'a checkpoint in {self._folder} was not written: {reason[:300]}'
+      ) from error

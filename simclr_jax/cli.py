@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 a failure named on stderr, 2 wrong usage or recipe, 3 the 
 """
 
 import argparse
+import logging
 import os
 import pathlib
 import shlex
@@ -20,6 +21,8 @@ def main(argv: list[str] | None = None) -> int:
   """Runs one verb; `argv` defaults to the process's arguments. Returns the exit code."""
   argv = sys.argv[1:] if argv is None else argv
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # TensorFlow only reads files and writes logs
+  logging.basicConfig(format='%(levelname)s: %(message)s')
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)  # Orbax raises what it also logs there
   args, overrides = _parse(argv)
 
   # After parsing: JAX takes seconds to import, and --help should not.
@@ -77,7 +80,10 @@ def _parse(argv):
     '--config.batch_size=256, --config.model.depth=50, --config.data.source=npz.',
   )  # fmt: skip
   p.add_argument(
-    '--config', required=True, metavar='RECIPE', help='a shipped recipe, or the path of one; RECIPE:VARIANT'
+    '--config',
+    required=True,
+    metavar='RECIPE',
+    help='a shipped recipe, or the path of one; RECIPE:VARIANT',
   )
   workdir(p, 'where the run lives; if it holds one, it is resumed')
 
@@ -93,12 +99,20 @@ def _parse(argv):
   p.add_argument('--epochs', type=_positive, default=100, help='sgd: passes over the data (100)')
   p.add_argument('--batch-size', type=_positive, default=512, help='sgd: (512)')
   p.add_argument('--learning-rate', type=float, default=0.1, help='sgd: times batch/256 (0.1)')
-  p.add_argument('--cached', action='store_true', help='sgd: no augmentation, features computed once')
   p.add_argument(
-    '--labels', type=_positives, default=[1, 10, 100], metavar='N,N,...', help='logistic: labels a class (1,10,100)'
+    '--cached', action='store_true', help='sgd: no augmentation, features computed once'
+  )
+  p.add_argument(
+    '--labels',
+    type=_positives,
+    default=[1, 10, 100],
+    metavar='N,N,...',
+    help='logistic: labels a class (1,10,100)',
   )
   p.add_argument('--draws', type=_positive, default=5, help='logistic: random subsets for each (5)')
-  p.add_argument('--baselines', action='store_true', help='also: raw pixels and the untrained encoder')
+  p.add_argument(
+    '--baselines', action='store_true', help='also: raw pixels and the untrained encoder'
+  )
 
   p = verb(
     'knn', _knn, 'classify the test images by their nearest training images',
@@ -107,7 +121,9 @@ def _parse(argv):
   workdir(p)
   p.add_argument('--k', type=_positive, default=200, help='neighbours (200)')
   p.add_argument('--temperature', type=float, default=0.1, help='(0.1)')
-  p.add_argument('--baselines', action='store_true', help='also: raw pixels and the untrained encoder')
+  p.add_argument(
+    '--baselines', action='store_true', help='also: raw pixels and the untrained encoder'
+  )
 
   p = verb(
     'embed', _embed, 'write the features of images to a file',
@@ -117,8 +133,15 @@ def _parse(argv):
     'they are known, `labels`; as .npy the features alone.',
   )  # fmt: skip
   workdir(p, 'a run, or an exported encoder')
-  p.add_argument('--split', choices=('train', 'test'), default='train', help='of the run\'s data (train)')
-  p.add_argument('--images', type=pathlib.Path, metavar='FILE', help='.npy, or .npz with `images`: uint8 [n, h, w, 3]')
+  p.add_argument(
+    '--split', choices=('train', 'test'), default='train', help="of the run's data (train)"
+  )
+  p.add_argument(
+    '--images',
+    type=pathlib.Path,
+    metavar='FILE',
+    help='.npy, or .npz with `images`: uint8 [n, h, w, 3]',
+  )
   p.add_argument('--out', required=True, type=pathlib.Path, metavar='FILE', help='.npz or .npy')
 
   p = verb(
@@ -176,7 +199,9 @@ def _run_config(args, overrides):
 
   for field in overrides:
     if not field.startswith('data.'):
-      raise config.ConfigError(f'--config.{field}: only data.* can be set here, the rest is the run\'s')
+      raise config.ConfigError(
+        f"--config.{field}: only data.* can be set here, the rest is the run's"
+      )
   return config.from_dict(train.read_config(args.workdir), overrides)
 
 
@@ -186,7 +211,13 @@ def _probe(args, overrides):
   recipe = _run_config(args, overrides)
   if args.protocol == 'sgd':
     run.linear_probe(
-      args.workdir, recipe, args.epochs, args.batch_size, args.learning_rate, args.cached, args.baselines
+      args.workdir,
+      recipe,
+      args.epochs,
+      args.batch_size,
+      args.learning_rate,
+      args.cached,
+      args.baselines,
     )
   else:
     run.label_efficiency(args.workdir, recipe, args.labels, args.draws, args.baselines)

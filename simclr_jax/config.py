@@ -59,12 +59,14 @@ def load(spec: str, overrides: dict[str, str] | None = None) -> ml_collections.C
   module_spec.loader.exec_module(module)
   if not hasattr(module, 'get_config'):
     raise ConfigError(f'{found[0]} has no function get_config()')
-  return _finish(module.get_config(variant) if variant else module.get_config(), overrides)
+  try:
+    config = module.get_config(variant) if variant else module.get_config()
+  except (ValueError, TypeError) as error:
+    raise ConfigError(f'the recipe {spec!r} cannot be built: {error}') from None
+  return _finish(config, overrides)
 
 
-def from_dict(
-  values: dict, overrides: dict[str, str] | None = None
-) -> ml_collections.ConfigDict:
+def from_dict(values: dict, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
   """A recipe from a run's config.json, as `load` gives it."""
   return _finish(ml_collections.ConfigDict(values), overrides)
 
@@ -222,5 +224,7 @@ def _override(config, field, text):
   *parents, key = field.split('.')
   for parent in parents:
     config = config[parent]
-  with config.ignore_type():  # the value has the type of the old one; a derived field has its source's
+  with (
+    config.ignore_type()
+  ):  # the value has the type of the old one; a derived field has its source's
     config[key] = value

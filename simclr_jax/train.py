@@ -2,11 +2,9 @@
 
 import contextlib
 import fcntl
-import importlib.util
 import json
 import pathlib
 import signal
-import sys
 import time
 import zlib
 
@@ -15,9 +13,17 @@ import ml_collections
 import numpy as np
 from absl import logging
 from clu import parameter_overview
-from tqdm import tqdm
 
-from simclr_jax import checkpoint, config as recipes, data, methods, optim, sharding, train_state
+from simclr_jax import (
+  checkpoint,
+  config as recipes,
+  data,
+  logs,
+  methods,
+  optim,
+  sharding,
+  train_state,
+)
 from simclr_jax.data import order
 from simclr_jax.evaluate import features, knn
 
@@ -60,54 +66,6 @@ class Stop:
     return {None: 0, signal.SIGTERM: EXIT_PREEMPTED, signal.SIGINT: 130}[self.signal]
 
 
-class Log:
-  """metrics.jsonl, TensorBoard and the progress line."""
-
-  def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, tensorboard: bool):
-    self._path = workdir / 'metrics.jsonl'
-    _truncate(self._path, first_step)
-    self._file = self._path.open('a')
-    self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
-    self._steps = steps
-    terminal = sys.stderr.isatty()
-    self._bar = tqdm(total=steps, initial=first_step, unit='step', disable=not terminal)
-
-  def write(self, step: int, metrics: dict[str, float]) -> None:
-    """Records metrics under `step`."""
-    # JSON has no NaN
-    finite = {k: v if np.isfinite(v) else None for k, v in metrics.items()}
-    self._file.write(json.dumps({'step': step, **finite}) + '\n')
-    self._file.flush()
-    if self._writer:
-      self._writer.write_scalars(step, metrics)
-
-  def progress(self, step: int, metrics: dict[str, float]) -> None:
-    """One line: a bar's text on a terminal, a plain line elsewhere."""
-    eta = (self._steps - step) / max(metrics['steps_per_second'], 1e-9)
-    text = (
-      f'epoch {metrics["epoch"]:.2f}  loss {metrics["loss"]:.4f}  '
-      f'contrastive acc {metrics["contrastive_acc"]:.1%}  '
-      f'{metrics["examples_per_second"]:,.0f} examples/s'
-    )
-    if self._bar.disable:
-      print(f'step {step}/{self._steps}  {text}  ETA {tqdm.format_interval(eta)}', flush=True)
-    else:
-      self._bar.set_postfix_str(text, refresh=False)
-      self._bar.update(step - self._bar.n)
-
-  def say(self, text: str) -> None:
-    """A line above the bar."""
-    tqdm.write(text) if not self._bar.disable else print(text, flush=True)
-
-  def close(self) -> None:
-    """Everything is on disk when this returns."""
-    self._bar.close()
-    self._file.close()
-    if self._writer:
-      self._writer.flush()
-      self._writer.close()
-
-
 def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: str = '') -> int:
   """Trains to the end of the recipe, from the newest checkpoint in `workdir` if there is one.
 
@@ -148,7 +106,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
       return 0
 
     saver = cleanup.enter_context(checkpoint.Saver(folder, config.keep_checkpoints))
-    log = Log(workdir, first, steps, config.tensorboard)
+    log = logs.Log(workdir, first, steps, config.tensorboard)
     cleanup.callback(log.close)
     online_knn = _online_knn(config, train) if config.knn_every_epochs else None
     every_epoch = max(len(train) // config.batch_size, 1)
@@ -245,7 +203,9 @@ def read_config(workdir: pathlib.Path) -> dict:
   try:
     return json.loads(path.read_text())['config']
   except FileNotFoundError:
-    raise recipes.ConfigError(f'{workdir} is not the workdir of a run: it has no config.json') from None
+    raise recipes.ConfigError(
+      f'{workdir} is not the workdir of a run: it has no config.json'
+    ) from None
   except (ValueError, KeyError, TypeError):
     raise recipes.ConfigError(f'{path} is damaged: it does not hold a recipe') from None
 
@@ -265,7 +225,9 @@ def _describe(config, mesh, train, steps, state):
   print('\n'.join(f'{name} {version}' for name, version in checkpoint.versions().items()))
   kinds = sorted({d.device_kind for d in mesh.devices.flat})
   print(f'{mesh.size} device(s): {", ".join(kinds)}; mesh {dict(mesh.shape)}')
-  print(f'{len(train):,} images {list(train.images.shape[1:])}; {steps:,} steps of {config.batch_size}')
+  print(
+    f'{len(train):,} images {list(train.images.shape[1:])}; {steps:,} steps of {config.batch_size}'
+  )
   print(parameter_overview.get_parameter_overview(state.params), flush=True)
 
 
@@ -317,30 +279,3 @@ def _batch_hash(config, step, examples):
 def _newest(folder):
   found = checkpoint.steps(folder)
   return f'the newest checkpoint is of step {found[-1]}' if found else 'there is no checkpoint yet'
-
-
-def _truncate(path, last_step):
-  """Drops the records of steps that a resumed run will take again."""
-  if not path.exists():
-    return
-  kept = []
-  for line in path.read_text().splitlines():
-    try:
-      if json.loads(line)['step'] <= last_step:
-        kept.append(line)
-    except (ValueError, KeyError):
-      continue  # cut off by a kill
-  new = path.with_suffix('.new')
-  new.write_text(''.join(f'{line}\n' for line in kept))
-  new.rename(path)
-
-
-def _tensorboard(folder):
-  if not (importlib.util.find_spec('tensorflow') and importlib.util.find_spec('tensorboard')):
-    logging.warning('TensorFlow is not installed: no TensorBoard files, only metrics.jsonl')
-    return None
-  import tensorflow as tf
-  from clu import metric_writers
-
-  tf.config.set_visible_devices([], 'GPU')  # TensorFlow must not take the accelerator
-  return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from simclr_jax import methods, optim, sharding
 from simclr_jax.data import Dataset, augment, order

@@ -2,16 +2,21 @@
 
 import os
 import pathlib
+import tempfile
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-
-import simclr_jax  # noqa: F401  (sets XLA's flags before JAX reads them)
 
 import jax
 import pytest
 
+import simclr_jax  # noqa: F401  (sets XLA's flags before JAX reads them)
+
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_platforms', 'cpu')
+# Programs that several tests share are compiled once, also in the processes that tests start.
+_cache = tempfile.TemporaryDirectory(prefix='simclr_jax_test_cache')
+os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
+jax.config.update('jax_compilation_cache_dir', _cache.name)
 
 # The smallest recipe that still has every part: set with `config.load('simclr_digits', TINY)`.
 TINY = {

@@ -142,12 +142,13 @@ def test_jitter_factors_and_order():
     _, *rest = jax.random.split(key, 5)
     low = [0.6, 0.6, 0.6, -0.1]
     high = [1.4, 1.4, 1.4, 0.1]
-    b, c, s, h = (float(jax.random.uniform(k, minval=u, maxval=v)) for k, u, v in zip(rest, low, high))
+    b, c, s, h = (
+      float(jax.random.uniform(k, minval=u, maxval=v)) for k, u, v in zip(rest, low, high)
+    )
     x = np.asarray(image)
+    ops = [tf.multiply, tf.image.adjust_contrast, tf.image.adjust_saturation, tf.image.adjust_hue]
     for op in order:
-      x = [lambda x: x * b, lambda x: tf.image.adjust_contrast(x, c),
-           lambda x: tf.image.adjust_saturation(x, s), lambda x: tf.image.adjust_hue(x, h)][op](x)  # fmt: skip
-      x = np.clip(x, 0, 1)
+      x = np.clip(ops[op](x, (b, c, s, h)[op]), 0, 1)
     np.testing.assert_allclose(got, x, atol=1e-5)
 
 
@@ -244,4 +245,6 @@ def test_center_view():
   expected = np.clip(tf.image.resize(cut, (20, 20), method='bicubic'), 0, 1)
   np.testing.assert_allclose(augment.center_view(jnp.asarray(x), 20), expected, atol=1e-3)
   square = (255 * images()[0]).astype(np.uint8)
-  np.testing.assert_allclose(augment.center_view(jnp.asarray(square), 16), square / 255.0, atol=1e-6)
+  np.testing.assert_allclose(
+    augment.center_view(jnp.asarray(square), 16), square / 255.0, atol=1e-6
+  )

@@ -92,7 +92,10 @@ def test_max_pool_padding(dialect, first):
   x = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
   variables = net.init(jax.random.key(0), x, train=False)
   _, seen = net.apply(
-    variables, x, train=False, capture_intermediates=lambda m, _: m.name in ('stem_bn', 'proj_conv', 'conv1')
+    variables,
+    x,
+    train=False,
+    capture_intermediates=lambda m, _: m.name in ('stem_bn', 'proj_conv', 'conv1'),
   )
   stem = np.maximum(seen['intermediates']['stem_bn']['__call__'][0][0, ..., 0], 0)
   window = stem[max(first, 0) : first + 3, max(first, 0) : first + 3].max()

@@ -101,7 +101,10 @@ def test_vectors_are_not_decayed_and_the_probe_is_apart(name):
   """Breaks if weight decay reaches BatchNorm or biases, or the probe follows the recipe's rate."""
   c = recipe(optimizer=name, weight_decay=0.1)
   optimizer = optim.build(c, lambda step: 0.1)
-  params = {'encoder': {'kernel': jnp.ones((2, 2)), 'scale': jnp.ones(2)}, 'probe': jnp.ones((2, 2))}
+  params = {
+    'encoder': {'kernel': jnp.ones((2, 2)), 'scale': jnp.ones(2)},
+    'probe': jnp.ones((2, 2)),
+  }
   zero = jax.tree.map(jnp.zeros_like, params)
   updates, _ = optimizer.update(zero, optimizer.init(params), params)
   assert (updates['encoder']['kernel'] < 0).all()

@@ -16,7 +16,12 @@ import pytest
 from conftest import TINY
 
 STEPS = 20
-SETTINGS = {**TINY, 'checkpoint_every_steps': '10', 'keep_checkpoints': '3', 'augment.blur_probability': '0.5'}
+SETTINGS = {
+  **TINY,
+  'checkpoint_every_steps': '10',
+  'keep_checkpoints': '3',
+  'augment.blur_probability': '0.5',
+}
 
 
 def command(workdir, **changes):
@@ -29,14 +34,13 @@ def command(workdir, **changes):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """Runs of this module; they share a compilation cache, which is most of their time."""
+  """Runs of this module."""
   return tmp_path_factory.mktemp('runs')
 
 
 @pytest.fixture(scope='module')
-def start(folder):
-  env = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(folder / 'cache'),
-         'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0.5', 'JAX_PLATFORMS': 'cpu'}  # fmt: skip
+def start():
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
   return functools.partial(
     subprocess.Popen, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
   )

@@ -39,7 +39,8 @@ def runs(recipe, train):
 def test_loss_curve_is_the_same(runs):
   """Breaks if augmentation, BatchNorm, negatives or gradients depend on the number of devices."""
   one, eight = (
-    np.array([[m['loss'], m['contrastive_acc'], m['contrastive_acc_n']] for m in runs[d][0]]) for d in (1, 8)
+    np.array([[m['loss'], m['contrastive_acc'], m['contrastive_acc_n']] for m in runs[d][0]])
+    for d in (1, 8)
   )
   np.testing.assert_allclose(eight[:, 0], one[:, 0], rtol=1e-5)
   np.testing.assert_allclose(eight, one, rtol=1e-5)

@@ -56,9 +56,7 @@ def sample_box(
 
   highest = jnp.round(jnp.sqrt(max_area / ratio))
   # The tallest box of this aspect that is not wider than the image.
-  highest = jnp.where(
-    to_width(highest) > width, jnp.floor((width + 0.5 - 1e-7) / ratio), highest
-  )
+  highest = jnp.where(to_width(highest) > width, jnp.floor((width + 0.5 - 1e-7) / ratio), highest)
   highest = jnp.minimum(highest, height)
   lowest = jnp.minimum(jnp.round(jnp.sqrt(min_area / ratio)), highest)
   h = lowest + jnp.floor(jax.random.uniform(height_key, (attempts,)) * (highest - lowest + 1))

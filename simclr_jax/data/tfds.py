@@ -51,7 +51,9 @@ def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
     )
   size = int(np.prod(feature.shape)) * count
   if size > MAX_BYTES:
-    raise ConfigError(f'{config.name} {split} takes {size / 2**30:.0f} GiB, more than the 16 allowed')
+    raise ConfigError(
+      f'{config.name} {split} takes {size / 2**30:.0f} GiB, more than the 16 allowed'
+    )
 
   images = np.empty((count, *feature.shape), np.uint8)
   labels = np.full(count, -1, np.int32)

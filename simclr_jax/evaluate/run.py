@@ -47,7 +47,11 @@ def linear_probe(
 
 
 def nearest_neighbours(
-  workdir: pathlib.Path, config: ml_collections.ConfigDict, k: int, temperature: float, baselines: bool
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  k: int,
+  temperature: float,
+  baselines: bool,
 ) -> dict[str, Any]:
   """Weighted kNN of a run (`knn.accuracy`), top-1 by features."""
   train, test = _labelled(config)
@@ -173,7 +177,9 @@ def _read_images(path):
     loaded = np.load(path, allow_pickle=False)
     images = loaded['images'] if hasattr(loaded, 'files') else loaded
   except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-    raise ConfigError(f'--images={path} cannot be read as .npy, or .npz with `images`: {error}') from None
+    raise ConfigError(
+      f'--images={path} cannot be read as .npy, or .npz with `images`: {error}'
+    ) from None
   if not len(images):
     raise ConfigError(f'--images={path} holds no images')
   return Dataset(images, np.full(len(images), -1, np.int32))

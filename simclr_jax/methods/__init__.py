@@ -37,5 +37,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
   """The recipe's method: `build` of the module `simclr_jax.methods.<config.method>`."""
   name = f'{__name__}.{config.method}'
   if not config.method.isidentifier() or importlib.util.find_spec(name) is None:
-    raise ConfigError(f'method={config.method!r}: there is no simclr_jax/methods/{config.method}.py')
+    raise ConfigError(
+      f'method={config.method!r}: there is no simclr_jax/methods/{config.method}.py'
+    )
   return importlib.import_module(name).build(config)

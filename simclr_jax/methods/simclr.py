@@ -54,5 +54,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
 
 def _train(module, params, stats, x):
   """`module` in training mode: (output, new BatchNorm statistics)."""
-  y, new = module.apply({'params': params, 'batch_stats': stats}, x, train=True, mutable='batch_stats')
+  y, new = module.apply(
+    {'params': params, 'batch_stats': stats}, x, train=True, mutable='batch_stats'
+  )
   return y, new.get('batch_stats', stats)

@@ -12,16 +12,18 @@ from sklearn.manifold import TSNE
 
 from simclr_jax import losses
 
-matplotlib.rcParams.update({
-  'font.family': 'sans-serif',
-  'font.size': 10,
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.grid': True,
-  'grid.color': '#e6e6e6',
-  'svg.fonttype': 'none',
-  'svg.hashsalt': 'simclr_jax',
-})
+matplotlib.rcParams.update(
+  {
+    'font.family': 'sans-serif',
+    'font.size': 10,
+    'axes.spines.top': False,
+    'axes.spines.right': False,
+    'axes.grid': True,
+    'grid.color': '#e6e6e6',
+    'svg.fonttype': 'none',
+    'svg.hashsalt': 'simclr_jax',
+  }
+)
 BLUE = '#2563eb'
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, data, losses
+from simclr_jax import config as recipes, data, logs, losses
 from simclr_jax.data import Dataset, augment
 from simclr_jax.evaluate import run
 from simclr_jax.interop import orbax
@@ -45,7 +45,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
   except recipes.ConfigError:  # unlabelled data often comes without a test split
     test = train
   about = json.loads((workdir / 'config.json').read_text())
-  records = read_metrics(workdir)
+  records = logs.read(workdir)
   results = run.kept(workdir)
 
   chosen = np.sort(np.random.default_rng(0).permutation(len(test))[:MAP_IMAGES])
@@ -91,12 +91,6 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
     '<meta name="viewport" content="width=device-width">'
     f'<title>{title}</title><style>{STYLE}</style>\n' + '\n'.join(parts) + '\n</html>\n'
   )
-
-
-def read_metrics(workdir: pathlib.Path) -> list[dict]:
-  """The records of `metrics.jsonl`; none if there is no such file."""
-  path = workdir / 'metrics.jsonl'
-  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _table(result):

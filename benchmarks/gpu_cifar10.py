@@ -1,0 +1,78 @@
+"""CIFAR-10 on one GPU: 200 epochs of SimCLR with a ResNet-18, then kNN and a linear probe.
+
+    python benchmarks/gpu_cifar10.py --data=DIR [--out=runs/gpu_cifar10] [--epochs=200]
+
+DIR holds train.npz and test.npz, with `images` and `labels`, or with JPEG files in one array (`jpeg`,
+`offsets`, `labels`), which are decoded first. Prints kNN and linear accuracy, seconds an epoch and peak
+memory. To beat: lightly's 84.8 % kNN after 200 epochs at batch 512 in 87 minutes on an A6000 (best epoch
+on the test set; here it is the last one). Needs no TensorFlow.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+
+from simclr_jax import config, train
+from simclr_jax.evaluate import run
+
+
+def decoded(folder: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
+  """A folder with plain arrays: `folder` itself, or `out` filled from its JPEG files."""
+  if 'images' in np.load(folder / 'train.npz'):
+    return folder
+  from PIL import Image
+
+  out.mkdir(parents=True, exist_ok=True)
+  for split in ('train', 'test'):
+    pack = np.load(folder / f'{split}.npz')
+    stream, offsets = pack['jpeg'].tobytes(), pack['offsets']
+    images = [Image.open(io.BytesIO(stream[a:b])) for a, b in zip(offsets, offsets[1:])]
+    images = np.stack([np.asarray(image.convert('RGB')) for image in images])
+    np.savez(out / f'{split}.npz', images=images, labels=pack['labels'])
+  return out
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--data', type=pathlib.Path, required=True)
+  parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/gpu_cifar10'))
+  parser.add_argument('--epochs', default='200')
+  parser.add_argument(
+    '--set', action='append', default=[], metavar='FIELD=VALUE', help='recipe fields'
+  )
+  args = parser.parse_args()
+  recipe = config.load(
+    'simclr_cifar10',
+    {
+      'data.source': 'npz',
+      'data.dir': str(decoded(args.data, args.out / 'data')),
+      'batch_size': '512',
+      'epochs': args.epochs,
+      'dtype': 'bfloat16',
+      'knn_every_epochs': '20',
+      'log_every_steps': '98',
+      'tensorboard': 'false',
+      **dict(pair.split('=', 1) for pair in args.set),
+    },
+  )
+  workdir = args.out / 'run'
+  start = time.monotonic()
+  if train.pretrain(recipe, workdir, 'benchmarks/gpu_cifar10.py'):
+    raise SystemExit('interrupted; run it again to go on')
+  minutes = (time.monotonic() - start) / 60
+  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  rates = [r['examples_per_second'] for r in records if 'examples_per_second' in r]
+  memory = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0) / 2**30
+  run.nearest_neighbours(workdir, recipe, k=200, temperature=0.1, baselines=True)
+  run.linear_probe(workdir, recipe, 100, 512, 0.1, cached=False, baselines=False)
+  print(f'{jax.devices()[0].device_kind}: {minutes:.1f} minutes with compilation and online kNN, '
+        f'{50_000 / np.median(rates):.2f} s an epoch, peak memory {memory:.2f} GiB')  # fmt: skip
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,88 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, and one line that shows progress."""
+
+import importlib.util
+import json
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+
+class Log:
+  """metrics.jsonl, TensorBoard and the progress line."""
+
+  def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, tensorboard: bool):
+    _drop_later(workdir, first_step)
+    self._file = (workdir / 'metrics.jsonl').open('a')
+    self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
+    self._steps = steps
+    terminal = sys.stderr.isatty()
+    self._bar = tqdm(total=steps, initial=first_step, unit='step', disable=not terminal)
+
+  def write(self, step: int, metrics: dict[str, float]) -> None:
+    """Records metrics under `step`."""
+    finite = {k: v if np.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+    self._file.write(json.dumps({'step': step, **finite}) + '\n')
+    self._file.flush()
+    if self._writer:
+      self._writer.write_scalars(step, metrics)
+
+  def progress(self, step: int, metrics: dict[str, float]) -> None:
+    """One line: a bar's text on a terminal, a plain line elsewhere."""
+    eta = (self._steps - step) / max(metrics['steps_per_second'], 1e-9)
+    text = (
+      f'epoch {metrics["epoch"]:.2f}  loss {metrics["loss"]:.4f}  '
+      f'contrastive acc {metrics["contrastive_acc"]:.1%}  '
+      f'{metrics["examples_per_second"]:,.0f} examples/s'
+    )
+    if self._bar.disable:
+      print(f'step {step}/{self._steps}  {text}  ETA {tqdm.format_interval(eta)}', flush=True)
+    else:
+      self._bar.set_postfix_str(text, refresh=False)
+      self._bar.update(step - self._bar.n)
+
+  def say(self, text: str) -> None:
+    """A line above the bar."""
+    tqdm.write(text) if not self._bar.disable else print(text, flush=True)
+
+  def close(self) -> None:
+    """Everything is on disk when this returns."""
+    self._bar.close()
+    self._file.close()
+    if self._writer:
+      self._writer.flush()
+      self._writer.close()
+
+
+def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+  """The records of a run's `metrics.jsonl`; none if there is no such file."""
+  path = workdir / 'metrics.jsonl'
+  records = []
+  for line in path.read_text().splitlines() if path.exists() else []:
+    try:
+      records.append(json.loads(line))
+    except ValueError:
+      continue  # cut off by a kill
+  return records
+
+
+def _drop_later(workdir, last_step):
+  """Drops the records of steps that a resumed run will take again."""
+  kept = [r for r in read(workdir) if r['step'] <= last_step]
+  new = workdir / 'metrics.jsonl.new'
+  new.write_text(''.join(json.dumps(r) + '\n' for r in kept))
+  new.rename(workdir / 'metrics.jsonl')
+
+
+def _tensorboard(folder):
+  if not (importlib.util.find_spec('tensorflow') and importlib.util.find_spec('tensorboard')):
+    logging.warning('TensorFlow is not installed: no TensorBoard files, only metrics.jsonl')
+    return None
+  import tensorflow as tf
+  from clu import metric_writers
+
+  tf.config.set_visible_devices([], 'GPU')  # TensorFlow must not take the accelerator
+  return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))

@@ -1,0 +1,261 @@
+"""The command line as a stranger meets it: every verb, every mistake, and the README's snippets."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import TINY
+
+from simclr_jax import cli, config, data
+from simclr_jax.config import ConfigError
+from simclr_jax.interop.orbax import load_encoder
+
+SMALL = {**TINY, 'steps': '4', 'knn_every_epochs': '1', 'tensorboard': 'true'}
+README = pathlib.Path(__file__).parents[1] / 'README.md'
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+  """A finished small run."""
+  workdir = tmp_path_factory.mktemp('cli') / 'run'
+  words = [f'--config.{k}={v}' for k, v in SMALL.items()]
+  assert cli.main(['pretrain', '--config=simclr_digits', f'--workdir={workdir}', *words]) == 0
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def exported(run, tmp_path_factory):
+  out = tmp_path_factory.mktemp('cli') / 'encoder'
+  assert cli.main(['export', f'--workdir={run}', '--to=orbax', f'--out={out}']) == 0
+  return out
+
+
+def fails(capsys, *argv, code=2):
+  """The one line on stderr of a call that must fail."""
+  try:
+    found = cli.main([str(a) for a in argv])
+  except SystemExit as stop:  # argparse
+    found = stop.code
+  error = capsys.readouterr().err
+  assert found == code, error
+  assert 'Traceback' not in error
+  return error
+
+
+@pytest.mark.parametrize(
+  'override, expected',
+  [
+    ('batch_size=-4', 'batch_size=-4 is out of range: at least 2'),
+    ('batch_size=2.5', "batch_size='2.5' is not a whole number"),
+    ('batch_size=12', 'batch_size=12 is not divisible by the number of devices, 8'),
+    ('batch_size=8000', 'batch_size=8000 is larger than the data set, 6000 images'),
+    ('learning_rate=inf', 'learning_rate=inf is not a finite number'),
+    ('learning_rate=fast', "learning_rate='fast' is not a number"),
+    ('weight_decay=nan', 'weight_decay=nan is not a finite number'),
+    ('temperature=0', 'temperature=0.0 is out of range'),
+    ('warmup_epochs=16', 'warmup_epochs=16.0 is longer than the training, epochs=15'),
+    ('epochs=0', 'epochs=0 and steps=0'),
+    ('tensorboard=maybe', "tensorboard='maybe' is not true or false"),
+    ('temperatur=1', "no field 'temperatur', did you mean 'temperature'?"),
+    ('model.dept=18', "no field 'model.dept', did you mean 'model.depth'?"),
+    ('model.depth=19', 'model.depth=19 is not one of 8, 18, 34'),
+    ('model.stem=cifr', "model.stem='cifr' is not one of imagenet, strided, cifar"),
+    ('model.width_multiplier=0.3', '64 times it is not a whole number'),
+    ('augment.crop_area_min=2', 'augment.crop_area_min=2.0 is out of range'),
+    ('augment.color_strength=1.5', 'augment.color_strength=1.5 is out of range: from 0.0 to 1.25'),
+    ('method=simclear', 'there is no simclr_jax/methods/simclear.py'),
+    ('data.source=imagenet', "data.source='imagenet' is not one of digits, npz, tfds"),
+    ('data.train_split=validation', 'the digits have the splits train and test'),
+  ],
+)
+def test_a_wrong_field_is_one_sentence(capsys, tmp_path, override, expected):
+  """Breaks if a bad value passes, gives a traceback, or touches the disk with a checkpoint."""
+  workdir = tmp_path / 'run'
+  error = fails(
+    capsys, 'pretrain', '--config=simclr_digits', f'--workdir={workdir}', f'--config.{override}'
+  )
+  assert expected in error and error.count('\n') == 1, error
+  assert not (workdir / 'config.json').exists() and not (workdir / 'checkpoints').exists()
+
+
+@pytest.mark.parametrize(
+  'argv, expected',
+  [
+    (['pretrain', '--config=simclr_digit', '--workdir=x'], "did you mean 'simclr_digits'?"),
+    (['pretrain', '--config=simclr_cifar10:v3', '--workdir=x'], "'v3' is not v1 or v2"),
+    (['pretrain', '--config=simclr_digits', '--workdir=x', 'stray'], "unexpected argument 'stray'"),
+    (
+      ['pretrain', '--config=simclr_digits', '--workdir=x', '--confg.seed=1'],
+      'unexpected argument',
+    ),
+    (['pretrain', '--config=simclr_digits', '--workdir=x', '--config.seed'], 'needs a value'),
+    (['pretrain', '--workdir=x'], 'required: --config'),
+    (['pretrain', '--config=simclr_digits'], 'required: --workdir'),
+    (['pretend'], 'invalid choice'),
+    ([], 'required: VERB'),
+    (['knn', '--workdir=/nowhere'], 'is not the workdir of a run'),
+    (['embed', '--workdir=/nowhere', '--images=x.npy', '--out=f.npy'], 'neither the workdir'),
+    (['probe', '--workdir=/nowhere', '--epochs=0'], '0 is below 1'),
+    (['probe', '--workdir=/nowhere', '--protocol=svm'], 'invalid choice'),
+  ],
+)
+def test_wrong_words_are_one_sentence(capsys, monkeypatch, tmp_path, argv, expected):
+  """Breaks if a slip of the fingers is ignored or gives a traceback."""
+  monkeypatch.chdir(tmp_path)
+  assert expected in fails(capsys, *argv)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('verb', ['', 'pretrain', 'probe', 'knn', 'embed', 'export', 'report'])
+def test_help(verb, capsys):
+  """Breaks if a verb has no help that says what it does and how to call it."""
+  with pytest.raises(SystemExit) as stop:
+    cli.main([*([verb] if verb else []), '--help'])
+  text = capsys.readouterr().out
+  assert stop.value.code == 0 and len(text) > 300
+  if verb:
+    assert '--workdir' in text
+
+
+def test_workdir_of_a_run(run):
+  """Breaks if a run leaves out its recipe, metrics, or the records that the report needs."""
+  about = json.loads((run / 'config.json').read_text())
+  assert about['config']['batch_size'] == 32 and about['command'].startswith('simclr-jax pretrain')
+  assert about['versions']['jax']
+  records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+  assert [r['step'] for r in records if 'loss' in r] == [1, 2, 3, 4]
+  wanted = {'loss', 'contrastive_acc', 'contrastive_acc_n', 'probe_acc', 'learning_rate', 'grad_norm',
+            'examples_per_second', 'epoch', 'batch_hash', 'h_std'}  # fmt: skip
+  assert wanted <= set(records[0])
+  assert 0 <= records[-1]['knn_acc'] <= 1
+
+
+def test_tensorboard_files(run):
+  """Breaks if clu's writer stops writing where TensorBoard looks."""
+  assert list((run / 'metrics').glob('events.out.tfevents*'))
+
+
+def test_evaluations_and_report(run, tmp_path, capsys):
+  """Breaks if a verb fails, a result is not kept, or the page needs anything from outside."""
+  assert cli.main(['knn', f'--workdir={run}', '--k=20', '--baselines']) == 0
+  logistic = [
+    'probe',
+    f'--workdir={run}',
+    '--protocol=logistic',
+    '--labels=1,5',
+    '--draws=2',
+    '--baselines',
+  ]
+  assert cli.main(logistic) == 0
+  assert cli.main(['probe', f'--workdir={run}', '--cached', '--epochs=1']) == 0
+  printed = capsys.readouterr().out
+  assert 'raw pixels' in printed and 'untrained' in printed and '±' in printed
+  kept = json.loads((run / 'evaluation.json').read_text())
+  assert set(kept) == {'knn', 'label_efficiency', 'linear_cached'}
+  assert 0 <= kept['knn']['rows']['pretrained'][0][0] <= 100
+
+  page = tmp_path / 'page.html'
+  assert cli.main(['report', f'--workdir={run}', f'--out={page}']) == 0
+  text = page.read_text()
+  assert len(re.findall(r'<img[^>]+src="data:image/', text)) == 5
+  assert not re.search(r'(src|href)="(?!data:)', text) and '<script' not in text
+  for word in ('raw pixels', 'simclr-jax pretrain', '&quot;batch_size&quot;: 32', 'jaxlib'):
+    assert word in text
+
+
+def test_embed(run, exported, tmp_path):
+  """Breaks if features from a run, an export, and files of images differ, or formats change."""
+  images = data.load(config.load('simclr_digits').data, 'test').images
+  assert cli.main(['embed', f'--workdir={run}', '--split=test', f'--out={tmp_path}/a.npz']) == 0
+  np.save(tmp_path / 'images.npy', images)
+  argv = [
+    'embed',
+    f'--workdir={exported}',
+    f'--images={tmp_path}/images.npy',
+    f'--out={tmp_path}/b.npy',
+  ]
+  assert cli.main(argv) == 0
+  a = np.load(tmp_path / 'a.npz')
+  assert a['features'].shape == (1188, 32) and a['labels'].shape == (1188,)
+  np.testing.assert_array_equal(a['features'], np.load(tmp_path / 'b.npy'))
+
+
+def test_embed_errors(run, tmp_path, capsys):
+  """Breaks if a wrong output or a file that is no array gives a traceback."""
+  (tmp_path / 'x.npy').write_bytes(b'no array')
+  np.save(tmp_path / 'empty.npy', np.zeros((0, 32, 32, 3), np.uint8))
+  np.save(tmp_path / 'floats.npy', np.zeros((2, 32, 32, 3)))
+  for images, out, expected in (
+    ('x.npy', 'f.npy', 'cannot be read'), ('empty.npy', 'f.npy', 'holds no images'),
+    ('missing.npy', 'f.npy', 'cannot be read'), ('floats.npy', 'f.npy', 'must be uint8'),
+    ('x.npy', 'f.csv', 'must end in .npz or .npy'), ('x.npy', 'no/f.npy', 'does not exist'),
+  ):  # fmt: skip
+    argv = ('embed', f'--workdir={run}', f'--images={tmp_path / images}', f'--out={tmp_path / out}')
+    assert expected in fails(capsys, *argv)
+
+
+def test_export_and_load(run, exported, tmp_path, capsys):
+  """Breaks if an exported encoder differs from the run's, or overwrites something."""
+  a, b = load_encoder(run), load_encoder(exported)
+  assert a.digest() == b.digest() and b.architecture == a.architecture
+  assert b.provenance['step'] == 4 and b.provenance['config']['temperature'] == 0.2
+  card = json.loads((exported / 'encoder.json').read_text())
+  assert card['preprocessing']['size'] == [32, 32]
+  assert 'exists already' in fails(capsys, 'export', f'--workdir={run}', f'--out={exported}')
+  with pytest.raises(ConfigError, match='neither'):
+    load_encoder(tmp_path)
+
+
+def test_other_fields_of_a_run_cannot_be_set(run, capsys):
+  """Breaks if an evaluation pretends to evaluate another recipe."""
+  assert 'only data.*' in fails(capsys, 'knn', f'--workdir={run}', '--config.temperature=1')
+
+
+def snippets():
+  return re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
+
+
+def test_readme_plain_orbax_snippet(exported):
+  """Breaks if the README's way to read an export without this package stops working."""
+  snippet = next(s for s in snippets() if 'from orbax.checkpoint' in s)
+  assert 'simclr_jax' not in snippet
+  images = data.load(config.load('simclr_digits').data, 'test').images[:8]
+  np.save(exported.parent / 'images.npy', images)
+  program = (
+    snippet.replace("'my_encoder'", repr(str(exported)))
+    + f'\nimport numpy as np, sys\nx = np.load({str(exported.parent / "images.npy")!r}) / np.float32(255)\n'
+    + f'np.save({str(exported.parent / "plain.npy")!r}, features(x))\n'
+    + "assert 'simclr_jax' not in sys.modules\n"
+  )
+  subprocess.run([sys.executable, '-c', program], check=True)
+  expected = load_encoder(exported)(images)
+  np.testing.assert_allclose(np.load(exported.parent / 'plain.npy'), expected, atol=1e-5)
+
+
+def test_readme_python_snippet(run):
+  """Breaks if the README's ten lines of Python API stop working."""
+  snippet = next(s for s in snippets() if 'train_state' in s)
+  assert len([line for line in snippet.splitlines() if line.strip()]) <= 12
+  small = ', '.join(f'{k!r}: {v!r}' for k, v in SMALL.items())
+  program = snippet.replace("'runs/demo'", repr(str(run))).replace(
+    "config.load('simclr_digits')", f"config.load('simclr_digits', {{{small}}})"
+  )
+  scope = {}
+  exec(compile(program, 'README', 'exec'), scope)
+  assert scope['features'].shape == (100, 32)
+
+
+def test_recipes_load():
+  """Breaks if a shipped recipe fails its own checks or lacks its header."""
+  assert set(config.names()) >= {'simclr_digits', 'simclr_cifar10'}
+  for name in config.names():
+    assert config.load(name).method
+    text = next(f / f'{name}.py' for f in config.FOLDERS if (f / f'{name}.py').exists()).read_text()
+    for word in (f'--config={name}', 'Hardware:', 'esult'):
+      assert word in text or 'Published' in text
+  v2 = config.load('simclr_cifar10:v2')
+  assert v2.model.head_layers == 3 and v2.augment.brightness == 'multiplicative'

@@ -1,0 +1,147 @@
+"""Evaluations against scikit-learn and numpy; the encoder is never touched."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import NearestNeighbors
+
+from simclr_jax.data import Dataset, digits
+from simclr_jax.evaluate import features, knn, logistic, probe
+
+ARCHITECTURE = {
+  'depth': 8, 'width_multiplier': 0.125, 'stem': 'strided', 'dialect': 'simclr', 'head': 'mlp',
+  'head_layers': 2, 'head_dim': 16, 'image_size': 32,
+}  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def encoder():
+  return features.untrained(ARCHITECTURE)
+
+
+@pytest.fixture(scope='module')
+def data():
+  train, test = digits.load(None, 'train'), digits.load(None, 'test')
+  few = np.random.default_rng(0).permutation(len(train))[:600]
+  return Dataset(train.images[few], train.labels[few]), Dataset(
+    test.images[:200], test.labels[:200]
+  )
+
+
+def blobs(n, seed):
+  """Features of 10 overlapping classes."""
+  centres = np.random.default_rng(0).normal(size=(10, 24))
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, 10, n)
+  return (centres[labels] + 1.3 * rng.normal(size=(n, 24))).astype(np.float32), labels
+
+
+@pytest.mark.parametrize('k', [1, 20, 200, 5000])
+def test_knn_equals_scikit_learn(k):
+  """Breaks if similarity, weights, ties in k, or the blocks of queries change a vote."""
+  bank, labels = blobs(900, 1)
+  queries, _ = blobs(333, 2)
+  near = NearestNeighbors(n_neighbors=min(k, 900), metric='cosine').fit(bank.astype(np.float64))
+  distance, index = near.kneighbors(queries.astype(np.float64))
+  weight = np.exp((1 - distance) / 0.1)
+  votes = np.zeros((333, 10))
+  for i in range(333):
+    np.add.at(votes[i], labels[index[i]], weight[i])
+  np.testing.assert_array_equal(
+    knn.predict(bank, labels, queries, k, 0.1, block=100), votes.argmax(1)
+  )
+
+
+def test_logistic_equals_scikit_learn_and_is_balanced():
+  """Breaks if subsets are unbalanced, standardisation uses the test set, or draws are not seeded."""
+  train, labels = blobs(900, 1)
+  test, test_labels = blobs(300, 2)
+  rows = logistic.label_efficiency(train, labels, test, test_labels, [1, 20], draws=3)
+  assert [r['labels_per_class'] for r in rows] == [1, 20]
+  scores = []
+  for draw in range(3):
+    subset = logistic.balanced_subset(labels, 20, np.random.default_rng([0, 20, draw]))
+    assert (np.bincount(labels[subset]) == 20).all() and len(set(subset)) == 200
+    mean, std = train.mean(0), train.std(0)
+    model = LogisticRegression(max_iter=1000).fit((train[subset] - mean) / std, labels[subset])
+    scores.append(model.score((test - mean) / std, test_labels))
+  np.testing.assert_allclose(rows[1]['mean'], np.mean(scores), atol=1e-3)
+  np.testing.assert_allclose(rows[1]['std'], np.std(scores, ddof=1), atol=1e-3)
+  assert rows == logistic.label_efficiency(train, labels, test, test_labels, [1, 20], draws=3)
+  with pytest.raises(ValueError, match='fewer than 500'):
+    logistic.balanced_subset(labels, 500, np.random.default_rng(0))
+
+
+def test_logistic_in_the_span_of_few_examples():
+  """Breaks if the short cut for fewer examples than features changes the fit."""
+  rng = np.random.default_rng(0)
+  labels, test_labels = rng.integers(0, 3, 40), rng.integers(0, 3, 300)
+  centres = rng.normal(size=(3, 100))
+  x, test = (0.4 * centres[y] + rng.normal(size=(len(y), 100)) for y in (labels, test_labels))
+  plain = LogisticRegression(max_iter=1000).fit(x, labels).score(test, test_labels)
+  assert plain == logistic.accuracy(x, labels, test, test_labels)
+
+
+def test_features_do_not_depend_on_the_batch(encoder, data):
+  """Breaks if padding, the batch size or the eight devices reach a feature."""
+  images = data[0].images[:37]
+  whole = encoder(images, batch_size=64)
+  assert whole.shape == (37, 32) and whole.dtype == np.float32
+  np.testing.assert_allclose(encoder(images, batch_size=5), whole, atol=1e-6)
+  forward = features.make_forward(ARCHITECTURE)
+  plain = forward(encoder.variables, jnp.asarray(images, jnp.float32) / 255)
+  np.testing.assert_allclose(whole, plain, atol=1e-5)
+  with pytest.raises(ValueError, match='no images'):
+    encoder(images[:0])
+
+
+def test_features_of_another_image_size(encoder):
+  """Breaks if images of another size than the recipe's fail."""
+  assert encoder(np.zeros((3, 50, 41, 3), np.uint8)).shape == (3, 32)
+
+
+@pytest.mark.parametrize('cached', [True, False])
+def test_linear_probe(encoder, data, cached):
+  """Breaks if the probe does not learn, or the encoder's weights or statistics change."""
+  before = jax.tree.map(np.array, encoder.variables)
+  steps = []
+  result = probe.linear(
+    encoder, *data, epochs=4, batch_size=100, learning_rate=0.05, cached=cached,
+    report=lambda step, total, loss: steps.append((step, total, loss)),
+  )  # fmt: skip
+  jax.tree.map(np.testing.assert_array_equal, encoder.variables, before)
+  assert steps[0][2] == pytest.approx(np.log(10), rel=1e-4)  # zeros: chance
+  assert steps[-1][:2] == (24, 24) and steps[-1][2] < steps[0][2]
+  assert 0 <= result['top1'] <= 1 and result['test_images'] == 200
+  again = probe.linear(encoder, *data, epochs=4, batch_size=100, learning_rate=0.05, cached=cached)
+  assert again == result
+
+
+def test_linear_probe_separates_what_is_separable(encoder, data):
+  """Breaks if SGD, momentum or schedule are wrong: separable features must be learned."""
+  x, labels = blobs(500, 3)
+  head = probe.init(24, 10)
+  loss, accuracy = probe.loss(head, x, labels)
+  np.testing.assert_allclose(loss, np.log(10), rtol=1e-5)
+  logits = np.random.default_rng(0).normal(size=(24, 10)).astype(np.float32)
+  head = {'kernel': jnp.asarray(logits), 'bias': jnp.arange(10.0)}
+  masked = np.where(np.arange(500) < 100, -1, labels)
+  loss, accuracy = probe.loss(head, x, masked)
+  z = x[100:].astype(np.float64) @ logits + np.arange(10.0)
+  p = (
+    z - np.log(np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True)) - z.max(1, keepdims=True)
+  )
+  np.testing.assert_allclose(loss, -p[np.arange(400), labels[100:]].mean(), rtol=1e-5)
+  np.testing.assert_allclose(accuracy, (z.argmax(1) == labels[100:]).mean(), rtol=1e-6)
+
+
+def test_online_probe_leaves_the_encoder_alone():
+  """Breaks if the probe's gradient reaches the features."""
+  head = {'kernel': jnp.ones((24, 10)), 'bias': jnp.arange(10.0)}
+  x, labels = blobs(50, 4)
+  gradient = jax.grad(lambda h: probe.online_loss(head, h, labels)[0])(jnp.asarray(x))
+  assert not gradient.any()
+  unlabelled = probe.online_loss(head, jnp.asarray(x), np.full(50, -1))
+  assert unlabelled[0] == 0 and unlabelled[1] == 0
