@@ -11,7 +11,6 @@ import argparse
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -23,10 +22,8 @@ from simclr_jax.models.resnet import DEPTHS, ResNet
 def jax_step(depth, width, images, temperature=0.2):
   """A function that runs one step and waits for it."""
   net, head = ResNet(depth, width, stem='cifar'), ProjectionHead()
-  variables = jax.jit(partial_init := lambda k: net.init(k, images[:2], False))(jax.random.key(0))
-  del partial_init
-  h = jnp.zeros((2, jax.eval_shape(lambda v: net.apply(v, images[:2], False), variables).shape[1]))
-  heads = head.init(jax.random.key(1), h, False)
+  h, variables = net.init_with_output(jax.random.key(0), images[:2], train=False)
+  heads = head.init(jax.random.key(1), h, train=False)
   optimizer = optax.sgd(0.1, momentum=0.9)
   params = (variables['params'], heads['params'])
   state = (params, (variables['batch_stats'], heads['batch_stats']), optimizer.init(params))

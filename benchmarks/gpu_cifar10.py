@@ -42,6 +42,7 @@ def main():
   parser.add_argument('--data', type=pathlib.Path, required=True)
   parser.add_argument('--out', type=pathlib.Path, default=pathlib.Path('runs/gpu_cifar10'))
   parser.add_argument('--epochs', default='200')
+  parser.add_argument('--probe-epochs', type=int, default=100)
   parser.add_argument(
     '--set', action='append', default=[], metavar='FIELD=VALUE', help='recipe fields'
   )
@@ -69,7 +70,7 @@ def main():
   rates = [r['examples_per_second'] for r in records if 'examples_per_second' in r]
   memory = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0) / 2**30
   run.nearest_neighbours(workdir, recipe, k=200, temperature=0.1, baselines=True)
-  run.linear_probe(workdir, recipe, 100, 512, 0.1, cached=False, baselines=False)
+  run.linear_probe(workdir, recipe, args.probe_epochs, 512, 0.1, cached=False, baselines=False)
   print(f'{jax.devices()[0].device_kind}: {minutes:.1f} minutes with compilation and online kNN, '
         f'{50_000 / np.median(rates):.2f} s an epoch, peak memory {memory:.2f} GiB')  # fmt: skip
 

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import os
 import pathlib
 import signal
 import time
@@ -59,6 +60,7 @@ class Stop:
     self.signal = number
     if number == signal.SIGINT:
       signal.signal(number, signal.default_int_handler)
+      os.write(2, b'\nCtrl-C: saving after this step; press again to stop at once\n')
 
   @property
   def exit_code(self) -> int:

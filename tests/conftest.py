@@ -17,6 +17,8 @@ jax.config.update('jax_platforms', 'cpu')
 _cache = tempfile.TemporaryDirectory(prefix='simclr_jax_test_cache')
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
 jax.config.update('jax_compilation_cache_dir', _cache.name)
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
 # The smallest recipe that still has every part: set with `config.load('simclr_digits', TINY)`.
 TINY = {
@@ -24,6 +26,7 @@ TINY = {
   'model.head_dim': '16',
   'batch_size': '32',
   'steps': '20',
+  'learning_rate': '0.3',
   'warmup_epochs': '0',
   'knn_every_epochs': '0',
   'log_every_steps': '1',

@@ -5,13 +5,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import ml_collections
 import optax
 
 from simclr_jax.data import Dataset, augment, order
 from simclr_jax.evaluate import features
 
 PyTree = Any
+
+CROP_AND_FLIP = ml_collections.FrozenConfigDict(
+  {
+    'crop_area_min': 0.08,
+    'crop_area_max': 1.0,
+    'crop_min_object_covered': 0.1,
+    'flip': True,
+    'color_strength': 0.0,
+    'blur_probability': 0.0,
+  }
+)
 
 
 def init(d: int, classes: int) -> PyTree:
@@ -78,12 +89,7 @@ def linear(
 
   def crop_and_flip(image, epoch, position):
     key = jax.random.fold_in(jax.random.fold_in(base, epoch), position)
-    crop_key, flip_key = jax.random.split(key)
-    image = image.astype(jnp.float32) / 255
-    box = augment.sample_box(crop_key, *image.shape[:2])
-    image = augment.crop_and_resize(image, box, size)
-    image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
-    return jnp.clip(image, 0.0, 1.0)
+    return augment.view(key, image, CROP_AND_FLIP, size)
 
   @jax.jit
   def step(head, slots, variables, inputs, labels, rows):
@@ -117,5 +123,5 @@ def linear(
     'learning_rate': learning_rate,
     'cached': cached,
     'train_images': len(train),
-    'test_images': int(np.size(test.labels)),
+    'test_images': len(test),
   }

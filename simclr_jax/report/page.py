@@ -41,9 +41,9 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
   encoder = orbax.load_encoder(workdir)
   train = data.load(config.data, 'train')
   try:
-    test = data.load(config.data, 'test')
+    test, whose = data.load(config.data, 'test'), 'held-out'
   except recipes.ConfigError:  # unlabelled data often comes without a test split
-    test = train
+    test, whose = train, 'training'
   about = json.loads((workdir / 'config.json').read_text())
   records = logs.read(workdir)
   results = run.kept(workdir)
@@ -73,7 +73,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
             'Left: training images. Right: two pairs of views of each, as the training draws them.'),
     '<h2>What it makes of it</h2><div class="two">',
     _figure(figures.embedding_map(h, labels), 'Embedding map', '',
-            f'{len(chosen):,} held-out images, t-SNE of their features'
+            f'{len(chosen):,} {whose} images, t-SNE of their features'
             + (', coloured by a label that the training did not see.' if labels is not None else '.')),
     _figure(_neighbour_grid(shown, h), 'Nearest neighbours', 'pixels',
             f'Left: {QUERIES} images. Right: their {NEIGHBOURS} nearest by cosine similarity.'),
