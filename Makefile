@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-browser lint bench gpu-cifar10 clean
+.PHONY: demo test test-browser lint bench gpu-cifar10 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax pretrain --config=simclr_digits --workdir=runs/demo
@@ -11,10 +11,6 @@ demo: $(VENV)/.installed
 	$(BIN)/simclr-jax report --workdir=runs/demo
 
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -m "not slow"
-
-# Also the tests that take minutes.
-test-all: $(VENV)/.installed lint
 	$(BIN)/python -m pytest
 
 # Opens the report of a small run in headless Chromium (`apt-get install chromium`).

@@ -10,14 +10,13 @@ on the test set; here it is the last one). Needs no TensorFlow.
 
 import argparse
 import io
-import json
 import pathlib
 import time
 
 import jax
 import numpy as np
 
-from simclr_jax import config, train
+from simclr_jax import config, logs, train
 from simclr_jax.evaluate import run
 
 
@@ -66,8 +65,7 @@ def main():
   if train.pretrain(recipe, workdir, 'benchmarks/gpu_cifar10.py'):
     raise SystemExit('interrupted; run it again to go on')
   minutes = (time.monotonic() - start) / 60
-  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  rates = [r['examples_per_second'] for r in records if 'examples_per_second' in r]
+  rates = [r['examples_per_second'] for r in logs.read(workdir) if 'examples_per_second' in r]
   memory = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0) / 2**30
   run.nearest_neighbours(workdir, recipe, k=200, temperature=0.1, baselines=True)
   run.linear_probe(workdir, recipe, args.probe_epochs, 512, 0.1, cached=False, baselines=False)

@@ -12,7 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.method = 'simclr'
   config.seed = 0
-  config.epochs = 15
+  config.epochs = 14
   config.steps = 0  # above 0: instead of the epochs
   config.batch_size = 256
   config.image_size = 32
@@ -60,6 +60,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.log_every_steps = 10
   config.checkpoint_every_steps = 0  # 0: once an epoch
   config.keep_checkpoints = 2
-  config.knn_every_epochs = 5  # the online kNN; 0: never
+  config.knn_every_epochs = 10  # the online kNN; 0: never
   config.tensorboard = True
   return config

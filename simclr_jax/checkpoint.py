@@ -44,10 +44,14 @@ def versions() -> dict[str, str]:
       found[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
       found[name] = 'not installed'
-  git = ['git', '-C', str(pathlib.Path(__file__).parent), 'rev-parse', 'HEAD']
+  checkout = pathlib.Path(__file__).parents[1]
+  git = ['git', '-C', str(checkout), 'rev-parse', '--show-toplevel', 'HEAD']
   try:
-    revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    found['git'] = revision
+    top, head = subprocess.run(git, capture_output=True, text=True, check=True).stdout.split('\n')[
+      :2
+    ]
+    if pathlib.Path(top) == checkout.resolve():  # and not a repository that holds our environment
+      found['git'] = head
   except (OSError, subprocess.CalledProcessError):
     pass
   return found
@@ -99,42 +103,52 @@ def steps(folder: pathlib.Path) -> list[int]:
   return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
 
 
-def restore(folder: pathlib.Path, target: PyTree) -> tuple[PyTree, dict[str, Any]] | None:
+def exists(folder: pathlib.Path) -> bool:
+  """Whether a run has saved anything in `folder`, readable or not."""
+  return bool(steps(folder)) or any(folder.glob('corrupt-*'))
+
+
+def restore(
+  folder: pathlib.Path, target: PyTree, quarantine: bool = False
+) -> tuple[PyTree, dict[str, Any]] | None:
   """The newest readable state in `folder`, or None if there has never been one.
 
-  Unreadable newer ones are renamed to `corrupt-<step>`: left in place they would keep the run from
-  saving these steps again.
+  With `quarantine`, unreadable newer ones are renamed to `corrupt-<step>`: left in place they would
+  keep a run from saving these steps again. Only the run that owns the folder may ask for that.
 
   Raises:
     CheckpointError: there are checkpoints and none is readable.
     ConfigError: the newest is sound but of another network.
   """
-  found = steps(folder)
-  shapes = {
-    jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(target)
-  }
   damaged = []
-  for step in reversed(found):
+  for step in reversed(steps(folder)):
     path = folder / str(step)
     try:
-      _check_shapes(path, shapes)
+      _check_shapes(path, _shapes(target))
       restored = load_tree(path, target)
     except CheckpointError as error:
       logging.warning('%s', error)
       damaged.append(path)
       continue
-    for bad in damaged:
-      quarantine = bad.with_name(f'corrupt-{bad.name}')
-      bad.rename(quarantine)
-      logging.warning('moved %s to %s; going on from step %d', bad.name, quarantine, step)
+    for bad in damaged if quarantine else []:
+      names = (f'corrupt-{bad.name}{suffix}' for suffix in ('', *(f'-{i}' for i in range(2, 99))))
+      aside = next(folder / name for name in names if not (folder / name).exists())
+      bad.rename(aside)
+      logging.warning('moved %s to %s; going on from step %d', bad.name, aside, step)
     return restored
-  if damaged or list(folder.glob('corrupt-*')):
+  if exists(folder):
     raise CheckpointError(
       f'no checkpoint in {folder} can be read ({len(damaged)} tried): restore the folder from a '
       'backup, or choose a new --workdir to begin again'
     )
   return None
+
+
+def _shapes(tree):
+  return {
+    jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def _check_shapes(path, shapes):
@@ -176,11 +190,7 @@ class Saver:
     Raises:
       CheckpointError: this save was refused, or the one before it failed.
     """
-    shapes = {
-      jax.tree_util.keystr(path): [list(leaf.shape), str(leaf.dtype)]
-      for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
-    metadata = {**metadata, 'step': step, 'crc32': digest(state), 'shapes': shapes}
+    metadata = {**metadata, 'step': step, 'crc32': digest(state), 'shapes': _shapes(state)}
     self.wait()  # an error of the last save is raised here and not lost
     if self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata) is None:
       raise CheckpointError(f'Orbax refused to save step {step} in {self._folder}')

@@ -1,11 +1,12 @@
 """`simclr-jax VERB ...`: parses words, calls the function that does the work, turns errors into codes.
 
 Exit codes: 0 done, 1 a failure named on stderr, 2 wrong usage or recipe, 3 the loss is not finite,
-75 stopped by SIGTERM after saving, 130 stopped by Ctrl-C after saving.
+75 stopped by SIGTERM after saving, 130 stopped by Ctrl-C (the first one lets `pretrain` save).
 """
 
 import argparse
 import logging
+import math
 import os
 import pathlib
 import shlex
@@ -24,13 +25,21 @@ def main(argv: list[str] | None = None) -> int:
   logging.basicConfig(format='%(levelname)s: %(message)s')
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)  # Orbax raises what it also logs there
   args, overrides = _parse(argv)
+  args.command = 'simclr-jax ' + shlex.join(argv)
+  try:
+    return _run(args, overrides)
+  except KeyboardInterrupt:
+    return _fail('stopped by Ctrl-C', 130)
 
+
+def _run(args, overrides):
   # After parsing: JAX takes seconds to import, and --help should not.
+  import jax
+
   from simclr_jax.checkpoint import CheckpointError
   from simclr_jax.config import ConfigError
   from simclr_jax.train import EXIT_NAN, NotFinite
 
-  args.command = 'simclr-jax ' + shlex.join(argv)
   try:
     return args.run(args, overrides)
   except ConfigError as error:
@@ -39,8 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     return _fail(error, EXIT_NAN)
   except (CheckpointError, OSError) as error:
     return _fail(error, 1)
-  except KeyboardInterrupt:
-    return _fail('stopped by Ctrl-C', 130)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return _fail('this does not fit into the memory of the device: lower the batch size', 1)
 
 
 def _fail(error, code):
@@ -68,15 +79,17 @@ def _parse(argv):
     p.set_defaults(run=run, parser=p)
     return p
 
+  moved = 'The data is read from where the run read it; --config.data.dir=DIR names another place.'
+
   def workdir(p, text='the run to look at'):
-    p.add_argument('--workdir', required=True, type=pathlib.Path, metavar='RUN', help=text)
+    p.add_argument('--workdir', required=True, type=_path, metavar='RUN', help=text)
 
   p = verb(
     'pretrain', _pretrain, 'train an encoder without labels',
     'Example:\n'
     '  simclr-jax pretrain --config=simclr_cifar10 --workdir=runs/c10 \\\n'
     '      --config.epochs=200 --config.data.dir=$HOME/tensorflow_datasets\n\n'
-    'Shipped recipes: see configs/. Any field is set with --config.FIELD=VALUE, for instance\n'
+    'Shipped recipes: simclr_digits, simclr_cifar10 (:v1, :v2). Any field is set with --config.FIELD=VALUE, for instance\n'
     '--config.batch_size=256, --config.model.depth=50, --config.data.source=npz.',
   )  # fmt: skip
   p.add_argument(
@@ -92,13 +105,15 @@ def _parse(argv):
     '--protocol=sgd is SimCLR\'s: Nesterov SGD on cropped and flipped images; --cached trains on\n'
     'features computed once, which takes minutes instead of hours on a CPU.\n'
     '--protocol=logistic fits a logistic regression (L-BFGS) with few labels a class, several\n'
-    'times, on random subsets. Results go to RUN/evaluation.json and into the report.',
+    'times, on random subsets. Results go to RUN/evaluation.json and into the report.\n\n' + moved,
   )  # fmt: skip
   workdir(p)
   p.add_argument('--protocol', choices=('sgd', 'logistic'), default='sgd')
   p.add_argument('--epochs', type=_positive, default=100, help='sgd: passes over the data (100)')
   p.add_argument('--batch-size', type=_positive, default=512, help='sgd: (512)')
-  p.add_argument('--learning-rate', type=float, default=0.1, help='sgd: times batch/256 (0.1)')
+  p.add_argument(
+    '--learning-rate', type=_above_zero, default=0.1, help='sgd: times batch/256 (0.1)'
+  )
   p.add_argument(
     '--cached', action='store_true', help='sgd: no augmentation, features computed once'
   )
@@ -111,16 +126,18 @@ def _parse(argv):
   )
   p.add_argument('--draws', type=_positive, default=5, help='logistic: random subsets for each (5)')
   p.add_argument(
-    '--baselines', action='store_true', help='also: raw pixels and the untrained encoder'
+    '--baselines',
+    action='store_true',
+    help='also: the untrained encoder, and for logistic raw pixels',
   )
 
   p = verb(
     'knn', _knn, 'classify the test images by their nearest training images',
-    'Cosine similarity s, a neighbour counts exp(s / temperature). Needs labels.',
+    'Cosine similarity s, a neighbour counts exp(s / temperature). Needs labels.\n\n' + moved,
   )  # fmt: skip
   workdir(p)
   p.add_argument('--k', type=_positive, default=200, help='neighbours (200)')
-  p.add_argument('--temperature', type=float, default=0.1, help='(0.1)')
+  p.add_argument('--temperature', type=_above_zero, default=0.1, help='(0.1)')
   p.add_argument(
     '--baselines', action='store_true', help='also: raw pixels and the untrained encoder'
   )
@@ -130,7 +147,7 @@ def _parse(argv):
     'Example:\n'
     '  simclr-jax embed --workdir=runs/c10 --images=mine.npy --out=features.npz\n\n'
     'Without --images: of the data of the run. The output has `features` float32 [n, d] and, if\n'
-    'they are known, `labels`; as .npy the features alone.',
+    'they are known, `labels`; as .npy the features alone. ' + moved,
   )  # fmt: skip
   workdir(p, 'a run, or an exported encoder')
   p.add_argument(
@@ -138,11 +155,11 @@ def _parse(argv):
   )
   p.add_argument(
     '--images',
-    type=pathlib.Path,
+    type=_path,
     metavar='FILE',
     help='.npy, or .npz with `images`: uint8 [n, h, w, 3]',
   )
-  p.add_argument('--out', required=True, type=pathlib.Path, metavar='FILE', help='.npz or .npy')
+  p.add_argument('--out', required=True, type=_path, metavar='FILE', help='.npz or .npy')
 
   p = verb(
     'export', _export, 'write the encoder alone, for fine-tuning elsewhere',
@@ -151,15 +168,15 @@ def _parse(argv):
   )  # fmt: skip
   workdir(p)
   p.add_argument('--to', choices=('orbax',), default='orbax', help='the format')
-  p.add_argument('--out', required=True, type=pathlib.Path, metavar='DIR', help='a new folder')
+  p.add_argument('--out', required=True, type=_path, metavar='DIR', help='a new folder')
 
   p = verb(
     'report', _report, 'make one HTML page of a run',
     'Curves, augmented views, a map of the embeddings, nearest neighbours, evaluations, recipe and\n'
-    'versions. One file with everything in it, to be opened without a network.',
+    'versions. One file with everything in it, to be opened without a network.\n\n' + moved,
   )  # fmt: skip
   workdir(p)
-  p.add_argument('--out', type=pathlib.Path, metavar='FILE', help='(RUN/report.html)')
+  p.add_argument('--out', type=_path, metavar='FILE', help='(RUN/report.html)')
 
   args, rest = parser.parse_known_args(argv)
   overrides = {}
@@ -176,8 +193,15 @@ def _parse(argv):
   return args, overrides
 
 
+def _path(text):
+  return pathlib.Path(text).expanduser()
+
+
 def _positive(text):
-  value = int(text)
+  try:
+    value = int(text)
+  except ValueError:
+    raise argparse.ArgumentTypeError(f'{text!r} is not a whole number') from None
   if value < 1:
     raise argparse.ArgumentTypeError(f'{text} is below 1')
   return value
@@ -185,6 +209,16 @@ def _positive(text):
 
 def _positives(text):
   return [_positive(t) for t in text.split(',')]
+
+
+def _above_zero(text):
+  try:
+    value = float(text)
+  except ValueError:
+    value = math.nan
+  if not 0 < value < math.inf:
+    raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
+  return value
 
 
 def _pretrain(args, overrides):
@@ -227,8 +261,6 @@ def _probe(args, overrides):
 def _knn(args, overrides):
   from simclr_jax.evaluate import run
 
-  if not args.temperature > 0:
-    args.parser.error(f'--temperature={args.temperature} is not above 0')
   recipe = _run_config(args, overrides)
   run.nearest_neighbours(args.workdir, recipe, args.k, args.temperature, args.baselines)
   return 0
@@ -237,6 +269,8 @@ def _knn(args, overrides):
 def _embed(args, overrides):
   from simclr_jax.evaluate import run
 
+  if args.images and overrides:
+    args.parser.error('--config.* has no meaning with --images')
   recipe = None if args.images else _run_config(args, overrides)
   run.embed(args.workdir, recipe, args.split, args.images, args.out)
   return 0

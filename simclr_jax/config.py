@@ -6,6 +6,7 @@ import math
 import pathlib
 
 import ml_collections
+import numpy as np
 
 from simclr_jax.models import heads, resnet
 
@@ -23,7 +24,10 @@ FREE = (
   'knn_every_epochs',
   'tensorboard',
   'data.dir',
+  'data.test_split',
 )
+# Not every method has these.
+OPTIONAL = ('temperature', 'loss_scale', 'model.head', 'model.head_layers', 'model.head_dim')
 
 
 class ConfigError(ValueError):
@@ -56,7 +60,10 @@ def load(spec: str, overrides: dict[str, str] | None = None) -> ml_collections.C
   if module_spec is None:
     raise ConfigError(f'the recipe {str(found[0])!r} is not a Python file')
   module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
+  try:
+    module_spec.loader.exec_module(module)
+  except Exception as error:
+    raise ConfigError(f'the recipe {found[0]} fails: {type(error).__name__}: {error}') from None
   if not hasattr(module, 'get_config'):
     raise ConfigError(f'{found[0]} has no function get_config()')
   try:
@@ -92,7 +99,8 @@ def flatten(config: ml_collections.ConfigDict | dict) -> dict[str, object]:
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises `ConfigError` with the field, its value and what is allowed."""
-  for field, value in flatten(config).items():
+  flat = flatten(config)
+  for field, value in flat.items():
     if isinstance(value, float) and not math.isfinite(value):
       raise ConfigError(f'{field}={value} is not a finite number')
   for field, lowest, highest in (
@@ -123,7 +131,11 @@ def check(config: ml_collections.ConfigDict) -> None:
     ('augment.grayscale_probability', 0.0, 1.0),
     ('augment.blur_probability', 0.0, 1.0),
   ):
-    value = _get(config, field)
+    if field not in flat and field in OPTIONAL:
+      continue
+    value = _get(flat, field)
+    if not isinstance(value, (int, float)):
+      raise ConfigError(f'{field}={value!r} is not a number')
     if value < lowest or (highest is not None and value > highest):
       allowed = f'at least {lowest}' if highest is None else f'from {lowest} to {highest}'
       raise ConfigError(f'{field}={value} is out of range: {allowed}')
@@ -139,7 +151,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     ('augment.brightness', ('additive', 'multiplicative')),
     ('augment.blur_sigma', ('example', 'batch')),
   ):
-    value = _get(config, field)
+    if field not in flat and field in OPTIONAL:
+      continue
+    value = _get(flat, field)
     if value not in allowed:
       raise ConfigError(f'{field}={value!r} is not one of {", ".join(map(str, allowed))}')
   if not config.steps and not config.epochs:
@@ -160,9 +174,19 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def check_against(
-  config: ml_collections.ConfigDict, examples: int, devices: int, warmup_steps: int, steps: int
+  config: ml_collections.ConfigDict,
+  labels: np.ndarray,
+  devices: int,
+  warmup_steps: int,
+  steps: int,
 ) -> None:
-  """The checks that need the data set's size and the number of devices."""
+  """The checks that need the training set's labels `[N]` and the number of devices."""
+  examples, classes = len(labels), config.data.num_classes
+  if classes and examples and labels.max() >= classes:
+    raise ConfigError(
+      f'data.num_classes={classes}, but the training labels go up to {labels.max()}: '
+      'set it to the number of classes, or to 0 for no online probe'
+    )
   if config.batch_size > examples:
     raise ConfigError(
       f'batch_size={config.batch_size} is larger than the data set, {examples} images'
@@ -197,10 +221,10 @@ def check_unchanged(old: dict, new: ml_collections.ConfigDict, workdir: str) -> 
     )
 
 
-def _get(config, field):
-  for key in field.split('.'):
-    config = config[key]
-  return config
+def _get(flat, field):
+  if field not in flat:
+    raise ConfigError(f'the recipe lacks the field {field!r}')
+  return flat[field]
 
 
 def _did_you_mean(word, words):

@@ -33,10 +33,11 @@ class Log:
   def progress(self, step: int, metrics: dict[str, float]) -> None:
     """One line: a bar's text on a terminal, a plain line elsewhere."""
     eta = (self._steps - step) / max(metrics['steps_per_second'], 1e-9)
+    accuracy = metrics.get('contrastive_acc')  # not every method has one
     text = (
       f'epoch {metrics["epoch"]:.2f}  loss {metrics["loss"]:.4f}  '
-      f'contrastive acc {metrics["contrastive_acc"]:.1%}  '
-      f'{metrics["examples_per_second"]:,.0f} examples/s'
+      + (f'contrastive acc {accuracy:.1%}  ' if accuracy is not None else '')
+      + f'{metrics["examples_per_second"]:,.0f} examples/s'
     )
     if self._bar.disable:
       print(f'step {step}/{self._steps}  {text}  ETA {tqdm.format_interval(eta)}', flush=True)

@@ -7,7 +7,6 @@ import os
 import pathlib
 import signal
 import time
-import zlib
 
 import jax
 import ml_collections
@@ -25,7 +24,6 @@ from simclr_jax import (
   sharding,
   train_state,
 )
-from simclr_jax.data import order
 from simclr_jax.evaluate import features, knn
 
 EXIT_NAN = 3  # the loss is not finite
@@ -89,16 +87,16 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
     train = data.load(config.data, 'train')
     steps = optim.train_steps(config, len(train))
     warmup = optim.warmup_steps(config, len(train))
-    recipes.check_against(config, len(train), jax.device_count(), warmup, steps)
+    recipes.check_against(config, train.labels, jax.device_count(), warmup, steps)
     _warn(config, train)
+    online_knn = _online_knn(config, train) if config.knn_every_epochs else None
 
     mesh = sharding.make_mesh()
     state, step_fn = train_state.build(config, train, mesh)
-    _write_config(config, workdir, command)
     _describe(config, mesh, train, steps, state)
 
     folder = workdir / 'checkpoints'
-    restored = checkpoint.restore(folder, checkpoint.abstract(state))
+    restored = checkpoint.restore(folder, checkpoint.abstract(state), quarantine=True)
     if restored:
       state = restored[0]
       print(f'resuming {workdir} from step {int(state.step)} of {steps}', flush=True)
@@ -106,11 +104,11 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
     if first >= steps:
       print(f'{workdir} is complete: {first} steps', flush=True)
       return 0
+    _write_config(config, workdir, command)
 
     saver = cleanup.enter_context(checkpoint.Saver(folder, config.keep_checkpoints))
     log = logs.Log(workdir, first, steps, config.tensorboard)
     cleanup.callback(log.close)
-    online_knn = _online_knn(config, train) if config.knn_every_epochs else None
     every_epoch = max(len(train) // config.batch_size, 1)
     save_every = config.checkpoint_every_steps or every_epoch
     knn_every = config.knn_every_epochs * every_epoch
@@ -134,28 +132,30 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
       values['steps_per_second'] = (done - clock_step) / max(now - clock, 1e-9)
       values['examples_per_second'] = values['steps_per_second'] * config.batch_size
       values['epoch'] = done * config.batch_size / len(train)
-      values['batch_hash'] = _batch_hash(config, done - 1, len(train))
       clock, clock_step = now, done
       log.write(done, values)
       log.progress(done, values)
 
-    def save(done):
+    def flush():
       nonlocal pending
-      if pending:  # nothing is saved before its loss is known to be finite
+      if pending:
         finish(*pending)
-        pending = None
+      pending = None
+
+    def save(done):
+      flush()  # nothing is saved before its loss is known to be finite
       saver.save(done, state, {'config': config.to_dict(), 'versions': checkpoint.versions()})
 
     done = first
     for i in range(first, steps):
       state, metrics = step_fn(state, i)
       done = i + 1
-      if pending:
-        finish(*pending)
+      flush()
       pending = (done, metrics)
       if done % save_every == 0 or done == steps:
         save(done)
       if online_knn and (done % knn_every == 0 or done == steps):
+        flush()
         accuracy = online_knn(state)
         log.write(done, {'knn_acc': accuracy})
         log.say(f'step {done}/{steps}  online kNN {accuracy:.1%}')
@@ -191,11 +191,10 @@ def _locked(workdir):
 
 
 def _check_workdir(config, workdir):
-  path = workdir / 'config.json'
-  if not path.exists():
-    if checkpoint.steps(workdir / 'checkpoints'):
-      raise recipes.ConfigError(f'{workdir} has checkpoints, but its config.json is missing')
-    return
+  if not checkpoint.exists(workdir / 'checkpoints'):
+    return  # nothing was trained that another recipe could spoil
+  if not (workdir / 'config.json').exists():
+    raise recipes.ConfigError(f'{workdir} has checkpoints, but its config.json is missing')
   recipes.check_unchanged(read_config(workdir), config, str(workdir))
 
 
@@ -213,11 +212,12 @@ def read_config(workdir: pathlib.Path) -> dict:
 
 
 def _write_config(config, workdir, command):
-  text = json.dumps(
-    {'config': config.to_dict(), 'command': command, 'versions': checkpoint.versions()}, indent=1
-  )
+  values = config.to_dict()
+  if config.data.dir:
+    values['data']['dir'] = str(pathlib.Path(config.data.dir).expanduser().resolve())
+  about = {'config': values, 'command': command, 'versions': checkpoint.versions()}
   new = workdir / 'config.json.new'
-  new.write_text(text + '\n')
+  new.write_text(json.dumps(about, indent=1) + '\n')
   new.rename(workdir / 'config.json')
 
 
@@ -247,7 +247,14 @@ def _online_knn(config, train):
   """A function state -> kNN accuracy on the test split, or None if there is nothing to measure."""
   if not train.labelled:
     return None
-  test = data.load(config.data, 'test')
+  try:
+    test = data.load(config.data, 'test')
+  except recipes.ConfigError as error:
+    logging.warning('no online kNN: %s', error)
+    return None
+  if not test.labelled:
+    logging.warning('no online kNN: the test images have no labels')
+    return None
   method = methods.build(config)
   rng = np.random.default_rng(0)
   bank = np.sort(rng.permutation(len(train))[:10_000])
@@ -271,11 +278,6 @@ def _online_knn(config, train):
 def architecture(config: ml_collections.ConfigDict | dict) -> dict:
   """What rebuilds a recipe's encoder: its `model` part and the image size."""
   return {**dict(config['model']), 'image_size': config['image_size']}
-
-
-def _batch_hash(config, step, examples):
-  rows = order.rows(config.seed, step, config.batch_size, examples)
-  return zlib.crc32(np.stack([rows[k] for k in sorted(rows)]))
 
 
 def _newest(folder):

@@ -62,7 +62,8 @@ def train_step(
     rows: `index`, `epoch`, `position`, int32 `[n]`, from `data.order.rows`.
 
   Returns:
-    The state after, and float32 scalar metrics.
+    The state after, and scalar metrics: the method's, `learning_rate`, `grad_norm` and
+    `batch_hash`, a uint32 checksum of the views, in which a changed pixel or order shows.
   """
   batch = {
     'views': augment.views(
@@ -77,14 +78,21 @@ def train_step(
     'index': rows['index'],
   }
   # The base key is never advanced, so a resumed run draws what the uninterrupted one would have.
-  rng = jax.random.fold_in(jax.random.key(config.seed), ts.step)
+  rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2), ts.step)
   gradient = jax.value_and_grad(method.loss, has_aux=True)
   (_, (state, metrics)), grads = gradient(ts.params, ts.state, batch, rng)
   updates, opt_state = optimizer.update(grads, ts.opt_state, ts.params)
   metrics['learning_rate'] = rate(ts.step)
   metrics['grad_norm'] = optax.tree.norm(grads)
+  metrics['batch_hash'] = _hash(batch['views'])
   new = TrainState(ts.step + 1, optax.apply_updates(ts.params, updates), state, opt_state)
   return new, metrics
+
+
+def _hash(views):
+  bits = jax.lax.bitcast_convert_type(views, jnp.uint32)
+  rows = jnp.sum(bits, axis=range(1, bits.ndim), dtype=jnp.uint32)  # [n], modulo 2^32
+  return jnp.sum(rows * np.arange(1, 2 * len(views), 2, dtype=np.uint32), dtype=jnp.uint32)
 
 
 def build(

@@ -168,7 +168,7 @@ def test_empty_and_stray_files_are_survived(folder, finish, uninterrupted):
   (workdir / 'checkpoints' / '15').mkdir(parents=True)
   (workdir / 'checkpoints' / 'notes').write_text('mine')
   code, output = finish(workdir)
-  assert code == 2 and 'config.json is missing' in output
+  assert code == 2 and 'config.json is missing' in output, output
   (workdir / 'checkpoints' / '15').rmdir()
   assert finish(workdir)[0] == 0
   (workdir / 'checkpoints' / '99').mkdir()
@@ -185,6 +185,15 @@ def test_a_changed_recipe_is_refused(finish, uninterrupted):
   code, output = finish(uninterrupted, log_every_steps=7)  # of no consequence
   assert code == 0 and 'is complete' in output
   assert leaves(uninterrupted) == before
+
+
+def test_a_run_that_never_saved_can_be_corrected(folder, finish):
+  """Breaks if a first attempt that failed keeps its workdir from the corrected command."""
+  workdir = folder / 'corrected'
+  code, output = finish(workdir, optimizer='sgd', learning_rate=1e30, checkpoint_every_steps=20)
+  assert code == 3 and 'there is no checkpoint yet' in output, output
+  code, output = finish(workdir, steps=2)
+  assert code == 0, output
 
 
 def test_nan_stops_before_the_next_checkpoint(folder, finish):

@@ -278,7 +278,7 @@ def views(
   Returns:
     float32 `[n, 2, size, size, 3]` in [0, 1].
   """
-  base = jax.random.key(seed)
+  base = jax.random.key(seed)  # folded with 0 and 1 here, with 2 for the method's own draws
   # SimCLR's code draws one sigma for each view of a whole batch: here from the batch's first place.
   batch = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, 1), epoch[0]), position[0])
   sigmas = jax.random.uniform(batch, (2,), minval=0.1, maxval=2.0)

@@ -2,6 +2,7 @@
 
 import pathlib
 import zipfile
+import zlib
 
 import ml_collections
 import numpy as np
@@ -23,8 +24,10 @@ def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
         raise ConfigError(f'{path} has no array "images", only {sorted(file)}')
       images = file['images']
       labels = file['labels'] if 'labels' in file else np.full(len(images), -1)
-  except (ValueError, OSError, zipfile.BadZipFile) as error:
-    if isinstance(error, ConfigError):
-      raise
+      if labels.dtype.kind not in 'iu':
+        raise ConfigError(f'{path}: labels must be whole numbers, these are {labels.dtype}')
+  except ConfigError:
+    raise
+  except (OSError, EOFError, ValueError, TypeError, zlib.error, zipfile.BadZipFile) as error:
     raise ConfigError(f'{path} cannot be read as an npz of plain arrays: {error}') from None
   return Dataset(images, labels.astype(np.int32))

@@ -12,7 +12,7 @@ MAX_BYTES = 16 * 2**30
 
 
 def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
-  """Reads a prepared data set through tf.data, once, in the order of its files.
+  """Reads a prepared data set through tf.data, once, in TFDS's deterministic order.
 
   Args:
     config: `name` as TFDS knows it; `dir`, TFDS's `data_dir`, empty for its default.
@@ -33,7 +33,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
   folder = str(pathlib.Path(config.dir).expanduser()) if config.dir else None
   try:
     builder = tfds.builder(config.name, data_dir=folder)
-  except (tfds.core.DatasetNotFoundError, ValueError):
+  except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):
     raise ConfigError(f'data.name={config.name!r} is not a TFDS data set') from None
   prepare = f'tfds build {config.name}' + (f' --data_dir={folder}' if folder else '')
   if not builder.is_prepared():
@@ -44,6 +44,8 @@ def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
     raise ConfigError(
       f'{config.name} has no split {split!r}, only {", ".join(builder.info.splits)}'
     ) from None
+  if 'image' not in builder.info.features:
+    raise ConfigError(f'{config.name} has no images, only {", ".join(builder.info.features)}')
   feature = builder.info.features['image']
   if None in feature.shape:
     raise ConfigError(

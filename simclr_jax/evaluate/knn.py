@@ -53,6 +53,13 @@ def predict(
   return np.concatenate(found)
 
 
-def accuracy(bank, labels, queries, query_labels, k: int = 200, temperature: float = 0.1) -> float:
+def accuracy(
+  bank: np.ndarray,
+  labels: np.ndarray,
+  queries: np.ndarray,
+  query_labels: np.ndarray,
+  k: int = 200,
+  temperature: float = 0.1,
+) -> float:
   """Share of `queries` that `predict` puts into their class `query_labels`."""
   return float(np.mean(predict(bank, labels, queries, k, temperature) == query_labels))

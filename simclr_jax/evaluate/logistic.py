@@ -27,7 +27,7 @@ def accuracy(
   labels: np.ndarray,
   test: np.ndarray,
   test_labels: np.ndarray,
-  regularization: float = 1.0,
+  regularization: float,
 ) -> float:
   """Accuracy on `test` of scikit-learn's L-BFGS fit to x `[n, d]`.
 
@@ -52,6 +52,7 @@ def label_efficiency(
   labels_per_class: list[int],
   draws: int = 5,
   seed: int = 0,
+  regularization: float = 0.01,
 ) -> list[dict[str, float]]:
   """Test accuracy against the number of labels.
 
@@ -64,20 +65,21 @@ def label_efficiency(
     labels_per_class: the numbers to try.
     draws: random subsets for each number.
     seed: of the subsets.
+    regularization: times d, the weight of ||W||^2 / 2; so the same for any number of features.
 
   Returns:
     For each number: `labels_per_class`, `mean` and `std` (over the draws, n - 1) of the accuracy.
   """
   mean, std = train.mean(axis=0), train.std(axis=0) + 1e-6
   train, test = (train - mean) / std, (test - mean) / std
-  rows = []
+  rows, weight = [], regularization * train.shape[1]
   for per_class in labels_per_class:
     scores = []
     for draw in range(draws):
       subset = balanced_subset(
         train_labels, per_class, np.random.default_rng([seed, per_class, draw])
       )
-      scores.append(accuracy(train[subset], train_labels[subset], test, test_labels))
+      scores.append(accuracy(train[subset], train_labels[subset], test, test_labels, weight))
     spread = float(np.std(scores, ddof=1)) if draws > 1 else 0.0
     rows.append({'labels_per_class': per_class, 'mean': float(np.mean(scores)), 'std': spread})
   return rows

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import zipfile
+import zlib
 from typing import Any
 
 import ml_collections
@@ -28,7 +29,8 @@ def linear_probe(
   """SimCLR's linear evaluation of a run (`probe.linear`), top-1 by encoder."""
   train, test = _labelled(config)
   scores = {}
-  for name, encoder in _encoders(workdir, baselines).items():
+  encoders = _encoders(workdir, baselines)
+  for name, encoder in encoders.items():
     print(f'linear probe on the {name} encoder', flush=True)
 
     def show(step, total, loss):
@@ -43,7 +45,7 @@ def linear_probe(
     'rows': {name: [[100 * s['top1'], None]] for name, s in scores.items()},
     'settings': scores['pretrained'],
   }
-  return _keep(workdir, 'linear_cached' if cached else 'linear', result)
+  return _keep(workdir, 'linear_cached' if cached else 'linear', result, encoders)
 
 
 def nearest_neighbours(
@@ -55,8 +57,8 @@ def nearest_neighbours(
 ) -> dict[str, Any]:
   """Weighted kNN of a run (`knn.accuracy`), top-1 by features."""
   train, test = _labelled(config)
-  rows = {}
-  for name, embed in _features(workdir, baselines).items():
+  rows, encoders = {}, _encoders(workdir, baselines)
+  for name, embed in _features(encoders, baselines).items():
     top1 = knn.accuracy(
       embed(train.images), train.labels, embed(test.images), test.labels, k, temperature
     )
@@ -67,7 +69,7 @@ def nearest_neighbours(
     'rows': rows,
     'settings': {'k': k, 'temperature': temperature, 'bank': len(train), 'queries': len(test)},
   }
-  return _keep(workdir, 'knn', result)
+  return _keep(workdir, 'knn', result, encoders)
 
 
 def label_efficiency(
@@ -79,8 +81,8 @@ def label_efficiency(
 ) -> dict[str, Any]:
   """Logistic regression with few labels (`logistic.label_efficiency`), by features."""
   train, test = _labelled(config)
-  rows = {}
-  for name, embed in _features(workdir, baselines).items():
+  rows, encoders = {}, _encoders(workdir, baselines)
+  for name, embed in _features(encoders, baselines).items():
     try:
       found = logistic.label_efficiency(
         embed(train.images), train.labels, embed(test.images), test.labels, labels_per_class, draws
@@ -92,9 +94,9 @@ def label_efficiency(
     'title': f'Logistic regression with few labels, accuracy % over {draws} draws',
     'columns': [f'{n} a class' for n in labels_per_class],
     'rows': rows,
-    'settings': {'draws': draws, 'test_images': len(test), 'regularization': 1.0},
+    'settings': {'draws': draws, 'test_images': len(test), 'regularization': 0.01},
   }
-  return _keep(workdir, 'label_efficiency', result)
+  return _keep(workdir, 'label_efficiency', result, encoders)
 
 
 def embed(
@@ -125,7 +127,10 @@ def embed(
 def table(result: dict[str, Any]) -> str:
   """A kept result as plain text."""
   width = max(len(name) for name in result['rows'])
-  lines = [result['title'], ' ' * width + ''.join(f'{c:>16}' for c in result['columns'])]
+  lines = [
+    f'{result["title"]} (step {result["step"]:,})',
+    ' ' * width + ''.join(f'{c:>16}' for c in result['columns']),
+  ]
   for name, cells in result['rows'].items():
     lines.append(f'{name:{width}}' + ''.join(f'{cell(*c):>16}' for c in cells))
   return '\n'.join(lines)
@@ -145,7 +150,8 @@ def kept(workdir: pathlib.Path) -> dict[str, Any]:
     raise ConfigError(f'{path} is damaged: delete it and evaluate again') from None
 
 
-def _keep(workdir, name, result):
+def _keep(workdir, name, result, encoders):
+  result['step'] = encoders['pretrained'].provenance['step']
   results = {**kept(workdir), name: result}
   new = workdir / 'evaluation.json.new'
   new.write_text(json.dumps(results, indent=1) + '\n')
@@ -167,19 +173,19 @@ def _encoders(workdir, baselines) -> dict[str, features.Encoder]:
   return {**untrained, 'pretrained': pretrained}
 
 
-def _features(workdir, baselines):
+def _features(encoders, baselines):
   pixels = {'raw pixels': lambda x: x.reshape(len(x), -1) / np.float32(255)} if baselines else {}
-  return {**pixels, **_encoders(workdir, baselines)}
+  return {**pixels, **encoders}
 
 
 def _read_images(path):
   try:
     loaded = np.load(path, allow_pickle=False)
     images = loaded['images'] if hasattr(loaded, 'files') else loaded
-  except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+  except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
     raise ConfigError(
       f'--images={path} cannot be read as .npy, or .npz with `images`: {error}'
     ) from None
-  if not len(images):
+  if images.ndim and not len(images):
     raise ConfigError(f'--images={path} holds no images')
-  return Dataset(images, np.full(len(images), -1, np.int32))
+  return Dataset(images, np.full(images.shape[:1], -1, np.int32))

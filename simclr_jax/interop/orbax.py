@@ -32,9 +32,13 @@ def load_encoder(folder: str | pathlib.Path) -> Encoder:
   folder = pathlib.Path(folder)
   card = folder / 'encoder.json'
   if card.is_file():
-    description = json.loads(card.read_text())
+    try:
+      description = json.loads(card.read_text())
+      architecture, provenance = description['architecture'], description['provenance']
+    except (ValueError, KeyError, TypeError):
+      raise checkpoint.CheckpointError(f'{card} is damaged') from None
     variables, _ = checkpoint.load_tree(folder / 'variables')
-    return Encoder(description['architecture'], variables, description['provenance'])
+    return Encoder(architecture, variables, provenance)
   if not (folder / 'config.json').is_file():
     raise recipes.ConfigError(
       f'{folder} is neither the workdir of a run (config.json) nor an exported encoder (encoder.json)'

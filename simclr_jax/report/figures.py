@@ -104,17 +104,17 @@ def image_grid(rows: list[list[np.ndarray]], scale: int, gap_after: int | None =
 
   A wider gap follows column `gap_after`.
   """
-  size = rows[0][0].shape[0] * scale
+  height, width = (side * scale for side in rows[0][0].shape[:2])
   pad, gap = 4, 14
-  width = len(rows[0]) * (size + pad) - pad + (gap if gap_after is not None else 0)
-  canvas = np.ones((len(rows) * (size + pad) - pad, width, 3))
+  total = len(rows[0]) * (width + pad) - pad + (gap if gap_after is not None else 0)
+  canvas = np.ones((len(rows) * (height + pad) - pad, total, 3))
   for i, row in enumerate(rows):
     x = 0
     for j, image in enumerate(row):
       image = image / 255 if image.dtype == np.uint8 else np.asarray(image)
       big = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
-      canvas[i * (size + pad) : i * (size + pad) + size, x : x + size] = big
-      x += size + pad + (gap if j == gap_after else 0)
+      canvas[i * (height + pad) : i * (height + pad) + height, x : x + width] = big
+      x += width + pad + (gap if j == gap_after else 0)
   buffer = io.BytesIO()
   matplotlib.image.imsave(buffer, np.clip(canvas, 0, 1), format='png')
   return _uri(buffer, 'png')

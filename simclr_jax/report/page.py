@@ -101,7 +101,7 @@ def _table(result):
     + '</tr>'
     for name, cells in result['rows'].items()
   )
-  title = html.escape(result['title'])
+  title = html.escape(f'{result["title"]} (step {result["step"]:,})')
   return f'<h2>{title}</h2><table class="evaluation"><tr><th></th>{head}</tr>{rows}</table>'
 
 
@@ -110,9 +110,9 @@ def _figure(uri, alt, css='', caption=''):
   return f'<figure><img class="{css}" alt="{alt}" src="{uri}">{caption}</figure>'
 
 
-def _view_grid(train, config, count=6):
+def _view_grid(train, config):
   """Image, two views, two more views."""
-  rows = []
+  rows, count = [], min(6, len(train))
   positions = jnp.arange(count, dtype=jnp.int32)
   draw = jax.jit(
     lambda epoch: augment.views(
