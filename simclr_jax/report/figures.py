@@ -49,7 +49,7 @@ def curves(records: list[dict[str, Any]]) -> str:
       marker = 'o' if len(x) < 15 else None
       axes.plot(x, 100 * y if percent else y, color=color, marker=marker, ms=4, label=name)
       if percent:
-        axes.annotate(f' {name}', (x[-1], 100 * y[-1]), color=color, va='center', fontsize=9)
+        _name(axes, name, x[-1], 100 * y[-1], color)
         axes.margins(x=0.35)
   accuracy.set_xlim(left=0)
   rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
@@ -64,7 +64,7 @@ def label_curve(result: dict[str, Any]) -> str:
   for color, (name, cells) in zip(('#6b7280', '#d97706', BLUE), result['rows'].items()):
     mean, std = np.array(cells, float).T
     axes.errorbar(x, mean, std, color=color, marker='o', ms=4, capsize=3)
-    axes.annotate(f'  {name}', (x[-1], mean[-1]), color=color, va='center')
+    _name(axes, name, x[-1], mean[-1], color)
   axes.set_xscale('log')
   axes.set_xticks(x, [str(n) for n in x])
   axes.minorticks_off()
@@ -118,6 +118,13 @@ def image_grid(rows: list[list[np.ndarray]], scale: int, gap_after: int | None =
   buffer = io.BytesIO()
   matplotlib.image.imsave(buffer, np.clip(canvas, 0, 1), format='png')
   return _uri(buffer, 'png')
+
+
+def _name(axes, text, x, y, color):
+  """The name of a line, behind its last point."""
+  axes.annotate(
+    text, (x, y), xytext=(6, 0), textcoords='offset points', color=color, va='center', fontsize=9
+  )
 
 
 def _svg(figure):

@@ -23,7 +23,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1040px; 
        padding: 0 1rem }
 h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; font-size: 1.2rem }
 p.lead, figcaption, caption { color: #6b7280 } figcaption, caption { font-size: .9rem; text-align: left }
-img { max-width: 100%; display: block } figure { margin: 0 }
+img { max-width: 100%; display: block } figure { margin: 1rem 0 0 }
 .pixels { image-rendering: pixelated }
 .two { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 2rem;
        align-items: start }
@@ -70,7 +70,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
     _figure(figures.curves(records), 'Training curves') if records else '<p>No metrics yet.</p>',
     '<h2>What the encoder sees</h2>',
     _figure(_view_grid(train, config), 'Augmented views', 'pixels',
-            'Left: training images. Right: two pairs of views of each, as the training draws them.'),
+            'Left: training images. Right: two pairs of views of each, drawn as in training.'),
     '<h2>What it makes of it</h2><div class="two">',
     _figure(figures.embedding_map(h, labels), 'Embedding map', '',
             f'{len(chosen):,} {whose} images, t-SNE of their features'
@@ -112,20 +112,17 @@ def _figure(uri, alt, css='', caption=''):
 
 def _view_grid(train, config):
   """Image, two views, two more views."""
-  rows, count = [], min(6, len(train))
-  positions = jnp.arange(count, dtype=jnp.int32)
-  draw = jax.jit(
-    lambda epoch: augment.views(
-      jnp.asarray(train.images[:count]), jnp.full(count, epoch), positions, config.augment,
-      config.seed, config.image_size,
-    )
-  )  # fmt: skip
-  pairs = [np.asarray(draw(epoch)) for epoch in range(2)]
-  size = config.image_size
-  fit = jax.jit(jax.vmap(lambda x: augment.center_view(x, size)))
-  originals = np.asarray(fit(jnp.asarray(train.images[:count])))
-  for i in range(count):
-    rows.append([originals[i], *(view for pair in pairs for view in pair[i])])
+  chosen = np.linspace(0, len(train) - 1, min(6, len(train))).astype(np.int32)
+  images, size = jnp.asarray(train.images[chosen]), config.image_size
+
+  @jax.jit
+  def draw(epoch):
+    epochs = jnp.full(len(chosen), epoch)
+    return augment.views(images, epochs, jnp.asarray(chosen), config.augment, config.seed, size)
+
+  originals = jax.vmap(lambda x: augment.center_view(x, size))(images)
+  columns = [originals, *(draw(epoch)[:, view] for epoch in range(2) for view in range(2))]
+  rows = [[np.asarray(column[i]) for column in columns] for i in range(len(chosen))]
   return figures.image_grid(rows, max(round(96 / size), 1), gap_after=0)
 
 
