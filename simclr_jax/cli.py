@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None) -> int:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # TensorFlow only reads files and writes logs
   logging.basicConfig(format='%(levelname)s: %(message)s')
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)  # Orbax raises what it also logs there
+  sys.unraisablehook = _unraisable
   args, overrides = _parse(argv)
   args.command = 'simclr-jax ' + shlex.join(argv)
   try:
@@ -52,6 +53,13 @@ def _run(args, overrides):
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
     return _fail('this does not fit into the memory of the device: lower the batch size', 1)
+
+
+def _unraisable(error):
+  # When Orbax gives up on a damaged checkpoint, its reads that are still under way find their event
+  # loop closed, each with a traceback from another thread.
+  if str(error.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(error)
 
 
 def _fail(error, code):
@@ -229,14 +237,14 @@ def _pretrain(args, overrides):
 
 def _run_config(args, overrides):
   """The recipe of --workdir; only where its data lies may be overridden."""
-  from simclr_jax import config, train
+  from simclr_jax import config
 
   for field in overrides:
     if not field.startswith('data.'):
       raise config.ConfigError(
         f"--config.{field}: only data.* can be set here, the rest is the run's"
       )
-  return config.from_dict(train.read_config(args.workdir), overrides)
+  return config.from_dict(config.read_run(args.workdir), overrides)
 
 
 def _probe(args, overrides):

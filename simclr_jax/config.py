@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import json
 import math
 import pathlib
 
@@ -200,6 +201,22 @@ def check_against(
       f'warmup_epochs={config.warmup_epochs} are {warmup_steps} steps, '
       f'more than the whole training, {steps} steps'
     )
+
+
+def read_run(workdir: pathlib.Path) -> dict:
+  """The recipe that a workdir was begun with, as plain data."""
+  path = workdir / 'config.json'
+  try:
+    return json.loads(path.read_text())['config']
+  except FileNotFoundError:
+    raise ConfigError(f'{workdir} is not the workdir of a run: it has no config.json') from None
+  except (ValueError, KeyError, TypeError):
+    raise ConfigError(f'{path} is damaged: it does not hold a recipe') from None
+
+
+def architecture(config: ml_collections.ConfigDict | dict) -> dict:
+  """What rebuilds a recipe's encoder: its `model` part and the image size."""
+  return {**dict(config['model']), 'image_size': config['image_size']}
 
 
 def check_unchanged(old: dict, new: ml_collections.ConfigDict, workdir: str) -> None:

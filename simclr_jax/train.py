@@ -195,20 +195,7 @@ def _check_workdir(config, workdir):
     return  # nothing was trained that another recipe could spoil
   if not (workdir / 'config.json').exists():
     raise recipes.ConfigError(f'{workdir} has checkpoints, but its config.json is missing')
-  recipes.check_unchanged(read_config(workdir), config, str(workdir))
-
-
-def read_config(workdir: pathlib.Path) -> dict:
-  """The recipe that a workdir was begun with, as plain data."""
-  path = workdir / 'config.json'
-  try:
-    return json.loads(path.read_text())['config']
-  except FileNotFoundError:
-    raise recipes.ConfigError(
-      f'{workdir} is not the workdir of a run: it has no config.json'
-    ) from None
-  except (ValueError, KeyError, TypeError):
-    raise recipes.ConfigError(f'{path} is damaged: it does not hold a recipe') from None
+  recipes.check_unchanged(recipes.read_run(workdir), config, str(workdir))
 
 
 def _write_config(config, workdir, command):
@@ -265,7 +252,7 @@ def _online_knn(config, train):
     nonlocal encoder
     variables = method.encoder(state.params, state.state)
     if encoder is None:
-      encoder = features.Encoder(architecture(config), variables)
+      encoder = features.Encoder(recipes.architecture(config), variables)
     encoder = encoder.with_variables(variables)
     return knn.accuracy(
       encoder(train.images[bank]), train.labels[bank],
@@ -273,11 +260,6 @@ def _online_knn(config, train):
     )  # fmt: skip
 
   return measure
-
-
-def architecture(config: ml_collections.ConfigDict | dict) -> dict:
-  """What rebuilds a recipe's encoder: its `model` part and the image size."""
-  return {**dict(config['model']), 'image_size': config['image_size']}
 
 
 def _newest(folder):

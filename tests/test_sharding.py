@@ -47,6 +47,12 @@ def test_loss_curve_is_the_same(runs):
   assert len(set(one[:, 0])) == 10
 
 
+def test_pixels_are_the_same_to_the_bit(runs):
+  """Breaks if an augmentation depends on the device or the place in the batch."""
+  hashes = [[m['batch_hash'] for m in runs[devices][0]] for devices in (1, 8)]
+  assert hashes[0] == hashes[1] and len(set(hashes[0])) == 10
+
+
 def test_batch_norm_statistics_are_the_same(runs):
   """Breaks if BatchNorm sees a device's part of the batch only."""
   one, eight = runs[1][1].state, runs[8][1].state

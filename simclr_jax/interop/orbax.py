@@ -9,7 +9,7 @@ import pathlib
 
 import jax
 
-from simclr_jax import checkpoint, config as recipes, methods, optim, train, train_state
+from simclr_jax import checkpoint, config as recipes, methods, optim, train_state
 from simclr_jax.evaluate.features import Encoder
 
 PREPROCESSING = {
@@ -47,7 +47,7 @@ def load_encoder(folder: str | pathlib.Path) -> Encoder:
 
 
 def _from_run(workdir):
-  config = recipes.from_dict(train.read_config(workdir))
+  config = recipes.from_dict(recipes.read_run(workdir))
   method = methods.build(config)
 
   rate = optim.schedule(config, config.batch_size)  # the slots' shapes do not depend on it
@@ -64,7 +64,9 @@ def _from_run(workdir):
     raise recipes.ConfigError(f'{workdir} has no checkpoint yet')
   state, metadata = restored
   provenance = {'workdir': str(workdir), **{k: metadata[k] for k in ('step', 'config', 'versions')}}
-  return Encoder(train.architecture(config), method.encoder(state.params, state.state), provenance)
+  return Encoder(
+    recipes.architecture(config), method.encoder(state.params, state.state), provenance
+  )
 
 
 def export(encoder: Encoder, out: str | pathlib.Path) -> None:
