@@ -65,7 +65,7 @@ def test_logistic_equals_scikit_learn_and_is_balanced():
     subset = logistic.balanced_subset(labels, 20, np.random.default_rng([0, 20, draw]))
     assert (np.bincount(labels[subset]) == 20).all() and len(set(subset)) == 200
     mean, std = train.mean(0), train.std(0)
-    model = LogisticRegression(C=1 / 0.24, max_iter=1000)
+    model = LogisticRegression(C=1 / 0.24, max_iter=1000, tol=1e-2)
     model.fit((train[subset] - mean) / std, labels[subset])
     scores.append(model.score((test - mean) / std, test_labels))
   np.testing.assert_allclose(rows[1]['mean'], np.mean(scores), atol=1e-3)
@@ -82,7 +82,8 @@ def test_logistic_in_the_span_of_few_examples():
   centres = rng.normal(size=(3, 100))
   x, test = (0.4 * centres[y] + rng.normal(size=(len(y), 100)) for y in (labels, test_labels))
   plain = LogisticRegression(max_iter=1000).fit(x, labels).score(test, test_labels)
-  assert plain == logistic.accuracy(x, labels, test, test_labels, 1.0)
+  found = logistic.accuracy(x, labels, test, test_labels, 1.0)
+  assert abs(found - plain) < 0.01
 
 
 def test_features_do_not_depend_on_the_batch(encoder, data):

@@ -38,7 +38,8 @@ def accuracy(
     # orthonormal coordinates of their span.
     span = np.linalg.qr(x.T)[0]  # [d, n]
     x, test = x @ span, test @ span
-  model = LogisticRegression(C=1 / regularization, max_iter=1000)
+  # The accuracy does not move below this tolerance, and the time triples.
+  model = LogisticRegression(C=1 / regularization, max_iter=1000, tol=1e-2)
   with warnings.catch_warnings():
     warnings.simplefilter('ignore', ConvergenceWarning)  # at 1,000 iterations the accuracy stands
     return model.fit(x, labels).score(test, test_labels)
