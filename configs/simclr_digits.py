@@ -12,7 +12,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   config.method = 'simclr'
   config.seed = 0
-  config.epochs = 13
+  config.epochs = 14
   config.steps = 0  # above 0: instead of the epochs
   config.batch_size = 256
   config.image_size = 32
