@@ -21,7 +21,9 @@ The same `pretrain` command on the same --workdir goes on where the last one sto
 def main(argv: list[str] | None = None) -> int:
   """Runs one verb; `argv` defaults to the process's arguments. Returns the exit code."""
   argv = sys.argv[1:] if argv is None else argv
-  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')  # TensorFlow only reads files and writes logs
+  # TensorFlow only reads files and writes logs here: it has nothing to announce.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+  os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   logging.basicConfig(format='%(levelname)s: %(message)s')
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)  # Orbax raises what it also logs there
   sys.unraisablehook = _unraisable
