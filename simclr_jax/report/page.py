@@ -25,9 +25,9 @@ h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; font-size: 1.2rem }
 p.lead, figcaption, caption { color: #6b7280 } figcaption, caption { font-size: .9rem; text-align: left }
 img { max-width: 100%; display: block } figure { margin: 1rem 0 0 }
 .pixels { image-rendering: pixelated }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 2rem;
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 2rem;
        align-items: start }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
 td, th { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #e5e7eb }
 td.n, th.n { text-align: right }
 pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; font-size: .85rem }
