@@ -5,6 +5,7 @@ does not know: a CRC-32 for every leaf, since Orbax reads flipped bits without a
 caller adds (config, step, versions).
 """
 
+import functools
 import importlib.metadata
 import pathlib
 import platform
@@ -35,6 +36,7 @@ def digest(tree: PyTree) -> dict[str, int]:
   }
 
 
+@functools.cache  # every save records them, and git is a process of its own
 def versions() -> dict[str, str]:
   """Versions of what the numbers depend on, and of this code if it is a git checkout."""
   packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')

@@ -223,8 +223,8 @@ def _describe(config, mesh, train, steps, state):
 def _warn(config, train):
   if config.model.stem == 'imagenet' and config.image_size < 64:
     logging.warning(
-      'model.stem=imagenet shrinks images of %d pixels eightfold before the first block and costs '
-      'about ten points of accuracy: use model.stem=cifar', config.image_size
+      'model.stem=imagenet shrinks images of %d pixels fourfold before the first block, which costs '
+      'accuracy: use model.stem=cifar', config.image_size
     )  # fmt: skip
   if config.data.num_classes and not train.labelled:
     logging.warning('the data has no labels: probe_acc means nothing')
