@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-browser lint bench gpu-cifar10 clean
+.PHONY: demo test test-browser lint bench mechanisms gpu-cifar10 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax pretrain --config=simclr_digits --workdir=runs/demo
@@ -28,6 +28,12 @@ bench: $(VENV)/.installed
 # CIFAR-10 on one GPU: DATA is a folder with train.npz and test.npz (images or JPEG bytes).
 gpu-cifar10:
 	$(PYTHON) benchmarks/gpu_cifar10.py --data=$(DATA)
+	$(PYTHON) benchmarks/gpu_cifar10.py --data=$(DATA) --recipe=moco_cifar10
+
+# The mechanisms side by side on CIFAR-10, in small, and MoCo's ablations: DATA is the TFDS folder. An hour.
+mechanisms: $(VENV)/.installed
+	$(BIN)/python benchmarks/mechanisms.py --data=$(DATA)
+	$(BIN)/python benchmarks/mechanisms.py --data=$(DATA) --ablations
 
 $(VENV)/.installed: setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

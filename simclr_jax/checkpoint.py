@@ -19,7 +19,7 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from simclr_jax import __version__
-from simclr_jax.config import ConfigError
+from simclr_jax.errors import ConfigError
 
 PyTree = Any
 

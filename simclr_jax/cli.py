@@ -12,6 +12,8 @@ import pathlib
 import shlex
 import sys
 
+from simclr_jax.errors import ConfigError
+
 DESCRIPTION = """Contrastive pretraining of image encoders in JAX.
 
 The same `pretrain` command on the same --workdir goes on where the last one stopped.
@@ -40,7 +42,6 @@ def _run(args, overrides):
   import jax
 
   from simclr_jax.checkpoint import CheckpointError
-  from simclr_jax.config import ConfigError
   from simclr_jax.train import EXIT_NAN, NotFinite
 
   try:
@@ -99,8 +100,19 @@ def _parse(argv):
     'Example:\n'
     '  simclr-jax pretrain --config=simclr_cifar10 --workdir=runs/c10 \\\n'
     '      --config.epochs=200 --config.data.dir=$HOME/tensorflow_datasets\n\n'
-    'Shipped recipes: simclr_digits, simclr_cifar10 (:v1, :v2). Any field is set with --config.FIELD=VALUE, for instance\n'
-    '--config.batch_size=256, --config.model.depth=50, --config.data.source=npz.',
+    'Shipped recipes, with their variants:\n'
+    '  simclr_digits\n'
+    '  simclr_cifar10        v1, v2\n'
+    '  simclr_imagenet       v1, v2\n'
+    '  simclr_losses         nt_xent, nt_logistic, margin_triplet, pairwise_margin; the middle two with _sh\n'
+    '  moco_cifar10          asymmetric, symmetric\n'
+    '  moco_imagenet         v1, v2\n'
+    '  memory_bank_imagenet  info_nce, nce\n'
+    '  end_to_end_imagenet\n'
+    '  supervised_imagenet\n\n'
+    'Any field is set with --config.FIELD=VALUE, for instance --config.batch_size=256,\n'
+    '--config.model.depth=50, --config.augment.view1="moco_v2 | solarize(p=0.2)".\n'
+    'simclr_jax/defaults.py names them all.',
   )  # fmt: skip
   p.add_argument(
     '--config',
@@ -243,9 +255,7 @@ def _run_config(args, overrides):
 
   for field in overrides:
     if not field.startswith('data.'):
-      raise config.ConfigError(
-        f"--config.{field}: only data.* can be set here, the rest is the run's"
-      )
+      raise ConfigError(f"--config.{field}: only data.* can be set here, the rest is the run's")
   return config.from_dict(config.read_run(args.workdir), overrides)
 
 

@@ -9,7 +9,10 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from simclr_jax.models import heads, resnet
+from simclr_jax import methods, optim, shuffle
+from simclr_jax.data import augment
+from simclr_jax.errors import ConfigError
+from simclr_jax.models import heads, norm, resnet
 
 # Where recipes named without a path are found: beside the package in a checkout, inside it when
 # installed.
@@ -23,16 +26,11 @@ FREE = (
   'checkpoint_every_steps',
   'keep_checkpoints',
   'knn_every_epochs',
+  'knn_images',
   'tensorboard',
   'data.dir',
   'data.test_split',
 )
-# Not every method has these.
-OPTIONAL = ('temperature', 'loss_scale', 'model.head', 'model.head_layers', 'model.head_dim')
-
-
-class ConfigError(ValueError):
-  """A recipe, flag or workdir that cannot be used; the message is for the user."""
 
 
 def names() -> list[str]:
@@ -94,8 +92,68 @@ def flatten(config: ml_collections.ConfigDict | dict) -> dict[str, object]:
     if isinstance(value, (dict, ml_collections.ConfigDict)):
       flat.update({f'{key}.{k}': v for k, v in flatten(value).items()})
     else:
-      flat[key] = value
+      flat[key] = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
   return flat
+
+
+# field -> (lowest, highest or None)
+RANGES = {
+  'seed': (0, 2**32 - 1),
+  'epochs': (0, None),
+  'steps': (0, None),
+  'batch_size': (2, None),
+  'image_size': (8, None),
+  'learning_rate': (0.0, None),
+  'schedule_first_epoch': (0, 1),
+  'warmup_epochs': (0.0, None),
+  'weight_decay': (0.0, None),
+  'momentum': (0.0, 1.0),
+  'log_every_steps': (1, None),
+  'checkpoint_every_steps': (0, None),
+  'keep_checkpoints': (1, None),
+  'knn_every_epochs': (0, None),
+  'knn_images': (0, None),
+  'data.num_classes': (0, None),
+  'data.examples': (0, None),
+  'model.width_multiplier': (1 / 64, None),
+  'model.sk_ratio': (0.0, 1.0),
+  'model.se_ratio': (0.0, 1.0),
+  'model.bn_groups': (1, None),
+  'model.head_layers': (1, 4),
+  'model.head_dim': (1, None),
+}
+CHOICES = {
+  'dtype': ('auto', 'float32', 'bfloat16'),
+  'optimizer': ('lars', 'sgd', 'nesterov', 'adamw'),
+  'learning_rate_scaling': ('linear', 'sqrt', 'none'),
+  'schedule': optim.SCHEDULES,
+  'weight_decay_on': ('kernels', 'all'),
+  'data.source': ('digits', 'npz', 'tfds'),
+  'model.depth': tuple(resnet.DEPTHS),
+  'model.stem': tuple(resnet.STEMS),
+  'model.dialect': resnet.DIALECTS,
+  'model.normalize': ('none', *resnet.NORMALIZE),
+  'model.bn_layout': norm.LAYOUTS,
+  'model.head': heads.MODES,
+}
+# The same for the fields of single methods (`FIELDS` in their files).
+METHOD_RANGES = {
+  'temperature': (1e-3, None),
+  'loss_scale': (1e-6, None),
+  'margin': (0.0, 2.0),
+  'queue_size': (0, None),
+  'key_momentum': (0.0, 1.0),
+  'negatives': (1, None),
+  'bank_momentum': (0.0, 1.0),
+}
+METHOD_CHOICES = {
+  'shuffle': shuffle.KINDS,
+  'negatives_per': ('batch', 'example'),
+  'loss': {
+    'simclr': ('nt_xent', 'nt_logistic', 'margin_triplet', 'pairwise_margin'),
+    'memory_bank': ('info_nce', 'nce'),
+  },
+}
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -104,74 +162,82 @@ def check(config: ml_collections.ConfigDict) -> None:
   for field, value in flat.items():
     if isinstance(value, float) and not math.isfinite(value):
       raise ConfigError(f'{field}={value} is not a finite number')
-  for field, lowest, highest in (
-    ('seed', 0, 2**32 - 1),
-    ('epochs', 0, None),
-    ('steps', 0, None),
-    ('batch_size', 2, None),
-    ('image_size', 8, None),
-    ('temperature', 1e-3, None),
-    ('loss_scale', 1e-6, None),
-    ('learning_rate', 0.0, None),
-    ('warmup_epochs', 0.0, None),
-    ('weight_decay', 0.0, None),
-    ('momentum', 0.0, 1.0),
-    ('log_every_steps', 1, None),
-    ('checkpoint_every_steps', 0, None),
-    ('keep_checkpoints', 1, None),
-    ('knn_every_epochs', 0, None),
-    ('data.num_classes', 0, None),
-    ('model.width_multiplier', 1 / 64, None),
-    ('model.head_layers', 1, 4),
-    ('model.head_dim', 1, None),
-    ('augment.crop_area_min', 1e-4, 1.0),
-    ('augment.crop_area_max', 1e-4, 1.0),
-    ('augment.crop_min_object_covered', 0.0, 1.0),
-    ('augment.color_strength', 0.0, 1.25),
-    ('augment.color_probability', 0.0, 1.0),
-    ('augment.grayscale_probability', 0.0, 1.0),
-    ('augment.blur_probability', 0.0, 1.0),
-  ):
-    if field not in flat and field in OPTIONAL:
-      continue
-    value = _get(flat, field)
-    if not isinstance(value, (int, float)):
-      raise ConfigError(f'{field}={value!r} is not a number')
-    if value < lowest or (highest is not None and value > highest):
-      allowed = f'at least {lowest}' if highest is None else f'from {lowest} to {highest}'
-      raise ConfigError(f'{field}={value} is out of range: {allowed}')
-  for field, allowed in (
-    ('dtype', ('auto', 'float32', 'bfloat16')),
-    ('optimizer', ('lars', 'sgd', 'adamw')),
-    ('learning_rate_scaling', ('linear', 'sqrt', 'none')),
-    ('data.source', ('digits', 'npz', 'tfds')),
-    ('model.depth', tuple(resnet.DEPTHS)),
-    ('model.stem', tuple(resnet.STEMS)),
-    ('model.dialect', resnet.DIALECTS),
-    ('model.head', heads.MODES),
-    ('augment.brightness', ('additive', 'multiplicative')),
-    ('augment.blur_sigma', ('example', 'batch')),
-  ):
-    if field not in flat and field in OPTIONAL:
-      continue
-    value = _get(flat, field)
-    if value not in allowed:
-      raise ConfigError(f'{field}={value!r} is not one of {", ".join(map(str, allowed))}')
+  fields = methods.module(_get(flat, 'method')).FIELDS
+  for field, bounds in {**RANGES, **METHOD_RANGES}.items():
+    if field in RANGES or field in fields:
+      _check_range(field, _get(flat, field), *bounds)
+  for field, allowed in {**CHOICES, **METHOD_CHOICES}.items():
+    if field in CHOICES or field in fields:
+      allowed = allowed[config.method] if isinstance(allowed, dict) else allowed
+      if _get(flat, field) not in allowed:
+        raise ConfigError(f'{field}={flat[field]!r} is not one of {", ".join(map(str, allowed))}')
+  for field in fields:
+    _get(flat, field)
+  for field in ('view1', 'view2', 'eval'):
+    _check_pipeline(f'augment.{field}', _get(flat, f'augment.{field}'), field)
   if not config.steps and not config.epochs:
     raise ConfigError('epochs=0 and steps=0: one of them says how long to train')
   if not config.steps and config.warmup_epochs > config.epochs:
     raise ConfigError(
       f'warmup_epochs={config.warmup_epochs} is longer than the training, epochs={config.epochs}'
     )
-  if config.augment.crop_area_min > config.augment.crop_area_max:
+  if config.warmup_epochs and config.schedule != 'cosine':
     raise ConfigError(
-      f'augment.crop_area_min={config.augment.crop_area_min} is above '
-      f'augment.crop_area_max={config.augment.crop_area_max}'
+      f'warmup_epochs={config.warmup_epochs}: only schedule=cosine has a warm-up, '
+      f'{config.schedule} has none'
     )
   if config.model.width_multiplier * 64 % 1:
     raise ConfigError(
       f'model.width_multiplier={config.model.width_multiplier}: 64 times it is not a whole number'
     )
+  if config.model.sk_ratio and config.model.dialect != 'simclr':
+    raise ConfigError(
+      f'model.sk_ratio={config.model.sk_ratio}: selective kernels are of model.dialect=simclr, '
+      f'not {config.model.dialect}'
+    )
+  if config.batch_size % config.model.bn_groups:
+    raise ConfigError(
+      f'batch_size={config.batch_size} is not divisible by model.bn_groups={config.model.bn_groups}'
+    )
+  if config.batch_size == config.model.bn_groups and config.method != 'simclr':
+    raise ConfigError(
+      f'model.bn_groups={config.model.bn_groups} leaves one example in each group: '
+      'use a larger batch_size'
+    )
+  if config.method == 'moco' and not config.queue_size:
+    raise ConfigError('queue_size=0 is out of range: moco needs at least 1')
+
+
+def _check_range(field, value, lowest, highest):
+  if not isinstance(value, (int, float)):
+    raise ConfigError(f'{field}={value!r} is not a number')
+  if value < lowest or (highest is not None and value > highest):
+    allowed = f'at least {lowest}' if highest is None else f'from {lowest} to {highest}'
+    raise ConfigError(f'{field}={value} is out of range: {allowed}')
+
+
+def _check_pipeline(field, text, kind):
+  if not text and kind == 'view2':
+    return
+  try:
+    augment.parse(text, random=kind != 'eval')
+  except ValueError as error:
+    raise ConfigError(f'{field}: {error}') from None
+
+
+def with_examples(config: ml_collections.ConfigDict, examples: int) -> ml_collections.ConfigDict:
+  """The recipe with `data.examples`, the number of training images, filled in.
+
+  Raises:
+    ConfigError: it says another number already.
+  """
+  if config.data.examples not in (0, examples):
+    raise ConfigError(
+      f'data.examples={config.data.examples}, but the training split has {examples} images'
+    )
+  filled = config.copy_and_resolve_references()
+  filled.data.examples = examples
+  return filled.lock()
 
 
 def check_against(
@@ -215,8 +281,12 @@ def read_run(workdir: pathlib.Path) -> dict:
 
 
 def architecture(config: ml_collections.ConfigDict | dict) -> dict:
-  """What rebuilds a recipe's encoder: its `model` part and the image size."""
-  return {**dict(config['model']), 'image_size': config['image_size']}
+  """What rebuilds a recipe's encoder and its input."""
+  return {
+    **dict(config['model']),
+    'image_size': config['image_size'],
+    'eval_view': config['augment']['eval'],
+  }
 
 
 def check_unchanged(old: dict, new: ml_collections.ConfigDict, workdir: str) -> None:
@@ -257,10 +327,13 @@ def _override(config, field, text):
   try:
     if isinstance(old, bool):
       value = {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
+    elif isinstance(old, tuple):
+      value = tuple(type(old[0])(part) for part in text.split(',')) if text else ()
     else:
       value = type(old)(text)
   except (ValueError, KeyError):
-    kind = {bool: 'true or false', int: 'a whole number', float: 'a number'}[type(old)]
+    kind = {bool: 'true or false', int: 'a whole number', float: 'a number', tuple: 'numbers: 1,2'}
+    kind = kind[type(old)]
     raise ConfigError(f'{field}={text!r} is not {kind}') from None
   *parents, key = field.split('.')
   for parent in parents:

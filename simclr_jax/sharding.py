@@ -20,17 +20,32 @@ def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
 
 def replicate(x: jax.Array) -> jax.Array:
   """Inside jit: every device gets the whole of `x`. Without a mesh in scope, `x` itself."""
+  return _constrain(x, P())
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+  """Inside jit: the rows of `x` are split over the devices. Without a mesh in scope, `x` itself."""
+  return _constrain(x, P('data'))
+
+
+def _constrain(x, spec):
   if jax.sharding.get_abstract_mesh().empty:
     return x
-  return jax.lax.with_sharding_constraint(x, P())
+  return jax.lax.with_sharding_constraint(x, spec)
 
 
 def put_replicated(mesh: jax.sharding.Mesh, tree: PyTree) -> PyTree:
   """Host arrays -> global arrays, the whole of each on every device of `mesh`."""
-  return jax.device_put(tree, NamedSharding(mesh, P()))
+  return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, P())), tree)
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """This process's rows of a batch -> global arrays with their rows split over `mesh`."""
-  rows = NamedSharding(mesh, P('data'))
-  return {k: jax.make_array_from_process_local_data(rows, v) for k, v in batch.items()}
+  """A batch that every process has whole -> global arrays with their rows split over `mesh`."""
+  return {k: _put(v, NamedSharding(mesh, P('data'))) for k, v in batch.items()}
+
+
+def _put(x, sharding):
+  if jax.process_count() == 1:
+    return jax.device_put(x, sharding)
+  x = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])

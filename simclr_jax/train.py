@@ -18,12 +18,14 @@ from simclr_jax import (
   checkpoint,
   config as recipes,
   data,
+  health,
   logs,
   methods,
   optim,
   sharding,
   train_state,
 )
+from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features, knn
 
 EXIT_NAN = 3  # the loss is not finite
@@ -83,8 +85,9 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
     NotFinite: the loss became NaN or infinite; the last checkpoint is from before.
   """
   with Stop() as stop, _locked(workdir), contextlib.ExitStack() as cleanup:
-    _check_workdir(config, workdir)
     train = data.load(config.data, 'train')
+    config = recipes.with_examples(config, len(train))
+    _check_workdir(config, workdir)
     steps = optim.train_steps(config, len(train))
     warmup = optim.warmup_steps(config, len(train))
     recipes.check_against(config, train.labels, jax.device_count(), warmup, steps)
@@ -112,6 +115,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
     every_epoch = max(len(train) // config.batch_size, 1)
     save_every = config.checkpoint_every_steps or every_epoch
     knn_every = config.knn_every_epochs * every_epoch
+    records, known = logs.read(workdir), set(health.findings(config, []))
     clock, clock_step = time.monotonic(), first
     pending = None
 
@@ -119,6 +123,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
       """Fetches the metrics of step `done`; while the loop runs, the next one is on the device."""
       nonlocal clock, clock_step
       values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      values = {k: v for k, v in values.items() if k in ('loss', 'grad_norm') or not np.isnan(v)}
       if not np.isfinite([values['loss'], values['grad_norm']]).all():
         log.write(done, values)
         raise NotFinite(
@@ -135,6 +140,11 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
       clock, clock_step = now, done
       log.write(done, values)
       log.progress(done, values)
+      records.append({'step': done, **values})
+      for name, sentence in health.findings(config, records).items():
+        if name not in known:
+          log.say(sentence)
+          known.add(name)
 
     def flush():
       nonlocal pending
@@ -181,12 +191,12 @@ def _locked(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     file = (workdir / '.lock').open('w')
   except OSError as error:
-    raise recipes.ConfigError(f'--workdir={workdir} cannot be written: {error.strerror}') from None
+    raise ConfigError(f'--workdir={workdir} cannot be written: {error.strerror}') from None
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise recipes.ConfigError(f'another run is using --workdir={workdir}') from None
+      raise ConfigError(f'another run is using --workdir={workdir}') from None
     yield
 
 
@@ -194,7 +204,7 @@ def _check_workdir(config, workdir):
   if not checkpoint.exists(workdir / 'checkpoints'):
     return  # nothing was trained that another recipe could spoil
   if not (workdir / 'config.json').exists():
-    raise recipes.ConfigError(f'{workdir} has checkpoints, but its config.json is missing')
+    raise ConfigError(f'{workdir} has checkpoints, but its config.json is missing')
   recipes.check_unchanged(recipes.read_run(workdir), config, str(workdir))
 
 
@@ -221,11 +231,8 @@ def _describe(config, mesh, train, steps, state):
 
 
 def _warn(config, train):
-  if config.model.stem == 'imagenet' and config.image_size < 64:
-    logging.warning(
-      'model.stem=imagenet shrinks images of %d pixels fourfold before the first block, which costs '
-      'accuracy: use model.stem=cifar', config.image_size
-    )  # fmt: skip
+  for sentence in health.findings(config, []).values():
+    logging.warning('%s', sentence)
   if config.data.num_classes and not train.labelled:
     logging.warning('the data has no labels: probe_acc means nothing')
 
@@ -236,7 +243,7 @@ def _online_knn(config, train):
     return None
   try:
     test = data.load(config.data, 'test')
-  except recipes.ConfigError as error:
+  except ConfigError as error:
     logging.warning('no online kNN: %s', error)
     return None
   if not test.labelled:
@@ -244,8 +251,9 @@ def _online_knn(config, train):
     return None
   method = methods.build(config)
   rng = np.random.default_rng(0)
-  bank = np.sort(rng.permutation(len(train))[:10_000])
-  queries = np.sort(rng.permutation(len(test))[:2_000])
+  most = config.knn_images or len(train) + 5 * len(test)
+  bank = np.sort(rng.permutation(len(train))[:most])
+  queries = np.sort(rng.permutation(len(test))[: -(-most // 5)])
   encoder = None
 
   def measure(state):

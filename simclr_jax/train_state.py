@@ -1,5 +1,6 @@
 """The state of a training and the step that advances it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from simclr_jax import methods, optim, sharding
+from simclr_jax import config as recipes, health, methods, optim, sharding
 from simclr_jax.data import Dataset, augment, order
 
 PyTree = Any
@@ -39,7 +40,7 @@ def create(
   method: methods.Method, optimizer: optax.GradientTransformation, seed: int, image_size: int
 ) -> TrainState:
   """A fresh state; a function of `seed` alone. Call it inside jit."""
-  batch = {'views': jnp.zeros((2, 2, image_size, image_size, 3))}
+  batch = {'views': jnp.zeros((2, method.views, image_size, image_size, 3))}
   params, state = method.init(jax.random.key(seed), batch)
   return TrainState(jnp.zeros((), jnp.int32), params, state, optimizer.init(params))
 
@@ -62,8 +63,9 @@ def train_step(
     rows: `index`, `epoch`, `position`, int32 `[n]`, from `data.order.rows`.
 
   Returns:
-    The state after, and scalar metrics: the method's, `learning_rate`, `grad_norm` and
-    `batch_hash`, a uint32 checksum of the views, in which a changed pixel or order shows.
+    The state after, and scalar metrics: the method's, `learning_rate`, `grad_norm`, `param_norm`,
+    figures of the embeddings in steps that are logged, and `batch_hash`, a uint32 checksum of the
+    views, in which a changed pixel or order shows.
   """
   batch = {
     'views': augment.views(
@@ -73,6 +75,7 @@ def train_step(
       config.augment,
       config.seed,
       config.image_size,
+      method.views,
     ),
     'label': data['labels'][rows['index']],
     'index': rows['index'],
@@ -82,11 +85,19 @@ def train_step(
   gradient = jax.value_and_grad(method.loss, has_aux=True)
   (_, (state, metrics)), grads = gradient(ts.params, ts.state, batch, rng)
   updates, opt_state = optimizer.update(grads, ts.opt_state, ts.params)
+  metrics |= _health(metrics.pop('embeddings'), (ts.step + 1) % config.log_every_steps == 0)
   metrics['learning_rate'] = rate(ts.step)
   metrics['grad_norm'] = optax.tree.norm(grads)
+  metrics['param_norm'] = optax.tree.norm(ts.params)
   metrics['batch_hash'] = _hash(batch['views'])
   new = TrainState(ts.step + 1, optax.apply_updates(ts.params, updates), state, opt_state)
   return new, metrics
+
+
+def _health(z, due):
+  """The figures of embeddings z `[n, v, d]`, computed only when `due`; otherwise NaN."""
+  absent = {k: jnp.float32(jnp.nan) for k in jax.eval_shape(health.embedding_figures, z)}
+  return jax.lax.cond(due, health.embedding_figures, lambda z: absent, z)
 
 
 def _hash(views):
@@ -104,11 +115,12 @@ def build(
   up (its buffers are donated).
 
   Args:
-    config: a recipe.
+    config: a recipe; `data.examples` is filled in.
     dataset: stays on the devices for the whole run, once on each.
     mesh: the devices; all of them by default.
   """
   mesh = mesh or sharding.make_mesh()
+  config = recipes.with_examples(config, len(dataset))
   method = methods.build(config)
   rate = optim.schedule(config, len(dataset))
   optimizer = optim.build(config, rate)
@@ -120,13 +132,18 @@ def build(
   def init():
     return create(method, optimizer, config.seed, config.image_size)
 
+  shapes = jax.eval_shape(init)
+  places = dataclasses.replace(
+    jax.tree.map(lambda _: replicated, shapes),
+    state={k: by_row if k in method.row_state else replicated for k in shapes.state},
+  )
   with jax.set_mesh(mesh):
-    ts = jax.jit(init, out_shardings=replicated)()
+    ts = jax.jit(init, out_shardings=places)()
   compiled = jax.jit(
     step,
     donate_argnums=0,
-    in_shardings=(replicated, replicated, by_row),
-    out_shardings=(replicated, replicated),
+    in_shardings=(places, replicated, by_row),
+    out_shardings=(places, replicated),
   )
   data = sharding.put_replicated(
     mesh, {'images': dataset.images, 'labels': dataset.labels.astype(np.int32)}

@@ -5,6 +5,8 @@ import pathlib
 import tempfile
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# Compiling takes most of the time here; without LLVM's optimisation it takes less than half.
+os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
 
 import jax
 import pytest

@@ -1,250 +1,398 @@
-"""Augmentation ops against tf.image or numpy, and their draws against the stated distributions."""
+"""Pipelines: their text, the published ones, what their ops draw, and views of batches."""
 
-import functools
+import inspect
 import itertools
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance
 
-from simclr_jax import config
-from simclr_jax.data import augment
-
-tf = pytest.importorskip('tensorflow', reason='tf.image is the oracle')
+from simclr_jax.data import augment, ops, pixels
 
 
-@functools.cache
-def images(n=4, size=16):
-  """Random ones, and corner cases: black, white, grey, pure colours."""
-  x = np.random.default_rng(0).random((n, size, size, 3)).astype(np.float32)
-  x[0, :4] = 0.0
-  x[0, 4:8] = 1.0
-  x[1, :8] = x[1, :8, :, :1]
-  x[2, :4] = [1.0, 0.0, 0.0]
-  x[2, 4:8] = [0.0, 1.0, 1.0]
-  return x
+def picture(size=16, seed=0):
+  """A random image of 256 levels, as floats."""
+  x = np.random.default_rng(seed).integers(0, 256, (size, size, 3))
+  return (x / 255).astype(np.float32)
 
 
-@pytest.mark.parametrize('factor', [0.0, 0.3, 1.0, 1.7])
-def test_colour_ops_equal_tf_image(factor):
-  """Breaks if an op's arithmetic leaves tf.image's (HSV saturation, per-channel contrast)."""
-  for x in images():
-    pairs = [
-      (augment.contrast(x, factor), tf.image.adjust_contrast(x, factor)),
-      (augment.hue_and_saturation(x, 0.0, factor), tf.image.adjust_saturation(x, factor)),
-      (augment.brightness_add(x, factor - 1), tf.image.adjust_brightness(x, factor - 1)),
-      (augment.brightness_multiply(x, factor), x * np.float32(factor)),
-    ]
-    for ours, theirs in pairs:
-      np.testing.assert_allclose(ours, theirs, atol=2e-6)
+def draw_views(view1, image, n=4000, size=8, view2='', count=2):
+  """`[n, count, size, size, 3]`: views of `n` copies of an image."""
+  x = jnp.broadcast_to(jnp.asarray(image), (n, *image.shape))
+  config = types.SimpleNamespace(view1=view1, view2=view2)
+  draw = jax.jit(lambda x, e, p: augment.views(x, e, p, config, 0, size, count))
+  return np.asarray(draw(x, jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32)))
 
 
-@pytest.mark.parametrize('delta', [-0.2, -0.05, 0.0, 0.1, 0.2])
-def test_hue_equals_tf_image(delta):
-  """Breaks if hue turns the wrong way or by another unit."""
-  for x in images():
-    ours = augment.hue_and_saturation(x, delta, 1.0)
-    np.testing.assert_allclose(ours, tf.image.adjust_hue(x, delta), atol=3e-6)
-
-
-def test_grayscale():
-  """Breaks if the luma weights change (tf.image has 0.2989, 0.587, 0.114)."""
-  for x in images():
-    expected = np.repeat(tf.image.rgb_to_grayscale(x), 3, axis=-1)
-    np.testing.assert_allclose(augment.grayscale(x), expected, atol=1e-6)
-
-
-@pytest.mark.parametrize('box', [(0, 0, 16, 16), (3, 5, 7, 9), (0, 0, 4, 4), (10, 2, 6, 12)])
-@pytest.mark.parametrize('size', [8, 16, 32])
-def test_crop_and_resize_equals_tf_image(box, size):
-  """Breaks if weights reach outside the crop, or centres are not half-pixel."""
-  top, left, height, width = box
-  for x in images():
-    ours = augment.crop_and_resize(jnp.asarray(x), jnp.array(box), size)
-    cut = x[top : top + height, left : left + width]
-    theirs = tf.image.resize(cut, (size, size), method='bicubic')
-    # TensorFlow reads its kernel from a table of 1,024 steps.
-    np.testing.assert_allclose(ours, theirs, atol=1e-3)
-
-
-@pytest.mark.parametrize('sigma', [0.1, 0.7, 2.0])
-@pytest.mark.parametrize('kernel_size', [3, 9])
-def test_blur_equals_numpy(sigma, kernel_size):
-  """Breaks if the kernel's width, its normalisation or the zero padding changes."""
-  radius = kernel_size // 2
-  t = np.arange(-radius, radius + 1)
-  k = np.exp(-(t**2) / (2 * sigma**2))
-  k /= k.sum()
-  for x in images():
-    padded = np.pad(x.astype(np.float64), ((radius, radius), (radius, radius), (0, 0)))
-    rows = sum(k[i] * padded[i : i + 16] for i in range(len(k)))
-    expected = sum(k[i] * rows[:, i : i + 16] for i in range(len(k)))
-    ours = augment.gaussian_blur(jnp.asarray(x), jnp.float32(sigma), kernel_size)
-    np.testing.assert_allclose(ours, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize('shape', [(375, 500), (500, 375), (32, 32)])
-def test_crop_equals_tensorflows_sampler(shape):
-  """Breaks if areas, heights, widths or corners are drawn otherwise than by TensorFlow's op."""
-  n = 20_000
-  keys = jax.random.split(jax.random.key(1), n)
-  ours = np.asarray(jax.jit(jax.vmap(lambda k: augment.sample_box(k, *shape)))(keys))
-
-  def draw(seed):
-    begin, size, _ = tf.image.stateless_sample_distorted_bounding_box(
-      (*shape, 3), tf.constant([[[0.0, 0.0, 1.0, 1.0]]]), seed=tf.stack([seed, 7]),
-      min_object_covered=0.1, aspect_ratio_range=(3 / 4, 4 / 3), area_range=(0.08, 1.0),
-      max_attempts=100,
-    )  # fmt: skip
-    return tf.concat([begin[:2], size[:2]], 0)
-
-  theirs = np.stack(list(tf.data.Dataset.range(n).map(draw).as_numpy_iterator()))
-  for column, name in enumerate(('top', 'left', 'height', 'width')):
-    side = shape[column % 2]
-    # Largest distance of the two distribution functions; 0.02 is its 99.9 % quantile for this n.
-    values = np.arange(side + 1)
-    a, b = (np.searchsorted(np.sort(x[:, column]), values, 'right') / n for x in (ours, theirs))
-    assert np.abs(a - b).max() < 0.02, name
-  area = ours[:, 2] * ours[:, 3] / np.prod(shape)
-  assert area.min() >= 0.1  # min_object_covered and not the area range's 0.08
-  if shape == (32, 32):  # quantiles published for SimCLR's code; one step of area there is 0.02
-    found = np.quantile(area, [0.01, 0.1, 0.25, 0.5, 0.75, 0.9])
-    np.testing.assert_allclose(found, [0.106, 0.141, 0.220, 0.404, 0.610, 0.781], atol=0.02)
-  # The far edge is touched by boxes that fill the side only.
-  top, left, h, w = ours.T
-  assert ((top + h < shape[0]) | (h == shape[0])).all()
-  assert ((left + w < shape[1]) | (w == shape[1])).all()
-
-
-def test_jitter_factors_and_order():
-  """Breaks if a factor's range, the uniformity of the 24 orders, or the clip after each op changes."""
-  strength, n = 0.5, 12_000
-  image = jnp.asarray(images()[3])
+def draw_op(name, image, n, **arguments):
+  """`[n, h, w, 3]`: what `n` keys make of an image, and the keys."""
   keys = jax.random.split(jax.random.key(2), n)
+  op = ops.OPS[name].function
+  draw = jax.jit(jax.vmap(lambda k: op(k, jnp.asarray(image), image.shape[0], **arguments)))
+  return np.asarray(draw(keys)), keys
 
-  def factors(key):
-    order_key, *rest = jax.random.split(key, 5)
-    return jax.random.permutation(order_key, 4)
 
-  orders = np.asarray(jax.jit(jax.vmap(factors))(keys))
-  counts = np.array([(orders == p).all(1).sum() for p in itertools.permutations(range(4))])
-  assert counts.sum() == n
-  chi2 = ((counts - n / 24) ** 2 / (n / 24)).sum()
-  assert chi2 < 49.7, chi2  # 99.9 % quantile, 23 degrees of freedom
+# Text.
 
-  few = keys[:300]
-  ours = np.asarray(jax.jit(jax.vmap(lambda k: augment.color_jitter(k, image, strength)))(few))
-  assert ours.min() >= 0 and ours.max() <= 1
+
+def test_parse():
+  """Breaks if positions, names, defaults or the joining of pipelines are read wrongly."""
+  crop, jitter, flip, gray = augment.parse(
+    'simclr_crop(0.08, area_max=1) | simclr_jitter(0.5, p=0.8) | flip | grayscale(p=0.25)'
+  )
+  assert crop.arguments == {'area_min': 0.08, 'area_max': 1, 'min_object_covered': 0.1}
+  assert (jitter.arguments, jitter.p) == ({'strength': 0.5, 'brightness': 'multiplicative'}, 0.8)
+  assert [(op.name, op.arguments, op.p) for op in (flip, gray)] == [
+    ('flip', {}, 0.5),
+    ('grayscale', {}, 0.25),
+  ]
+  longer = augment.parse(' supervised|solarize(p=0.2) ')
+  assert longer[:2] == augment.parse('supervised') and longer[2].arguments == {'threshold': 0.5}
+  assert augment.parse('moco_v2') is augment.parse('moco_v2')
+
+
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    ('', "'' is not a pipeline: write ops joined by |, such as 'simclr_crop(0.08, 1) | flip'"),
+    ('resize | ', "'resize | ' is not a pipeline: write ops joined by |"),
+    ('resize' + ' | flip' * 9999, 'is not a pipeline'),
+    ('resize, flip', "'(resize, flip)' is not an op: write name or name(arguments)"),
+    ('resize | 3', "'3' is not an op: write name or name(arguments)"),
+    ('resize | os.getcwd()', "'os.getcwd()' is not an op: write name or name(arguments)"),
+    ('moco_v3', 'moco_v3 is neither an op nor a published pipeline: did you mean moco_v2?'),
+    (
+      'resize | greyscale(p=0.2)',
+      'greyscale is neither an op nor a published pipeline: did you mean',
+    ),
+    (
+      'resize | xyz',
+      'xyz is neither an op nor a published pipeline: there are simclr_crop, torch_',
+    ),
+    ('moco_v2(p=0.5)', 'moco_v2 is neither an op'),
+    (
+      'flip',
+      "the pipeline 'flip' does not begin with an op that gives a size: simclr_crop, torch_",
+    ),
+    ('torch_crop(0.2)', "torch_crop(0.2): missing a required argument: 'area_max'; it takes area_"),
+    (
+      'resize | flip(p=1, q=2)',
+      "flip(p=1, q=2): got an unexpected keyword argument 'q'; it takes p",
+    ),
+    ('resize | flip(1)', 'flip(1): too many positional arguments; it takes p'),
+    ('resize(p=0.5)', "resize(p=0.5): got an unexpected keyword argument 'p'; it takes none"),
+    ('resize | noise(exit())', 'noise(exit()): arguments are plain numbers and words'),
+    ('resize | noise("a lot")', "noise: std='a lot' is not a number"),
+    ('resize | noise(True)', 'noise: std=True is not a number'),
+    ('resize | noise(2)', 'noise: std=2 is out of range: from 0.0 to 1.0'),
+    ('resize | flip(p=1.5)', 'flip: p=1.5 is out of range: from 0.0 to 1.0'),
+    ('resize | noise(1e999)', 'noise: std=inf is not a number'),
+    ('resize | simclr_blur(per="run")', "simclr_blur: per='run' is not one of 'example', 'batch'"),
+    ('torch_crop(0.5, 0.2)', 'torch_crop: area_max=0.2 is below 0.5, its lower bound'),
+    ('resize | torch_blur(2, 1)', 'torch_blur: sigma_max=1 is below 2, its lower bound'),
+  ],
+)
+def test_parse_says_what_is_wrong(text, message):
+  """Breaks if a mistake in a pipeline passes, or its message is not one line that names it."""
+  with pytest.raises(ValueError) as error:
+    augment.parse(text)
+  assert message in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_evaluation_draws_nothing():
+  """Breaks if an evaluation may be random."""
+  for text in ('supervised', 'resize | flip', 'resize | grayscale(p=0.5)', 'resize | noise(0.1)'):
+    with pytest.raises(ValueError, match='is for evaluation but .* is random$'):
+      augment.parse(text, random=False)
+    assert augment.parse(text)
+  for text in ('simclr_eval', 'moco_eval', 'resize | grayscale | flip(p=1)'):
+    x = picture(24)
+    assert augment.eval_view(jnp.asarray(x), text, 16).shape == (16, 16, 3)
+
+
+def test_every_op_is_declared():
+  """Breaks if an op's arguments and their allowed values do not match, or a default is not allowed."""
+  for name, definition in ops.OPS.items():
+    parameters = list(inspect.signature(definition.function).parameters.values())
+    assert [p.name for p in parameters[:3]] == ['key', 'image', 'size'], name
+    assert [p.name for p in parameters[3:]] == list(definition.allowed), name
+    assert definition.function.__doc__, name
+    assert name not in augment.PIPELINES
+    needed = ', '.join('0.5' for p in parameters[3:] if p.default is p.empty)
+    op = f'{name}({needed})' if definition.sized else f'resize | {name}({needed}, p=0.5)'
+    assert augment.parse(op.replace('(, ', '('))[-1].name == name
+    assert definition.draws == ('key' in inspect.getsource(definition.function).split('"""')[2]), (
+      name
+    )
+
+
+# What the references say: (op, arguments, probability), in order.
+SIMCLR_CROP = ('simclr_crop', [0.08, 1, 0.1], 1)
+FLIP, GRAY = ('flip', [], 0.5), ('grayscale', [], 0.2)
+SIMCLR_BLUR = ('simclr_blur', ['batch'], 0.5)
+MOCO_V2_COLOUR = [('torch_jitter', [0.4, 0.4, 0.4, 0.1], 0.8), GRAY]
+REFERENCES = {
+  'simclr_v1': [SIMCLR_CROP, FLIP, ('simclr_jitter', [1, 'additive'], 0.8), GRAY, SIMCLR_BLUR],
+  'simclr_v2': [SIMCLR_CROP, FLIP, ('simclr_jitter', [1, 'multiplicative'], 0.8), GRAY, SIMCLR_BLUR],
+  'simclr_cifar10_v1': [SIMCLR_CROP, FLIP, ('simclr_jitter', [0.5, 'additive'], 0.8), GRAY],
+  'simclr_cifar10_v2': [SIMCLR_CROP, FLIP, ('simclr_jitter', [0.5, 'multiplicative'], 0.8), GRAY],
+  'moco_v1': [('torch_crop', [0.2, 1], 1), GRAY, ('torch_jitter', [0.4, 0.4, 0.4, 0.4], 1), FLIP],
+  'moco_v2': [('torch_crop', [0.2, 1], 1), *MOCO_V2_COLOUR, ('torch_blur', [0.1, 2], 0.5), FLIP],
+  'moco_cifar10': [('torch_crop', [0.08, 1], 1), FLIP, *MOCO_V2_COLOUR],
+  'supervised': [SIMCLR_CROP, FLIP],
+  'simclr_eval': [('center_crop', [0.875], 1)],
+  'moco_eval': [('torch_center_crop', [0.875], 1)],
+}  # fmt: skip
+
+
+def test_published_pipelines():
+  """Breaks if an op, its place or a constant of a published pipeline changes."""
+  found = {
+    name: [(op.name, list(op.arguments.values()), op.p) for op in augment.parse(name)]
+    for name in augment.PIPELINES
+  }
+  assert found == REFERENCES
+
+
+# Draws.
+
+
+def chi2(counts):
+  """Pearson's statistic against equal counts."""
+  expected = np.mean(counts)
+  return ((np.asarray(counts) - expected) ** 2 / expected).sum()
+
+
+def test_simclr_jitter_factors_and_order():
+  """Breaks if a factor's range, the uniformity of the 24 orders, or the clip after each op changes."""
+  tf = pytest.importorskip('tensorflow', reason='tf.image is the oracle')
+  strength, image = 0.5, np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
+  got, _ = draw_op('simclr_jitter', image, 300, strength=strength)
+  keys = jax.random.split(jax.random.key(2), 12_000)  # the first 300 are those
+  assert got.min() >= 0 and got.max() <= 1
+
+  order = jax.jit(jax.vmap(lambda k: jax.random.permutation(jax.random.split(k, 5)[0], 4)))
+  orders = np.asarray(order(keys))
+  counts = [(orders == p).all(1).sum() for p in itertools.permutations(range(4))]
+  assert sum(counts) == len(keys)
+  assert chi2(counts) < 49.7  # 99.9 % quantile, 23 degrees of freedom
 
   # One image at a time, with tf.image and the same draws.
-  for key, got, order in zip(few[:40], ours, orders):
+  for key, x, order in zip(keys[:40], got, orders):
     _, *rest = jax.random.split(key, 5)
     low = [0.6, 0.6, 0.6, -0.1]
     high = [1.4, 1.4, 1.4, 0.1]
-    b, c, s, h = (
-      float(jax.random.uniform(k, minval=u, maxval=v)) for k, u, v in zip(rest, low, high)
-    )
-    x = np.asarray(image)
-    ops = [tf.multiply, tf.image.adjust_contrast, tf.image.adjust_saturation, tf.image.adjust_hue]
+    factors = [float(jax.random.uniform(k, minval=u, maxval=v)) for k, u, v in zip(rest, low, high)]
+    expected = image
+    steps = [tf.multiply, tf.image.adjust_contrast, tf.image.adjust_saturation, tf.image.adjust_hue]
     for op in order:
-      x = np.clip(ops[op](x, (b, c, s, h)[op]), 0, 1)
-    np.testing.assert_allclose(got, x, atol=1e-5)
+      expected = np.clip(steps[op](expected, factors[op]), 0, 1)
+    np.testing.assert_allclose(x, expected, atol=1e-5)
 
 
 def test_additive_brightness_of_v1():
   """Breaks if v1's brightness is not a shift within 0.8 times the strength."""
-  gray = jnp.full((4, 4, 3), 0.5)  # contrast, saturation and hue leave it alone
-  keys = jax.random.split(jax.random.key(3), 4000)
-  out = jax.jit(jax.vmap(lambda k: augment.color_jitter(k, gray, 0.5, True)))(keys)
-  shift = np.asarray(out)[:, 0, 0, 0] - 0.5
+  gray = np.full((4, 4, 3), 0.5, np.float32)  # contrast, saturation and hue leave it alone
+  out, _ = draw_op('simclr_jitter', gray, 4000, strength=0.5, brightness='additive')
+  shift = out[:, 0, 0, 0] - 0.5
   np.testing.assert_allclose([shift.min(), shift.max()], [-0.4, 0.4], atol=0.01)
   np.testing.assert_allclose([shift.mean(), shift.std()], [0, 0.8 / 12**0.5], atol=0.012)
-  out = jax.jit(jax.vmap(lambda k: augment.color_jitter(k, gray, 0.5, False)))(keys)
-  factor = np.asarray(out)[:, 0, 0, 0] / 0.5
+  out, _ = draw_op('simclr_jitter', gray, 2000, strength=0.5)
+  factor = out[:, 0, 0, 0] / 0.5
   np.testing.assert_allclose([factor.min(), factor.max()], [0.6, 1.4], atol=0.01)
 
 
-def recipe(**values):
-  c = config.load('simclr_cifar10').augment
-  with c.unlocked():
-    c.update(values)
-  return c
+@pytest.mark.parametrize('which', ['Brightness', 'Contrast', 'Color'])
+def test_torch_jitter_equals_pillow(which):
+  """Breaks if an image is blended with another than Pillow's, or the factor's range changes."""
+  image = picture(32)
+  names = {'Brightness': 'brightness', 'Contrast': 'contrast', 'Color': 'saturation'}
+  strengths = dict.fromkeys([*names.values(), 'hue'], 0)
+  strengths[names[which]] = 0.4
+  out, keys = draw_op('torch_jitter', image, 300, **strengths)
+  draw = jax.jit(jax.vmap(lambda k: jax.random.uniform(jax.random.split(k, 3)[1], (3,))))
+  factors = 0.6 + 0.8 * np.asarray(draw(keys))[:, list(names).index(which)]
+  enhance = getattr(ImageEnhance, which)(Image.fromarray(np.round(255 * image).astype(np.uint8)))
+  for x, factor in zip(out[:50], factors):
+    off = 255 * x - np.asarray(enhance.enhance(float(factor)))
+    # Pillow rounds down at the end and has the blended gray in whole levels.
+    assert off.min() > -0.3 and off.max() < 1.3
 
 
-def draw_views(c, image, n=4000, size=8):
-  x = jnp.broadcast_to(jnp.asarray(image), (n, *image.shape))
-  draw = jax.jit(lambda x, e, p: augment.views(x, e, p, c, 0, size))
-  return np.asarray(draw(x, jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32)))
-
-
-WHOLE = {'crop_area_min': 1.0, 'crop_min_object_covered': 1.0}
+def test_torch_jitter_hue_and_order():
+  """Breaks if hue's range, or the order of the four ops over many draws, is not torchvision's."""
+  image = picture(16)
+  out, keys = draw_op('torch_jitter', image, 300, brightness=0, contrast=0, saturation=0, hue=0.1)
+  draw = jax.vmap(lambda k: jax.random.uniform(jax.random.split(k, 3)[2], minval=-0.1, maxval=0.1))
+  expected = jax.jit(jax.vmap(pixels.pillow_hue, (None, 0)))(jnp.asarray(image), draw(keys))
+  np.testing.assert_allclose(out, expected, atol=1e-6)
+  # On black and white, brightness 0..3 clips what contrast 0..3 then squeezes, or the other way.
+  image = np.zeros((4, 4, 3), np.float32)
+  image[:2] = 1.0
+  out, keys = draw_op('torch_jitter', image, 600, brightness=2, contrast=2, saturation=0, hue=0)
+  draw = jax.vmap(lambda k: jax.random.permutation(jax.random.split(k, 3)[0], 4))
+  orders = np.asarray(jax.jit(draw)(keys))
+  brightness_first = np.argmax(orders == 0, 1) < np.argmax(orders == 1, 1)
+  assert 0.4 < brightness_first.mean() < 0.6
+  draw = jax.vmap(lambda k: jax.random.uniform(jax.random.split(k, 3)[1], (3,)))
+  b, c, _ = 3 * np.asarray(jax.jit(draw)(keys)).T  # from 0 and not from 1 - 2
+  white = np.minimum(b, 1)
+  squeezed = np.clip(white / 2 + white / 2 * c, 0, 1)
+  white = np.clip(np.clip(0.5 + 0.5 * c, 0, 1) * b, 0, 1)
+  expected = np.where(brightness_first, squeezed, white)
+  np.testing.assert_allclose(out[:, 0, 0, 0], expected, atol=1e-4)
+  assert np.abs(squeezed - white).max() > 0.3  # the orders differ
 
 
 def test_flip_colour_and_gray_frequencies():
   """Breaks if a view's probabilities differ from 1/2, 4/5 and 1/5, or views of an image are tied."""
-  image = images(size=8)[3]
-  only_flip = draw_views(recipe(**WHOLE, color_strength=0.0), image)  # [n, 2, 8, 8, 3]
+  image = picture(8)
+  only_flip = draw_views('resize | flip', image)  # [n, 2, 8, 8, 3]
   flipped = np.abs(only_flip - image[:, ::-1]).max((2, 3, 4)) < 1e-5
   plain = np.abs(only_flip - image).max((2, 3, 4)) < 1e-5
   assert (flipped ^ plain).all()
   np.testing.assert_allclose(flipped.mean(0), 0.5, atol=0.03)
   assert abs(np.corrcoef(flipped.T)[0, 1]) < 0.06
 
-  c = recipe(**WHOLE, flip=False, grayscale_probability=0.0)
-  changed = np.abs(draw_views(c, image) - image).max((2, 3, 4)) > 1e-4
+  changed = draw_views(
+    'resize | simclr_jitter(0.5, p=0.8)', image, view2='resize | noise(1, p=0.8)'
+  )
+  changed = np.abs(changed - image).max((2, 3, 4)) > 1e-4
   np.testing.assert_allclose(changed.mean(0), 0.8, atol=0.03)
 
-  c = recipe(**WHOLE, flip=False, color_probability=0.0)
-  gray = draw_views(c, image)
-  gray = np.abs(gray - gray[..., :1]).max((2, 3, 4)) < 1e-5
+  both = draw_views('resize | grayscale(p=0.2) | solarize(p=0.2)', image)
+  gray = np.abs(both - both[..., :1]).max((2, 3, 4)) < 1e-5
   np.testing.assert_allclose(gray.mean(0), 0.2, atol=0.03)
+  unlike = np.abs(both - np.where(gray[..., None, None, None], pixels.grayscale(image), image))
+  solarized = unlike.max((2, 3, 4)) > 1e-4
+  np.testing.assert_allclose(solarized.mean(0), 0.2, atol=0.03)
+  assert abs(np.corrcoef(gray[:, 0], solarized[:, 0])[0, 1]) < 0.06  # ops do not share a draw
 
 
 def test_blur_sigma_per_example_or_batch():
   """Breaks if sigma leaves U(0.1, 2), or 'batch' does not share it within a view."""
   image = np.zeros((32, 32, 3), np.float32)
   image[16, 16] = 1.0
-  off = {**WHOLE, 'flip': False, 'color_strength': 0.0, 'blur_probability': 1.0}
-  centre = draw_views(recipe(**off), image, 3000, 32)[:, :, 16, 16, 0]
+  centre = draw_views('resize | simclr_blur', image, 3000, 32)[:, :, 16, 16, 0]
   visible = centre < 0.999
   # The centre keeps 1 / (1 + 2 exp(-1 / 2 sigma^2))^2.
   side = (1 / np.sqrt(np.where(visible, centre, 0.25)) - 1) / 2
   sigma = np.sqrt(-1 / (2 * np.log(side)))
   np.testing.assert_allclose([sigma[visible].max()], [2.0], atol=0.01)
   np.testing.assert_allclose(np.median(np.where(visible, sigma, 0.1)), 1.05, atol=0.05)
-  shared = draw_views(recipe(**off, blur_sigma='batch'), image, 50, 32)[:, :, 16, 16, 0]
+  shared = draw_views('resize | simclr_blur("batch")', image, 50, 32)[:, :, 16, 16, 0]
   np.testing.assert_allclose(shared, np.broadcast_to(shared[:1], shared.shape), atol=1e-6)
   assert shared[0, 0] != shared[0, 1]
-  some = draw_views(recipe(**{**off, 'blur_probability': 0.5}), image, 3000, 32)[:, :, 16, 16, 0]
+  some = draw_views('resize | simclr_blur(p=0.5)', image, 3000, 32)[:, :, 16, 16, 0]
   expected = 0.5 * visible.mean()
   np.testing.assert_allclose((some < 0.999).mean(), expected, atol=0.03)
+  # However often it is applied to an example, a batch has one sigma.
+  some = draw_views('resize | simclr_blur("batch", p=0.5)', image, 3000, 32)[:, 0, 16, 16, 0]
+  np.testing.assert_allclose((some < 0.999).mean(), 0.5, atol=0.04)
+  assert len(np.unique(np.round(some, 5))) == 2
 
 
-def test_views_depend_on_seed_epoch_and_position_alone():
+def test_torch_blur_sigma():
+  """Breaks if MoCo's sigma is not uniform in the range given."""
+  image = np.zeros((32, 32, 3), np.float32)
+  image[16, 16] = 1.0
+  out, _ = draw_op('torch_blur', image, 2000, sigma_min=1.0, sigma_max=2.0)
+  sigma = 1 / np.sqrt(2 * np.pi * out[:, 16, 16, 0])  # a wide Gaussian's height
+  quantiles = np.quantile(sigma, [0, 0.25, 0.5, 0.75, 1])
+  np.testing.assert_allclose(quantiles, [1, 1.25, 1.5, 1.75, 2], atol=0.04)
+
+
+def test_rotate_cutout_and_noise():
+  """Breaks if quarters are not equally likely, or a square or noise has another size or place."""
+  image = picture(8)
+  out, _ = draw_op('rotate', image, 4000)
+  quarters = np.stack([np.rot90(image, i) for i in range(4)])
+  counts = (out[:, None] == quarters).all((2, 3, 4)).sum(0)
+  assert counts.sum() == 4000
+  assert chi2(counts) < 16.3  # 99.9 % quantile, 3 degrees of freedom
+
+  out, _ = draw_op('cutout', np.ones((8, 8, 3), np.float32), 4000, fraction=0.5)
+  black = (out == 0).all(-1)
+  assert black.sum((1, 2)).max() == 16  # 4 x 4 where nothing falls outside
+  cases = [(black.any(2)[:, i]).mean() for i in range(8)]  # the share of squares that reach row i
+  reach = [sum(c - 2 <= i < c + 2 for c in range(8)) / 8 for i in range(8)]
+  np.testing.assert_allclose(cases, reach, atol=0.03)
+
+  out, _ = draw_op('noise', np.full((8, 8, 3), 0.5, np.float32), 500, std=0.1)
+  np.testing.assert_allclose([out.mean(), out.std()], [0.5, 0.1], atol=2e-3)
+  assert len(np.unique(out[0])) > 100  # every value its own
+
+
+# Views.
+
+
+def test_one_branch():
+  """Breaks if an op of one view reaches the other, or the second view's draws need the first's text."""
+  image = picture(8)
+  pair = draw_views('resize | solarize', image, 20, view2='resize')
+  np.testing.assert_allclose(pair[:, 1], np.broadcast_to(image, pair[:, 1].shape), atol=1e-6)
+  np.testing.assert_allclose(pair[:, 0], np.where(pair[:, 1] < 0.5, pair[:, 1], 1 - pair[:, 1]))
+  crop = 'simclr_crop(0.2, 1) | flip'
+  both = draw_views(crop, image, 20)
+  other = draw_views(f'{crop} | noise(0.2)', image, 20, view2=crop)
+  np.testing.assert_allclose(other[:, 1], both[:, 1], atol=1e-6)
+  assert np.abs(other[:, 0] - both[:, 0]).max((1, 2, 3)).min() > 0.1
+  one = draw_views(crop, image, 20, count=1)
+  assert one.shape == (20, 1, 8, 8, 3)
+  np.testing.assert_allclose(one[:, 0], both[:, 0], atol=1e-6)
+
+
+@pytest.mark.parametrize('pipeline', ['simclr_cifar10_v1 | simclr_blur(p=0.5)', 'moco_v2'])
+def test_views_depend_on_seed_epoch_and_position_alone(pipeline):
   """Breaks if a view depends on the batch it is in, or repeats over epochs, positions or seeds."""
-  c = recipe(blur_probability=0.5)
-  x = jnp.asarray(images(16, 16))
-  draw = jax.jit(lambda x, e, p: augment.views(x, e, p, c, 0, 16))
+  config = types.SimpleNamespace(view1=pipeline, view2='')
+  x = jnp.stack([jnp.asarray(picture(20, seed)) for seed in range(16)])
+  compiled = jax.jit(lambda x, e, p, seed: augment.views(x, e, p, config, seed, 16))
+
+  def draw(x, epoch, position, seed=0):
+    return compiled(x, epoch, position, seed)
+
   epoch, position = jnp.zeros(16, jnp.int32), jnp.arange(100, 116, dtype=jnp.int32)
   all_at_once = np.asarray(draw(x, epoch, position))
+  assert all_at_once.shape == (16, 2, 16, 16, 3) and all_at_once.dtype == np.float32
   order = np.random.default_rng(0).permutation(16)
   np.testing.assert_array_equal(draw(x[order], epoch, position[order]), all_at_once[order])
   assert np.abs(np.asarray(draw(x, epoch + 1, position)) - all_at_once).max((1, 2, 3, 4)).min() > 0
   assert np.abs(np.asarray(draw(x, epoch, position + 1)) - all_at_once).max((1, 2, 3, 4)).min() > 0
-  other = jax.jit(lambda x, e, p: augment.views(x, e, p, c, 1, 16))(x, epoch, position)
+  other = draw(x, epoch, position, 1)
   assert np.abs(np.asarray(other) - all_at_once).max((1, 2, 3, 4)).min() > 0
   assert np.abs(all_at_once[:, 0] - all_at_once[:, 1]).max((1, 2, 3)).min() > 0
   assert all_at_once.min() >= 0 and all_at_once.max() <= 1
 
 
-def test_center_view():
-  """Breaks if the evaluation crops another part than SimCLR's central 87.5 %."""
-  x = np.random.default_rng(0).random((40, 64, 3)).astype(np.float32)
-  cut = x[3:38, 15:50]  # round(0.875 * 40) = 35; offsets (5 + 1) // 2 and (29 + 1) // 2
-  expected = np.clip(tf.image.resize(cut, (20, 20), method='bicubic'), 0, 1)
-  np.testing.assert_allclose(augment.center_view(jnp.asarray(x), 20), expected, atol=1e-3)
-  square = (255 * images()[0]).astype(np.uint8)
-  np.testing.assert_allclose(
-    augment.center_view(jnp.asarray(square), 16), square / 255.0, atol=1e-6
-  )
+def test_values_are_clipped_where_simclrs_code_clips_them():
+  """Breaks if the bicubic overshoot is cut before the colour ops, or reaches any other op."""
+  step = np.zeros((8, 8, 3), np.float32)
+  step[:, 4:] = 1.0
+  raw = ops.OPS['center_crop'].function(None, jnp.asarray(step), 16, 1.0)
+  assert raw.min() < -0.05 and raw.max() > 1.05
+  half = ops.OPS['simclr_jitter'].function
+
+  def spread(text):
+    view = augment.view(jax.random.key(0), jnp.asarray(step), text, 16)
+    return np.asarray(view)
+
+  tinted = spread('center_crop(1.0) | simclr_jitter(0.5)')
+  key = jax.random.split(jax.random.key(0), (2, 2))[1, 1]
+  np.testing.assert_allclose(tinted, half(key, raw, 16, 0.5), atol=1e-6)
+  blurred = spread('center_crop(1.0) | torch_blur(1, 1)')
+  expected = pixels.gaussian_blur(jnp.clip(raw, 0, 1), 1.0, 4, 'edge')
+  np.testing.assert_allclose(blurred, expected, atol=1e-6)
+
+
+def test_bytes_and_floats():
+  """Breaks if uint8 images are scaled otherwise than by 255."""
+  x = picture(16)
+  u = np.round(255 * x).astype(np.uint8)
+  for image in (x, u):
+    got = augment.view(jax.random.key(3), jnp.asarray(image), 'resize', 16)
+    np.testing.assert_allclose(got, x, atol=1e-6)

@@ -11,7 +11,7 @@ import pytest
 from conftest import TINY
 
 from simclr_jax import cli, config, data
-from simclr_jax.config import ConfigError
+from simclr_jax.errors import ConfigError
 from simclr_jax.interop.orbax import load_encoder
 
 SMALL = {**TINY, 'steps': '4', 'knn_every_epochs': '1', 'tensorboard': 'true'}
@@ -65,9 +65,19 @@ def fails(capsys, *argv, code=2):
     ('model.depth=19', 'model.depth=19 is not one of 8, 18, 34'),
     ('model.stem=cifr', "model.stem='cifr' is not one of imagenet, strided, cifar"),
     ('model.width_multiplier=0.3', '64 times it is not a whole number'),
-    ('augment.crop_area_min=2', 'augment.crop_area_min=2.0 is out of range'),
-    ('augment.color_strength=1.5', 'augment.color_strength=1.5 is out of range: from 0.0 to 1.25'),
-    ('method=simclear', 'there is no simclr_jax/methods/simclear.py'),
+    ('augment.view1=simclr_crop(2, 1) | flip', 'augment.view1: '),
+    ('augment.view1=simclr_crop(0.1, 1) | flop', "did you mean 'flip'"),
+    ('augment.eval=simclr_crop(0.1, 1)', 'augment.eval: '),
+    ('queue_size=-1', 'queue_size=-1 is out of range: at least 0'),
+    ('loss=nce', "loss='nce' is not one of nt_xent, nt_logistic, margin_triplet, pairwise_margin"),
+    ('method=moco', "the recipe lacks the field 'shuffle'"),
+    (
+      'method=mocha',
+      "method='mocha' is not one of end_to_end, memory_bank, moco, simclr, supervised",
+    ),
+    ('decay_epochs=ten', "decay_epochs='ten' is not numbers: 1,2"),
+    ('data.examples=7', 'data.examples=7, but the training split has 6000 images'),
+    ('model.bn_groups=7', 'batch_size=256 is not divisible by model.bn_groups=7'),
     ('data.source=imagenet', "data.source='imagenet' is not one of digits, npz, tfds"),
     ('data.num_classes=5', 'data.num_classes=5, but the training labels go up to 9'),
     ('data.train_split=validation', 'the digits have the splits train and test'),
@@ -304,4 +314,4 @@ def test_recipes_load():
     assert config.load(name).method
     assert name in pathlib.Path(cli.__file__).read_text()  # --help lists it
   v2 = config.load('simclr_cifar10:v2')
-  assert v2.model.head_layers == 3 and v2.augment.brightness == 'multiplicative'
+  assert v2.model.head_layers == 3 and v2.augment.view1 == 'simclr_cifar10_v2'

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from simclr_jax import config, data
-from simclr_jax.config import ConfigError
 from simclr_jax.data import digits, order, tfds as ours
+from simclr_jax.errors import ConfigError
 
 
 def source(**values):

@@ -1,134 +1,185 @@
-"""Networks against published parameter counts and plain numpy."""
+"""Networks and heads: published parameter counts, initial values, settings."""
 
-import flax.linen as nn
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from simclr_jax.models import heads, resnet
 from simclr_jax.models.heads import ProjectionHead
-from simclr_jax.models.norm import BatchNorm
 from simclr_jax.models.resnet import ResNet
+
+SK = 0.0625  # SimCLR v2's
 
 
 def count(tree):
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
+@functools.cache
 def shapes(module, *shape):
   return jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape), train=False))
 
 
-@pytest.mark.parametrize(
-  'depth, width, stem, expected',
-  [
-    (18, 1, 'cifar', 11_173_056),
-    (34, 1, 'cifar', 21_281_216),
-    (50, 1, 'cifar', 23_500_352),
-    (50, 1, 'imagenet', 23_508_032),
-    (50, 2, 'imagenet', 93_907_072),
-    (50, 4, 'imagenet', 375_378_176),
-    (101, 1, 'imagenet', 42_500_160),
-    (101, 2, 'imagenet', 169_771_136),
-    (152, 1, 'imagenet', 58_143_808),
-    (152, 2, 'imagenet', 232_253_568),
-  ],
-)
-def test_trainable_parameters_of_the_backbone(depth, width, stem, expected):
-  """Breaks if a layer, shortcut or width differs from SimCLR's networks."""
-  params = shapes(ResNet(depth, width, stem), 1, 64, 64, 3)['params']
-  assert count(params) == expected
+def backbone(depth, width, sk, stem='imagenet', **settings):
+  return shapes(ResNet(depth, width, stem, sk_ratio=SK * sk, **settings), 1, 64, 64, 3)
 
 
+# Counted in the released code of SimCLR, without the statistics of BatchNorm.
 @pytest.mark.parametrize(
-  'depth, width, linear, everything',
+  'depth, width, sk, trainable, with_classifier, with_head',
   [
-    (50, 1, 25_557_032, 34.22),
-    (50, 2, 98_004_072, 132.10),
-    (50, 4, 383_571_176, 518.87),
-    (101, 1, 44_549_160, 53.21),
-    (101, 2, 173_868_136, 207.96),
-    (152, 1, 60_192_808, 68.85),
-    (152, 2, 236_350_568, 270.45),
+    (50, 1, False, 23_508_032, 25_557_032, 34.22),
+    (50, 1, True, 35_215_584, 37_264_584, 45.92),
+    (50, 2, False, 93_907_072, 98_004_072, 132.10),
+    (50, 2, True, 140_306_048, 144_403_048, 178.50),
+    (50, 4, False, 375_378_176, 383_571_176, 518.87),
+    (101, 1, False, 42_500_160, 44_549_160, 53.21),
+    (101, 1, True, 64_662_304, 66_711_304, 75.37),
+    (101, 2, False, 169_771_136, 173_868_136, 207.96),
+    (101, 2, True, 257_132_224, 261_229_224, 295.32),
+    (152, 1, False, 58_143_808, 60_192_808, 68.85),
+    (152, 1, True, 88_940_896, 90_989_896, 99.65),
+    (152, 2, False, 232_253_568, 236_350_568, 270.45),
+    (152, 2, True, 353_398_528, 357_495_528, 391.59),
+    (152, 3, True, 794_704_160, 800_849_160, 877.16),
   ],
 )
-def test_parameters_with_classifier_and_head(depth, width, linear, everything):
-  """Breaks if the 3-layer projection head has a bias, or a gamma or beta too many."""
+def test_trainable_parameters(depth, width, sk, trainable, with_classifier, with_head):
+  """Breaks if a layer, shortcut or width differs from SimCLR's networks, or if the 3-layer
+  projection head has a bias, or a gamma or beta too many.
+  """
   d = 2048 * width
-  backbone = count(shapes(ResNet(depth, width), 1, 64, 64, 3)['params'])
-  classifier = d * 1000 + 1000
-  assert backbone + classifier == linear
+  params = count(backbone(depth, width, sk)['params'])
+  assert params == trainable
+  assert params + d * 1000 + 1000 == with_classifier
   head = count(shapes(ProjectionHead('mlp', 3, 128), 2, d)['params'])
-  assert round((backbone + classifier + head) / 1e6, 2) == everything
+  assert round((params + d * 1000 + 1000 + head) / 1e6, 2) == with_head
 
 
-def test_moving_statistics_count():
-  """Breaks if a BatchNorm is missing: SimCLR's README counts R50 with its statistics, 23.56 M."""
-  assert round(count(shapes(ResNet(50), 1, 64, 64, 3)) / 1e6, 2) == 23.56
+@pytest.mark.parametrize(
+  'depth, width, sk, millions',
+  [
+    (50, 1, False, 23.56),
+    (50, 2, True, 140.43),
+    (101, 1, False, 42.61),
+    (101, 2, True, 257.38),
+    (152, 2, False, 232.56),
+    (152, 2, True, 353.75),
+    (152, 3, True, 795.24),
+  ],
+)
+def test_parameters_with_statistics(depth, width, sk, millions):
+  """Breaks if a BatchNorm is missing: SimCLR's README counts the statistics too."""
+  assert round(count(backbone(depth, width, sk)) / 1e6, 2) == millions
 
 
-def test_dialects_differ_where_stated():
-  """Breaks if a dialect's shortcuts, last gamma, initialisation or pooling change sides."""
-  key, x = jax.random.key(0), jnp.zeros((1, 64, 64, 3))
-  simclr = ResNet(18).init(key, x, train=False)['params']
-  torch = ResNet(18, dialect='torchvision').init(key, x, train=False)['params']
+@pytest.mark.parametrize('depth, expected', [(18, 11_173_056), (34, 21_281_216), (50, 23_500_352)])
+def test_trainable_parameters_with_the_cifar_stem(depth, expected):
+  """Breaks if the CIFAR stem or the projections of the shallow networks change."""
+  assert count(backbone(depth, 1, False, 'cifar')['params']) == expected
+
+
+@pytest.mark.parametrize('depth', [18, 34])
+def test_selective_kernels_leave_shallow_blocks_alone(depth):
+  """Breaks if SK does more to blocks of two 3x3 convolutions than pooling their shortcuts, or
+  touches the CIFAR stem: by hand, the 7x7 convolution goes, two of 3x3 and their BatchNorms come.
+  """
+  plain, sk = (count(backbone(depth, 1, on)['params']) for on in (False, True))
+  seven, three = 49 * 3 * 64, 9 * (3 * 32 + 32 * 32 + 32 * 64)
+  assert sk - plain == three - seven + 4 * 32
+  plain, sk = (backbone(depth, 1, on, 'cifar') for on in (False, True))
+  assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, sk)
+
+
+def test_squeeze_and_excitation_parameters():
+  """Breaks if its bottleneck is a share of the 4 f channels and not of f, or has no biases."""
+  ratio, more = 1 / 32, 0
+  for f, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+    r = f // 32
+    more += blocks * (4 * f * r + r + r * 4 * f + 4 * f)
+  plain, se = (count(backbone(50, 1, False, se_ratio=s)['params']) for s in (0.0, ratio))
+  assert se - plain == more
+  tiny = shapes(ResNet(8, 1 / 8, 'cifar', se_ratio=ratio), 1, 32, 32, 3)['params']
+  assert tiny['group1_block1']['se']['reduce']['kernel'].shape == (1, 1, 8, 1)
+
+
+def test_moco_parameters():
+  """Breaks if torchvision's ResNets or MoCo's heads have other parameters than published."""
+  torchvision = {'dialect': 'torchvision'}
+  assert count(backbone(18, 1, False, **torchvision)['params']) == 11_689_512 - 513_000
+  r50 = count(backbone(50, 1, False, **torchvision)['params'])
+  for mode, expected in (('linear', 23_770_304), ('mlp', 27_966_656)):
+    head = shapes(ProjectionHead(mode, 2, 128, norm=False), 2, 2048)
+    assert set(head) == {'params'}
+    assert r50 + count(head['params']) == expected
+
+
+@pytest.fixture(scope='module')
+def initial():
+  """Parameters of a small network in both dialects."""
+  x = jnp.zeros((1, 8, 8, 3))
+
+  def init(dialect):
+    net = ResNet(8, 0.5, 'cifar', dialect)
+    key = jax.random.key(0, impl='rbg')  # compiles in a quarter of the time
+    return jax.jit(lambda: net.init(key, x, train=False))()['params']
+
+  return {dialect: init(dialect) for dialect in resnet.DIALECTS}
+
+
+def test_initial_gammas_and_shortcuts(initial):
+  """Breaks if a dialect's last gamma or the shortcut of its first group changes sides."""
+  simclr, torch = initial['simclr'], initial['torchvision']
   assert 'proj_conv' in simclr['group1_block1'] and 'proj_conv' not in torch['group1_block1']
   assert 'proj_conv' in simclr['group2_block1'] and 'proj_conv' in torch['group2_block1']
-  assert not simclr['group1_block1']['bn2']['scale'].any()
-  assert (torch['group1_block1']['bn2']['scale'] == 1).all()
-  kernel = (3, 3, 256, 512)  # group4_block1/conv1
-  for params, std in ((simclr, (1 / (9 * 256)) ** 0.5), (torch, (2 / (9 * 512)) ** 0.5)):
-    weights = params['group4_block1']['conv1']['kernel']
-    assert weights.shape == kernel
-    np.testing.assert_allclose(np.std(weights), std, rtol=0.01)
-  # torchvision's ResNet-18 without its classifier has 11,689,512 - 513,000 parameters.
-  assert count(torch) == 11_176_512
+  for params, last in ((simclr, 0), (torch, 1)):
+    for name in (name for name in params if name.startswith('group')):
+      assert (params[name]['bn2']['scale'] == last).all()
+      assert (params[name]['bn1']['scale'] == 1).all()
+      assert not params[name]['bn1']['bias'].any() and not params[name]['bn2']['bias'].any()
 
 
-@pytest.mark.parametrize('dialect, first', [('simclr', 0), ('torchvision', -1)])
-def test_max_pool_padding(dialect, first):
-  """Breaks if the first pooled pixel looks at other stem pixels than 0..2 (SAME) or -1..1 (torch)."""
-  net = ResNet(18, 1 / 64, dialect=dialect)
-  x = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
-  variables = net.init(jax.random.key(0), x, train=False)
-  _, seen = net.apply(
-    variables,
-    x,
-    train=False,
-    capture_intermediates=lambda m, _: m.name in ('stem_bn', 'proj_conv', 'conv1'),
-  )
-  stem = np.maximum(seen['intermediates']['stem_bn']['__call__'][0][0, ..., 0], 0)
-  window = stem[max(first, 0) : first + 3, max(first, 0) : first + 3].max()
-  pooled = nn.max_pool(
-    jnp.asarray(stem)[None, ..., None], (3, 3), (2, 2), 'SAME' if first == 0 else [(1, 1), (1, 1)]
-  )
-  assert pooled[0, 0, 0, 0] == window
-  # The pooled map is what the first block sees: recompute its first convolution by hand at (0, 0).
-  w = variables['params']['group1_block1']['conv1']['kernel'][..., 0, 0]
-  p = np.pad(np.asarray(pooled)[0, ..., 0], 1)[:3, :3]
-  got = seen['intermediates']['group1_block1']['conv1']['__call__'][0][0, 0, 0, 0]
-  np.testing.assert_allclose(got, (p * w).sum(), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(
+  'layer, fan_in, fan_out', [('conv1', 9 * 64, 9 * 128), ('proj_conv', 64, 128)]
+)
+def test_initial_kernels(initial, layer, fan_in, fan_out):
+  """Breaks if a dialect's initialiser gets another fan, gain, or tail (truncated at 2 sigma or not)."""
+  simclr, torch = (np.ravel(initial[d]['group3_block1'][layer]['kernel']) for d in resnet.DIALECTS)
+  n = simclr.size
+  for weights, std in ((simclr, (1 / fan_in) ** 0.5), (torch, (2 / fan_out) ** 0.5)):
+    np.testing.assert_allclose(weights.std(), std, rtol=4 / (2 * n) ** 0.5)  # 4 standard errors
+    assert abs(weights.mean()) < 4 * std / n**0.5
+  # Truncated at 2 sigma of the normal whose standard deviation the truncation shrinks to 0.8796.
+  assert abs(simclr).max() <= 2 * (1 / fan_in) ** 0.5 / 0.8796
+  assert abs(torch).max() > 3 * (2 / fan_out) ** 0.5
 
 
 @pytest.mark.parametrize('stem, shrinks', [('imagenet', 4), ('strided', 2), ('cifar', 1)])
 def test_stems_set_the_resolution(stem, shrinks):
   """Breaks if a stem's stride or pool changes: what the first block gets of 64 pixels."""
-  net = ResNet(18, 1 / 64, stem)
   x = jnp.zeros((1, 64, 64, 3))
 
-  def first_block(key):
+  def first_block(sk_ratio):
+    net = ResNet(18, 1 / 32, stem, sk_ratio=sk_ratio)
     seen = lambda module, _: module.name == 'proj_conv'  # noqa: E731
-    return net.init_with_output(key, x, train=False, capture_intermediates=seen)[1]['intermediates']
+    run = lambda key: net.init_with_output(key, x, train=False, capture_intermediates=seen)  # noqa: E731
+    block = jax.eval_shape(run, jax.random.key(0))[1]['intermediates']['group1_block1']
+    return block['proj_conv']['__call__'][0].shape[1]
 
-  block = jax.eval_shape(first_block, jax.random.key(0))['group1_block1']
-  assert block['proj_conv']['__call__'][0].shape[1] == 64 // shrinks
+  assert first_block(0.0) == first_block(SK) == 64 // shrinks
 
 
 def test_unknown_values_are_refused():
-  """Breaks if a misspelt stem silently becomes another one."""
-  for wrong in ({'depth': 19}, {'stem': 'cifr'}, {'dialect': 'torch'}):
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-      shapes(ResNet(**{'depth': 18, **wrong}), 1, 32, 32, 3)
+  """Breaks if a misspelt setting silently becomes another one."""
+  wrong = {'depth': 19, 'stem': 'cifr', 'dialect': 'torch', 'normalize': 'cifar', 'layout': 'x'}
+  for name, value in wrong.items():
+    with pytest.raises(ValueError, match=name):
+      shapes(ResNet(**{'depth': 18, name: value}), 1, 32, 32, 3)
+  with pytest.raises(ValueError, match='head'):
+    shapes(ProjectionHead('nonlinear'), 2, 8)
 
 
 def test_head_modes():
@@ -141,34 +192,81 @@ def test_head_modes():
     if mode == 'mlp':
       assert set(variables['params']['bn3']) == {'scale'}
       assert set(variables['params']['bn1']) == {'scale', 'bias'}
+      assert set(variables['params']['dense1']) == {'kernel'}
       assert all((x >= 0).all() for x in hiddens[1:-1])
+      assert (hiddens[-1] < 0).any()
 
 
-def test_batch_norm_equals_flax():
-  """Breaks if normalisation or running statistics leave flax.linen.BatchNorm's, train or eval."""
-  x = 3 + 2 * jax.random.normal(jax.random.key(0), (16, 4, 4, 5))
-  ours, theirs = BatchNorm(), nn.BatchNorm(momentum=0.9, epsilon=1e-5)
-  variables = ours.init(jax.random.key(1), x, train=True)
-  np.testing.assert_array_equal(variables['batch_stats']['mean'], np.zeros(5))
-  y, new = ours.apply(variables, x, train=True, mutable='batch_stats')
-  z, expected = theirs.apply(variables, x, use_running_average=False, mutable='batch_stats')
-  np.testing.assert_allclose(y, z, atol=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), new, dict(expected))
-  variables = {**variables, **new}
-  y = ours.apply(variables, x, train=False)
-  np.testing.assert_allclose(y, theirs.apply(variables, x, use_running_average=True), atol=1e-5)
+def test_simclr_head_against_numpy():
+  """Breaks if dense, BatchNorm and ReLU change order, or the head's groups do not get through."""
+  rng = np.random.default_rng(0)
+  h = rng.normal(size=(8, 6))
+  head = ProjectionHead('mlp', 2, 4, groups=2, layout='strided')
+  v = head.init(jax.random.key(1), jnp.zeros((8, 6)), train=False)
+  v = jax.tree.map(lambda x: rng.uniform(-1, 1, x.shape), v)
+  hiddens, _ = head.apply(v, jnp.asarray(h, jnp.float32), train=True, mutable='batch_stats')
+
+  def norm(x, p):
+    parts = np.stack([x[0::2], x[1::2]], axis=1)  # [4, 2, c]
+    parts = (parts - parts.mean(0)) / np.sqrt(parts.var(0) + 1e-5)
+    return parts.reshape(x.shape) * p['scale'] + p.get('bias', 0)
+
+  p = v['params']
+  hidden = np.maximum(norm(h @ p['dense1']['kernel'], p['bn1']), 0)
+  z = norm(hidden @ p['dense2']['kernel'], p['bn2'])
+  for got, expected in zip(hiddens, (h, hidden, z), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_batch_norm_groups():
-  """Breaks if groups are not contiguous, or the running average is not the groups' mean."""
-  x = np.asarray(jax.random.normal(jax.random.key(0), (12, 3)), np.float64)
-  norm = BatchNorm(groups=3)
-  variables = norm.init(jax.random.key(1), x, train=True)
-  y, new = norm.apply(variables, jnp.asarray(x, jnp.float32), train=True, mutable='batch_stats')
-  parts = x.reshape(3, 4, 3)
-  mean, var = parts.mean(1, keepdims=True), parts.var(1, keepdims=True)
-  np.testing.assert_allclose(y, ((parts - mean) / np.sqrt(var + 1e-5)).reshape(12, 3), atol=1e-5)
-  np.testing.assert_allclose(new['batch_stats']['mean'], 0.1 * mean.mean(0)[0], atol=1e-6)
-  np.testing.assert_allclose(new['batch_stats']['var'], 0.9 + 0.1 * var.mean(0)[0], atol=1e-6)
-  with pytest.raises(ValueError, match='groups'):
-    norm.apply(variables, jnp.zeros((10, 3)), train=True, mutable='batch_stats')
+def test_moco_head_against_numpy():
+  """Breaks if MoCo's head gets a BatchNorm, loses a bias or its ReLU, or starts as another one."""
+  h = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+  for mode, layers in (('linear', 1), ('mlp', 2)):
+    head = ProjectionHead(mode, 2, 32, norm=False)
+    hiddens, v = head.init_with_output(jax.random.key(1), h, train=True)
+    assert len(hiddens) == layers + 1
+    x = h.astype(np.float64)
+    for i in range(1, layers + 1):
+      p = v['params'][f'dense{i}']
+      for values in (p['kernel'], p['bias']):  # U(-1/8, 1/8): 8 is the root of the fan-in
+        assert abs(values).max() <= 1 / 8
+        n = values.size
+        np.testing.assert_allclose(np.std(values), 1 / 8 / 3**0.5, rtol=2 / n**0.5)
+        assert abs(np.mean(values)) < 4 / 8 / (3 * n) ** 0.5
+      x = x @ np.float64(p['kernel']) + np.float64(p['bias'])
+      x = x if i == layers else np.maximum(x, 0)
+      np.testing.assert_allclose(hiddens[i], x, rtol=1e-5, atol=1e-6)
+
+
+def test_simclr_head_starts_small():
+  """Breaks if SimCLR's dense layers start otherwise than from N(0, 0.01)."""
+  v = ProjectionHead('mlp', 2, 64).init(jax.random.key(0), jnp.zeros((2, 64)), train=False)
+  for layer in ('dense1', 'dense2'):
+    kernel = v['params'][layer]['kernel']
+    np.testing.assert_allclose(np.std(kernel), 0.01, rtol=0.05)
+    assert abs(kernel).max() > 0.03  # not truncated
+
+
+def test_from_config():
+  """Breaks if a field of a recipe's `model` part does not reach the network or its head."""
+  config = {
+    'depth': 34,
+    'width_multiplier': 2.0,
+    'stem': 'cifar',
+    'dialect': 'torchvision',
+    'bn_groups': 4,
+    'bn_layout': 'strided',
+    'sk_ratio': 0.125,
+    'se_ratio': 0.25,
+    'normalize': 'cifar10',
+    'head': 'linear',
+    'head_layers': 3,
+    'head_dim': 16,
+    'head_norm': False,
+  }
+  assert resnet.from_config(config, jnp.bfloat16) == ResNet(
+    34, 2.0, 'cifar', 'torchvision', 4, 'strided', 0.125, 0.25, 'cifar10', jnp.bfloat16
+  )
+  assert heads.from_config(config, jnp.bfloat16) == ProjectionHead(
+    'linear', 3, 16, False, 4, 'strided', jnp.bfloat16
+  )

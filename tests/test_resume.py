@@ -20,7 +20,7 @@ SETTINGS = {
   **TINY,
   'checkpoint_every_steps': '10',
   'keep_checkpoints': '3',
-  'augment.blur_probability': '0.5',
+  'augment.view1': 'simclr_crop(0.2, 1) | simclr_jitter(1, p=0.8) | grayscale(p=0.5) | simclr_blur(p=0.5)',
 }
 
 

@@ -11,10 +11,12 @@ from conftest import TINY
 from simclr_jax import config, data, sharding, train_state
 from simclr_jax.data import augment, order
 
+VIEW = 'simclr_crop(0.2, 1) | simclr_jitter(1, p=0.8) | grayscale(p=0.5) | simclr_blur(p=0.5)'
+
 
 @pytest.fixture(scope='module')
 def recipe():
-  return config.load('simclr_digits', {**TINY, 'augment.blur_probability': '0.5'})
+  return config.load('simclr_digits', {**TINY, 'augment.view1': VIEW})
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,7 @@ import importlib
 import ml_collections
 import numpy as np
 
-from simclr_jax.config import ConfigError
+from simclr_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,8 @@ import numpy as np
 import sklearn.datasets
 from scipy import ndimage
 
-from simclr_jax.config import ConfigError
 from simclr_jax.data import Dataset
+from simclr_jax.errors import ConfigError
 
 CANVAS = 32
 SCANS = {'train': slice(0, 1500), 'test': slice(1500, None)}  # of the shuffled scans

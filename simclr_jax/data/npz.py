@@ -7,8 +7,8 @@ import zlib
 import ml_collections
 import numpy as np
 
-from simclr_jax.config import ConfigError
 from simclr_jax.data import Dataset
+from simclr_jax.errors import ConfigError
 
 
 def load(config: ml_collections.ConfigDict, split: str) -> Dataset:

@@ -5,8 +5,8 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from simclr_jax.config import ConfigError
 from simclr_jax.data import Dataset
+from simclr_jax.errors import ConfigError
 
 MAX_BYTES = 16 * 2**30
 

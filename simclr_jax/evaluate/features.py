@@ -32,7 +32,8 @@ class Encoder:
   """A frozen encoder: call it with images to get features.
 
   Attributes:
-    architecture: the recipe's `model` part and `image_size`.
+    architecture: the recipe's `model` part, `image_size`, and `eval_view`, the pipeline that images
+      go through.
     variables: `params` and `batch_stats`.
     provenance: where they come from.
   """
@@ -45,9 +46,10 @@ class Encoder:
   def _compiled(self):
     mesh = sharding.make_mesh()
     forward, size = make_forward(self.architecture), self.architecture['image_size']
+    pipeline = self.architecture['eval_view']
 
     def encode(variables, images):
-      return forward(variables, jax.vmap(lambda x: augment.center_view(x, size))(images))
+      return forward(variables, jax.vmap(lambda x: augment.eval_view(x, pipeline, size))(images))
 
     whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
     jitted = jax.jit(encode, in_shardings=(whole, rows), out_shardings=whole)
@@ -59,8 +61,8 @@ class Encoder:
     """Features h of `images`.
 
     Args:
-      images: uint8 or float32 in [0, 1], `[n, height, width, 3]`; another size than the encoder's is
-        cropped at the centre and resized.
+      images: uint8 or float32 in [0, 1], `[n, height, width, 3]`; another size than the encoder's goes
+        through its `eval_view`.
       batch_size: how many at a time; rounded up to a multiple of the number of devices.
       progress: told how many images are done.
 

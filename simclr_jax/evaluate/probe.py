@@ -5,24 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
 from simclr_jax.data import Dataset, augment, order
 from simclr_jax.evaluate import features
 
 PyTree = Any
-
-CROP_AND_FLIP = ml_collections.FrozenConfigDict(
-  {
-    'crop_area_min': 0.08,
-    'crop_area_max': 1.0,
-    'crop_min_object_covered': 0.1,
-    'flip': True,
-    'color_strength': 0.0,
-    'blur_probability': 0.0,
-  }
-)
 
 
 def init(d: int, classes: int) -> PyTree:
@@ -89,7 +77,7 @@ def linear(
 
   def crop_and_flip(image, epoch, position):
     key = jax.random.fold_in(jax.random.fold_in(base, epoch), position)
-    return augment.view(key, image, CROP_AND_FLIP, size)
+    return augment.view(key, image, 'supervised', size)
 
   @jax.jit
   def step(head, slots, variables, inputs, labels, rows):

@@ -11,8 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from simclr_jax import data
-from simclr_jax.config import ConfigError
 from simclr_jax.data import Dataset
+from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features, knn, logistic, probe
 from simclr_jax.interop import orbax
 

@@ -10,16 +10,10 @@ import pathlib
 import jax
 
 from simclr_jax import checkpoint, config as recipes, methods, optim, train_state
+from simclr_jax.data import augment
+from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate.features import Encoder
-
-PREPROCESSING = {
-  'range': [0, 1],
-  'mean': [0, 0, 0],
-  'std': [1, 1, 1],
-  'layout': 'NHWC, RGB',
-  'crop': 'centre, 0.875 of the shorter side; none if the image has the right size',
-  'resize': 'bicubic (Keys, a = -0.5), half-pixel centres, no antialiasing',
-}
+from simclr_jax.models import resnet
 
 
 def load_encoder(folder: str | pathlib.Path) -> Encoder:
@@ -40,7 +34,7 @@ def load_encoder(folder: str | pathlib.Path) -> Encoder:
     variables, _ = checkpoint.load_tree(folder / 'variables')
     return Encoder(architecture, variables, provenance)
   if not (folder / 'config.json').is_file():
-    raise recipes.ConfigError(
+    raise ConfigError(
       f'{folder} is neither the workdir of a run (config.json) nor an exported encoder (encoder.json)'
     )
   return _from_run(folder)
@@ -61,7 +55,7 @@ def _from_run(workdir):
   )
   restored = checkpoint.restore(workdir / 'checkpoints', target)
   if restored is None:
-    raise recipes.ConfigError(f'{workdir} has no checkpoint yet')
+    raise ConfigError(f'{workdir} has no checkpoint yet')
   state, metadata = restored
   provenance = {'workdir': str(workdir), **{k: metadata[k] for k in ('step', 'config', 'versions')}}
   return Encoder(
@@ -77,13 +71,26 @@ def export(encoder: Encoder, out: str | pathlib.Path) -> None:
   """
   out = pathlib.Path(out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise recipes.ConfigError(f'--out={out} exists already: name a new folder')
+    raise ConfigError(f'--out={out} exists already: name a new folder')
   out.mkdir(parents=True, exist_ok=True)
   checkpoint.save_tree(out / 'variables', jax.device_get(encoder.variables), {})
-  size = encoder.architecture['image_size']
   description = {
     'architecture': encoder.architecture,
-    'preprocessing': {'size': [size, size], **PREPROCESSING},
+    'preprocessing': _preprocessing(encoder.architecture),
     'provenance': encoder.provenance,
   }
   (out / 'encoder.json').write_text(json.dumps(description, indent=1) + '\n')
+
+
+def _preprocessing(architecture):
+  """What happens to an image before the first convolution."""
+  size, view = architecture['image_size'], architecture['eval_view']
+  mean, std = resnet.NORMALIZE.get(architecture['normalize'], ((0, 0, 0), (1, 1, 1)))
+  return {
+    'size': [size, size],
+    'pipeline': augment.PIPELINES.get(view, view),  # an image of that size is not cropped
+    'range': [0, 1],  # then, inside the network: (x - mean) / std
+    'mean': list(mean),
+    'std': list(std),
+    'layout': 'NHWC, RGB',
+  }

@@ -1,60 +1,75 @@
-"""SimCLR (Chen et al. 2020): two views of an image agree, all other images in the batch differ."""
+"""SimCLR (Chen et al. 2020): two views of an image agree, all other images in the batch differ.
+
+Version 2 (Chen et al. 2020, "Big self-supervised models...") has a deeper head, and with `queue_size`
+its memory: the outputs of a slowly moving copy of the network, for the last images seen, are further
+negatives. The released code leaves the memory out; here the copy sees both views, and the queue gets
+both of its outputs after the loss was computed.
+"""
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 
-from simclr_jax import losses
-from simclr_jax.evaluate import probe
+from simclr_jax import ema, losses, queue, sharding
 from simclr_jax.methods import Method
-from simclr_jax.models import resnet
-from simclr_jax.models.heads import ProjectionHead
+from simclr_jax.models import tower
+
+FIELDS = {
+  'loss': 'nt_xent',  # nt_logistic, margin_triplet, pairwise_margin: the paper's other ones (table 4)
+  'temperature': 0.1,
+  'margin': 0.8,  # of the margin losses
+  'semi_hard': False,  # nt_logistic, margin_triplet: only the semi-hard negative of each anchor
+  'loss_scale': 1.0,
+  'queue_size': 0,  # of the memory; 0: none
+  'key_momentum': 0.999,
+}
 
 
 def build(config: ml_collections.ConfigDict) -> Method:
   """f: ResNet with BatchNorm over the global batch; g: projection head; loss: NT-Xent."""
-  dtype = resnet.compute_dtype(config.dtype)
-  f = resnet.from_config(config.model, dtype)
-  g = ProjectionHead(
-    config.model.head, config.model.head_layers, config.model.head_dim, dtype=dtype
-  )
-  classes = config.data.num_classes
+  net = tower.build(config)
+
+  def contrast(z, negatives):
+    if config.loss == 'nt_xent':
+      return losses.nt_xent(z, config.temperature, negatives=negatives)
+    if config.loss == 'nt_logistic':
+      return losses.nt_logistic(z, config.temperature, config.semi_hard)
+    if config.loss == 'margin_triplet':
+      return losses.margin_triplet(z, config.margin, config.semi_hard)
+    return losses.pairwise_margin(z, config.margin)
+
+  memory = config.queue_size > 0
 
   def init(rng, batch):
-    f_key, g_key = jax.random.split(rng)
-    x = batch['views'][:, 0]
-    h, f_vars = f.init_with_output(f_key, x, train=False)
-    g_vars = g.init(g_key, h, train=False)
-    params = {'encoder': f_vars['params'], 'head': g_vars.get('params', {})}
-    if classes:
-      params['probe'] = probe.init(h.shape[-1], classes)
-    return params, {'encoder': f_vars['batch_stats'], 'head': g_vars.get('batch_stats', {})}
+    net_key, queue_key = jax.random.split(rng)
+    params, stats = net.init(net_key, batch['views'][:, 0])
+    state = {'stats': stats}
+    if memory:
+      state['key'] = ema.start(params, stats)
+      state['queue'] = queue.start(queue_key, config.queue_size, config.model.head_dim)
+    return params, state
 
   def loss(params, state, batch, rng):
     del rng
-    x = batch['views']  # [n, 2, h, w, 3]
-    x = x.reshape(-1, *x.shape[2:])  # [2n, h, w, 3], rows 2i and 2i + 1 are views of image i
-    h, f_new = _train(f, params['encoder'], state['encoder'], x)  # [2n, d]
-    hiddens, g_new = _train(g, params['head'], state['head'], h)
-    nt_xent, metrics = losses.nt_xent(hiddens[-1], config.temperature)
-    metrics = {'loss': nt_xent, **metrics, 'h_std': jnp.std(h, axis=0).mean()}
-    objective = config.loss_scale * nt_xent
-    if classes:
-      error, metrics['probe_acc'] = probe.online_loss(
-        params['probe'], h, jnp.repeat(batch['label'], 2)
-      )
-      objective += error
-    return objective, ({'encoder': f_new, 'head': g_new}, metrics)
+    n, views = batch['views'].shape[:2]
+    x = batch['views'].reshape(
+      n * views, *batch['views'].shape[2:]
+    )  # rows 2i, 2i + 1 are of image i
+    hiddens, stats = net.apply(params, state['stats'], x)
+    new, negatives = {'stats': stats}, None
+    if memory:
+      key = ema.follow(state['key'], params, config.key_momentum)
+      k, new['key'] = ema.encode(net, key, x)
+      negatives = state['queue']['rows']
+      new['queue'] = queue.push(state['queue'], sharding.replicate(k))
+    z = hiddens[-1]  # [2n, d]
+    value, metrics = contrast(z, negatives)
+    if memory:
+      metrics |= queue.figures(state['queue'], len(z))
+    metrics |= {
+      'loss': value,
+      'features': hiddens[0],
+      'embeddings': sharding.replicate(losses.l2_normalize(z)).reshape(n, views, -1),
+    }
+    return config.loss_scale * value, (new, metrics)
 
-  def encoder(params, state):
-    return {'params': params['encoder'], 'batch_stats': state['encoder']}
-
-  return Method(init, loss, encoder)
-
-
-def _train(module, params, stats, x):
-  """`module` in training mode: (output, new BatchNorm statistics)."""
-  y, new = module.apply(
-    {'params': params, 'batch_stats': stats}, x, train=True, mutable='batch_stats'
-  )
-  return y, new.get('batch_stats', stats)
+  return Method(init, loss, encoder=lambda params, state: tower.encoder(params, state['stats']))

@@ -1,4 +1,4 @@
-"""What sits on the encoder: SimCLR's projection head."""
+"""What sits on the encoder: the projection heads of SimCLR and MoCo."""
 
 from typing import Any
 
@@ -12,23 +12,29 @@ MODES = ('none', 'linear', 'mlp')
 
 
 class ProjectionHead(nn.Module):
-  """g(h) of SimCLR: `layers` dense layers, each with batch normalisation and without a bias.
+  """The head g(h): `layers` dense layers; all but the last keep the width of h and end in a ReLU.
 
-  All but the last keep the width of h and end in a ReLU; the last one maps to `dim` and its batch
-  normalisation has no beta. SimCLR v1 has 2 layers, v2 has 3.
+  With `norm`, SimCLR's: no biases, batch normalisation after every layer, without beta after the
+  last. v1 has 2 layers, v2 has 3. Source: Chen et al. 2020a, 2020b.
+
+  Without, MoCo's: biases and no normalisation, initialised as torch.nn.Linear is. v1 is 'linear',
+  v2 is an 'mlp' with 2 layers. Source: He et al. 2020; Chen et al. 2020c.
 
   Attributes:
     mode: 'mlp'; 'linear', which is one layer; 'none', the identity.
     layers: number of dense layers of the 'mlp', 1 to 4.
     dim: size of the output z.
-    groups: groups of the batch normalisation.
+    norm: SimCLR's head or MoCo's.
+    groups, layout: of the batch normalisation.
     dtype: of the matrix products.
   """
 
   mode: str = 'mlp'
   layers: int = 2
   dim: int = 128
+  norm: bool = True
   groups: int = 1
+  layout: str = 'contiguous'
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -36,17 +42,40 @@ class ProjectionHead(nn.Module):
     """`h` `[n, d]` -> `[h, hidden 1, ..., z]`, hidden layers after their ReLU, z `[n, dim]`."""
     if self.mode not in MODES:
       raise ValueError(f'head {self.mode!r} is not one of {MODES}')
+    width = h.shape[-1]
+
+    def torch_linear(key, shape, dtype):
+      return jax.random.uniform(key, shape, dtype, -(width**-0.5), width**-0.5)
+
     layers = {'none': 0, 'linear': 1, 'mlp': self.layers}[self.mode]
     hiddens = [h]
     for i in range(1, layers + 1):
       last = i == layers
       x = nn.Dense(
-        self.dim if last else h.shape[-1],
-        use_bias=False,
-        kernel_init=nn.initializers.normal(0.01),
+        self.dim if last else width,
+        use_bias=not self.norm,
+        kernel_init=nn.initializers.normal(0.01) if self.norm else torch_linear,
+        bias_init=torch_linear,
         dtype=self.dtype,
         name=f'dense{i}',
       )(hiddens[-1])
-      x = BatchNorm(self.groups, use_bias=not last, dtype=self.dtype, name=f'bn{i}')(x, train)
+      if self.norm:
+        norm = BatchNorm(
+          self.groups, self.layout, use_bias=not last, dtype=self.dtype, name=f'bn{i}'
+        )
+        x = norm(x, train)
       hiddens.append(x if last else nn.relu(x))
     return hiddens
+
+
+def from_config(config: Any, dtype: Any = jnp.float32) -> ProjectionHead:
+  """The head of a recipe's `model` part."""
+  return ProjectionHead(
+    mode=config['head'],
+    layers=config['head_layers'],
+    dim=config['head_dim'],
+    norm=config['head_norm'],
+    groups=config['bn_groups'],
+    layout=config['bn_layout'],
+    dtype=dtype,
+  )

@@ -24,6 +24,59 @@ DEPTHS = {
 # stem -> (kernel, stride, max-pool?)
 STEMS = {'imagenet': (7, 2, True), 'strided': (3, 2, False), 'cifar': (3, 1, False)}
 DIALECTS = ('simclr', 'torchvision')
+# name -> (mean, standard deviation) of red, green, blue, in [0, 1]; besides, there is 'none'.
+NORMALIZE = {
+  'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+  'cifar10': ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+}
+
+
+class SelectiveKernel(nn.Module):
+  """Mixes two streams of channels, with weights that the average image decides.
+
+  Attributes:
+    features: channels between the streams and their weights.
+    conv, norm: layer constructors.
+
+  Source: Li et al. 2019, with two 3x3 streams as SimCLR v2 has it.
+  """
+
+  features: int
+  conv: Callable[..., nn.Module]
+  norm: Callable[..., nn.Module]
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    """`x` `[n, height, width, 2c]`, one stream after the other -> `[n, height, width, c]`."""
+    streams = jnp.stack(jnp.split(x, 2, axis=-1))
+    y = jnp.mean(streams.sum(axis=0), axis=(1, 2), keepdims=True)
+    y = self.conv(self.features, 1, 1, name='reduce')(y)
+    y = nn.relu(self.norm(name='bn')(y, train))
+    y = self.conv(x.shape[-1], 1, 1, name='expand')(y)
+    weights = nn.softmax(jnp.stack(jnp.split(y, 2, axis=-1)), axis=0)
+    return jnp.sum(streams * weights, axis=0)
+
+
+class SqueezeExcite(nn.Module):
+  """Multiplies every channel by a number in (0, 1) that the average image decides.
+
+  Attributes:
+    features: channels between the average and the factors.
+    conv: layer constructor.
+
+  Source: Hu et al. 2018.
+  """
+
+  features: int
+  conv: Callable[..., nn.Module]
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """`x` `[n, height, width, c]` -> the same shape."""
+    y = jnp.mean(x, axis=(1, 2), keepdims=True)
+    y = nn.relu(self.conv(self.features, 1, 1, name='reduce', use_bias=True)(y))
+    y = self.conv(x.shape[-1], 1, 1, name='expand', use_bias=True)(y)
+    return x * nn.sigmoid(y)
 
 
 class Block(nn.Module):
@@ -35,6 +88,7 @@ class Block(nn.Module):
     bottleneck: which of the two kinds.
     project: whether the shortcut is a 1x1 convolution and not the identity.
     zero_init: start the last gamma at 0, so that the block starts as its shortcut.
+    sk_ratio, se_ratio: as in `ResNet`.
     conv, norm: layer constructors.
   """
 
@@ -43,30 +97,46 @@ class Block(nn.Module):
   bottleneck: bool
   project: bool
   zero_init: bool
+  sk_ratio: float
+  se_ratio: float
   conv: Callable[..., nn.Module]
   norm: Callable[..., nn.Module]
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     f, s = self.filters, self.stride
-    kernels = [(f, 1, 1), (f, 3, s), (4 * f, 1, 1)] if self.bottleneck else [(f, 3, s), (f, 3, 1)]
+    selective = self.bottleneck and self.sk_ratio > 0
+    kernels = [(f, 3, s), (f, 3, 1)]
+    if self.bottleneck:
+      kernels = [(f, 1, 1), (2 * f if selective else f, 3, s), (4 * f, 1, 1)]
+
     shortcut = x
     if self.project:
-      shortcut = self.conv(kernels[-1][0], 1, s, name='proj_conv')(x)
+      if self.sk_ratio > 0:  # ResNet-D; TensorFlow's padding counts where the stride is 2 alone
+        shortcut = nn.avg_pool(x, (2, 2), (s, s), [(0, 1), (0, 1)], count_include_pad=s > 1)
+        s = 1
+      shortcut = self.conv(kernels[-1][0], 1, s, name='proj_conv')(shortcut)
       shortcut = self.norm(name='proj_bn')(shortcut, train)
+
     for i, (features, size, stride) in enumerate(kernels, 1):
       x = self.conv(features, size, stride, name=f'conv{i}')(x)
       last = i == len(kernels)
       init = nn.initializers.zeros if last and self.zero_init else nn.initializers.ones
       x = self.norm(scale_init=init, name=f'bn{i}')(x, train)
       x = x if last else nn.relu(x)
+      if selective and i == 2:
+        x = SelectiveKernel(max(int(f * self.sk_ratio), 32), self.conv, self.norm, name='sk')(
+          x, train
+        )
+    if self.se_ratio > 0:
+      x = SqueezeExcite(max(int(f * self.se_ratio), 1), self.conv, name='se')(x)
     return nn.relu(x + shortcut)
 
 
 class ResNet(nn.Module):
   """ResNet v1.5 without a classifier: images -> pooled features h.
 
-  The two dialects differ in four places:
+  The two dialects differ in five places:
 
   =================  ================================  ====================================
   .                  'simclr'                          'torchvision'
@@ -75,6 +145,7 @@ class ResNet(nn.Module):
   projection         first block of every group        where the shape changes
   convolution init   fan-in, truncated normal, gain 1  fan-out, normal, gain sqrt 2
   last gamma         0                                 1
+  running variance   biased                            unbiased
   =================  ================================  ====================================
 
   Attributes:
@@ -83,10 +154,15 @@ class ResNet(nn.Module):
     stem: 'imagenet' (7x7 stride 2, max-pool), 'cifar' (3x3 stride 1), or between them, for images
       of 64 pixels and for laptops, 'strided' (3x3 stride 2).
     dialect: 'simclr' or 'torchvision'.
-    groups: groups of the batch normalisation.
+    groups, layout: of the batch normalisation.
+    sk_ratio: above 0, the SK networks of SimCLR v2 (0.0625 there): selective kernels in bottleneck
+      blocks, average pooling in projections and three 3x3 convolutions for the 7x7 (ResNet-D).
+    se_ratio: above 0, a squeeze-and-excitation layer at the end of every block.
+    normalize: 'none', or a key of `NORMALIZE`: what is subtracted from images and divides them.
     dtype: of the convolutions; parameters and statistics stay float32.
 
-  Source: He et al. 2016; Chen et al. 2020 (SimCLR) for the first dialect.
+  Source: He et al. 2016; Chen et al. 2020a, 2020b (SimCLR v1, v2) for the first dialect; He et al.
+  2019 for ResNet-D.
   """
 
   depth: int = 50
@@ -94,6 +170,10 @@ class ResNet(nn.Module):
   stem: str = 'imagenet'
   dialect: str = 'simclr'
   groups: int = 1
+  layout: str = 'contiguous'
+  sk_ratio: float = 0.0
+  se_ratio: float = 0.0
+  normalize: str = 'none'
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -103,32 +183,45 @@ class ResNet(nn.Module):
       ('depth', self.depth, tuple(DEPTHS)),
       ('stem', self.stem, tuple(STEMS)),
       ('dialect', self.dialect, DIALECTS),
+      ('normalize', self.normalize, ('none', *NORMALIZE)),
     ):
       if value not in allowed:
         raise ValueError(f'ResNet {name} {value!r} is not one of {allowed}')
     simclr = self.dialect == 'simclr'
     blocks, bottleneck = DEPTHS[self.depth]
-    norm = partial(BatchNorm, groups=self.groups, dtype=self.dtype)
+    norm = partial(
+      BatchNorm, groups=self.groups, layout=self.layout, unbiased=not simclr, dtype=self.dtype
+    )
     init = nn.initializers.lecun_normal()
     if not simclr:
       init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
-    def conv(features: int, size: int, stride: int, name: str) -> nn.Module:
+    def conv(features: int, size: int, stride: int, name: str, use_bias: bool = False) -> nn.Module:
       pad = (size - 1) // 2
       return nn.Conv(
         features,
         (size, size),
         (stride, stride),
         padding=[(pad, size - 1 - pad)] * 2,
-        use_bias=False,
+        use_bias=use_bias,
         kernel_init=init,
         dtype=self.dtype,
         name=name,
       )
 
+    if self.normalize != 'none':
+      mean, std = NORMALIZE[self.normalize]
+      x = (x - jnp.array(mean)) / jnp.array(std)
+    x = x.astype(self.dtype)
+
     width = int(64 * self.width_multiplier)
     size, stride, pool = STEMS[self.stem]
-    x = conv(width, size, stride, name='stem_conv')(x.astype(self.dtype))
+    if self.sk_ratio > 0 and self.stem == 'imagenet':  # ResNet-D
+      for i in (1, 2):
+        x = conv(width // 2, 3, stride if i == 1 else 1, name=f'stem_conv{i}')(x)
+        x = nn.relu(norm(name=f'stem_bn{i}')(x, train))
+      size, stride = 3, 1
+    x = conv(width, size, stride, name='stem_conv')(x)
     x = nn.relu(norm(name='stem_bn')(x, train))
     if pool:
       x = nn.max_pool(x, (3, 3), (2, 2), 'SAME' if simclr else [(1, 1), (1, 1)])
@@ -144,6 +237,8 @@ class ResNet(nn.Module):
           bottleneck,
           project=not block and (simclr or reshapes),
           zero_init=simclr,
+          sk_ratio=self.sk_ratio,
+          se_ratio=self.se_ratio,
           conv=conv,
           norm=norm,
           name=f'group{group + 1}_block{block + 1}',
@@ -165,5 +260,10 @@ def from_config(config: Any, dtype: Any = jnp.float32) -> ResNet:
     width_multiplier=config['width_multiplier'],
     stem=config['stem'],
     dialect=config['dialect'],
+    groups=config['bn_groups'],
+    layout=config['bn_layout'],
+    sk_ratio=config['sk_ratio'],
+    se_ratio=config['se_ratio'],
+    normalize=config['normalize'],
     dtype=dtype,
   )

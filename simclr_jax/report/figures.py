@@ -28,32 +28,47 @@ BLUE = '#2563eb'
 
 
 def curves(records: list[dict[str, Any]]) -> str:
-  """Loss, accuracies and learning rate against the step, side by side."""
+  """Loss against chance, accuracies and learning rate against the step, side by side."""
   figure = matplotlib.figure.Figure(figsize=(10.5, 3.1), layout='constrained')
   loss, accuracy, rate = figure.subplots(1, 3)
-  panels = [
-    (loss, 'NT-Xent loss', [('loss', 'loss')]),
-    (accuracy, 'accuracy, %', [('contrastive_acc', 'contrastive'), ('probe_acc', 'online probe'),
-                               ('knn_acc', 'online kNN')]),
-    (rate, 'learning rate', [('learning_rate', 'learning rate')]),
-  ]  # fmt: skip
-  for axes, title, series in panels:
-    axes.set_title(title, loc='left')
-    axes.set_xlabel('step')
-    for color, (key, name) in zip((BLUE, '#d97706', '#059669'), series):
-      points = [(r['step'], r[key]) for r in records if r.get(key) is not None]
-      if not points:
-        continue
-      x, y = np.array(points, float).T
-      percent = axes is accuracy
-      marker = 'o' if len(x) < 15 else None
-      axes.plot(x, 100 * y if percent else y, color=color, marker=marker, ms=4, label=name)
-      if percent:
-        _name(axes, name, x[-1], 100 * y[-1], color)
-        axes.margins(x=0.35)
+  _panel(loss, records, 'loss, nats', loss='loss', chance_loss='chance')
+  shown = 'contrastive_acc' if any('contrastive_acc' in r for r in records) else 'contrastive_acc_n'
+  _panel(accuracy, records, 'accuracy, %', 100, **{shown: 'contrastive'}, probe_acc='online probe',
+         knn_acc='online kNN', train_acc='training batch')  # fmt: skip
   accuracy.set_xlim(left=0)
+  _panel(rate, records, 'learning rate', learning_rate='')
   rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
   return _svg(figure)
+
+
+def health_curves(records: list[dict[str, Any]]) -> str:
+  """The figures of the embeddings and the norms against the step."""
+  figure = matplotlib.figure.Figure(figsize=(10.5, 3.1), layout='constrained')
+  spread, sphere, rank, norms = figure.subplots(1, 4)
+  _panel(spread, records, 'spread of embeddings', z_std='')
+  spread.set_ylim(0, 1.1)
+  _panel(sphere, records, 'on the sphere', alignment='alignment', uniformity='uniformity')
+  _panel(rank, records, 'effective rank', rank='')
+  rank.set_ylim(bottom=0)
+  _panel(norms, records, 'norms', grad_norm='gradient', param_norm='parameters')
+  norms.set_yscale('log')
+  return _svg(figure)
+
+
+def _panel(axes, records, title, factor=1, **series):
+  """One line for each `key='its name'` that the records have."""
+  axes.set_title(title, loc='left')
+  axes.set_xlabel('step')
+  for color, (key, name) in zip((BLUE, '#d97706', '#059669', '#7c3aed'), series.items()):
+    points = [(r['step'], r[key]) for r in records if r.get(key) is not None]
+    if not points:
+      continue
+    x, y = np.array(points, float).T
+    marker = 'o' if len(x) < 15 else None
+    axes.plot(x, factor * y, color=color, marker=marker, ms=4)
+    if name:
+      _name(axes, name, x[-1], factor * y[-1], color)
+      axes.margins(x=0.35)
 
 
 def label_curve(result: dict[str, Any]) -> str:

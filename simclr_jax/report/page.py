@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, data, logs, losses
+from simclr_jax import data, health, logs, losses, methods
 from simclr_jax.data import Dataset, augment
+from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import run
 from simclr_jax.interop import orbax
 from simclr_jax.report import figures
@@ -37,12 +38,12 @@ pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; font-size: .85rem }
 def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
   """Writes the report of a run to the file `out`."""
   if not out.parent.is_dir():
-    raise recipes.ConfigError(f'--out={out}: the folder {out.parent} does not exist')
+    raise ConfigError(f'--out={out}: the folder {out.parent} does not exist')
   encoder = orbax.load_encoder(workdir)
   train = data.load(config.data, 'train')
   try:
     test, whose = data.load(config.data, 'test'), 'held-out'
-  except recipes.ConfigError:  # unlabelled data often comes without a test split
+  except ConfigError:  # unlabelled data often comes without a test split
     test, whose = train, 'training'
   about = json.loads((workdir / 'config.json').read_text())
   records = logs.read(workdir)
@@ -68,9 +69,11 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
   parts += [
     '<h2>Training</h2>',
     _figure(figures.curves(records), 'Training curves') if records else '<p>No metrics yet.</p>',
+    '<h2>Is it healthy?</h2>',
+    *_health(config, records),
     '<h2>What the encoder sees</h2>',
     _figure(_view_grid(train, config), 'Augmented views', 'pixels',
-            'Left: training images. Right: two pairs of views of each, drawn as in training.'),
+            'Left: training images. Right: views of each in two epochs, drawn as in training.'),
     '<h2>What it makes of it</h2><div class="two">',
     _figure(figures.embedding_map(h, labels), 'Embedding map', '',
             f'{len(chosen):,} {whose} images, t-SNE of their features'
@@ -105,23 +108,43 @@ def _table(result):
   return f'<h2>{title}</h2><table class="evaluation"><tr><th></th>{head}</tr>{rows}</table>'
 
 
+def _health(config, records):
+  found = health.findings(config, records).values()
+  for sentence in found or ['Nothing looks off.']:
+    yield f'<p>{html.escape(sentence)}</p>'
+  if not records:
+    return
+  yield _figure(figures.health_curves(records), 'Health curves')
+  last = {k: v for r in records for k, v in r.items() if v is not None}
+  rows = ''.join(
+    f'<tr><td>{name}</td><td class="n">{last[name]:.4g}</td><td>{html.escape(meaning)}</td></tr>'
+    for name, meaning in health.MEANING.items()
+    if name in last
+  )
+  yield f'<table><caption>Last values</caption>{rows}</table>'
+
+
 def _figure(uri, alt, css='', caption=''):
   caption = f'<figcaption>{caption}</figcaption>' if caption else ''
   return f'<figure><img class="{css}" alt="{alt}" src="{uri}">{caption}</figure>'
 
 
 def _view_grid(train, config):
-  """Image, two views, two more views."""
+  """Image, its views in one epoch, its views in the next."""
   chosen = np.linspace(0, len(train) - 1, min(6, len(train))).astype(np.int32)
   images, size = jnp.asarray(train.images[chosen]), config.image_size
+  pipeline, count = config.augment.eval, methods.build(config).views
 
   @jax.jit
   def draw(epoch):
     epochs = jnp.full(len(chosen), epoch)
-    return augment.views(images, epochs, jnp.asarray(chosen), config.augment, config.seed, size)
+    return augment.views(
+      images, epochs, jnp.asarray(chosen), config.augment, config.seed, size, count
+    )
 
-  originals = jax.vmap(lambda x: augment.center_view(x, size))(images)
-  columns = [originals, *(draw(epoch)[:, view] for epoch in range(2) for view in range(2))]
+  originals = jax.vmap(lambda x: augment.eval_view(x, pipeline, size))(images)
+  drawn = [draw(epoch) for epoch in range(2)]
+  columns = [originals, *(x[:, view] for x in drawn for view in range(x.shape[1]))]
   rows = [[np.asarray(column[i]) for column in columns] for i in range(len(chosen))]
   return figures.image_grid(rows, max(round(96 / size), 1), gap_after=0)
 
