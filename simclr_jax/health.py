@@ -55,7 +55,8 @@ def embedding_figures(z: jax.Array) -> dict[str, jax.Array]:
   squared = jnp.maximum(2 - 2 * jnp.matmul(first, first.T, precision='highest'), 0.0)
   other = ~np.eye(len(first), dtype=bool)
   eigenvalues = jnp.linalg.eigvalsh(jnp.matmul(first.T, first, precision='highest'))
-  singular = jnp.sqrt(jnp.maximum(eigenvalues, 0.0))
+  real = eigenvalues > 1e-6 * eigenvalues.max()  # the rest is float32's rounding
+  singular = jnp.where(real, jnp.sqrt(jnp.maximum(eigenvalues, 0.0)), 0.0)
   share = singular / singular.sum() + 1e-7
   found = {
     'z_std': jnp.std(first, axis=0).mean() * math.sqrt(d),

@@ -39,12 +39,13 @@ def nt_xent(
     `contrastive_acc`, how often the positive beats all 2n - 2 + K negatives;
     `contrastive_acc_n`, the number that SimCLR's code reports: only the n second views are
     candidates for a first view, so that negatives of the same view are left out;
-    `chance_loss`, log(2n - 1 + K), the loss of equal similarities.
+    `chance_loss`, log(2n - 1 + K), the loss of equal similarities;
+    and `z`, the normalised projections, whole on every device.
 
   Raises:
     ValueError: `z` is not a matrix with an even number of rows.
   """
-  similarity, positive = _pairs(z, normalize)
+  similarity, positive, candidates = _pairs(z, normalize)
   logits = similarity / temperature  # [2n, 2n]
   m = len(logits)
   anchor = np.arange(m)
@@ -57,8 +58,9 @@ def nt_xent(
   total = jax.nn.logsumexp(logits, axis=1)
   more = 0
   if negatives is not None:
-    z = l2_normalize(z.astype(jnp.float32)) if normalize else z.astype(jnp.float32)
-    memory = jnp.matmul(z, negatives.T, precision='highest') / temperature  # [2n, K]
+    memory = (
+      jnp.matmul(sharding.by_rows(candidates), negatives.T, precision='highest') / temperature
+    )  # [2n, K]
     total = jnp.logaddexp(total, jax.nn.logsumexp(memory, axis=1))
     hit &= positive_logit >= memory.max(axis=1)
     more = len(negatives)
@@ -66,6 +68,7 @@ def nt_xent(
     'contrastive_acc': jnp.mean(hit),
     'contrastive_acc_n': accuracy_n,
     'chance_loss': math.log(m - 1 + more),
+    'z': candidates,
   }
 
 
@@ -164,16 +167,16 @@ def nt_logistic(
     semi_hard: mine negatives. An anchor without a semi-hard one has no second term.
 
   Returns:
-    The mean over the 2n anchors, and the metric `contrastive_acc_n`.
+    The mean over the 2n anchors, and the metrics `contrastive_acc_n` and `z` of `nt_xent`.
   """
-  positive, similarity, is_negative = _across(z)
+  positive, similarity, is_negative, metrics = _across(z)
   attract = -jax.nn.log_sigmoid(positive / temperature)
   if semi_hard:
     negative, found = _semi_hard(positive, similarity, is_negative)
     repel = jnp.where(found, -jax.nn.log_sigmoid(-negative / temperature), 0.0)
   else:
     repel = _mean(-jax.nn.log_sigmoid(-similarity / temperature), is_negative)
-  return jnp.mean(attract + repel), _accuracy(positive, similarity, is_negative)
+  return jnp.mean(attract + repel), metrics
 
 
 def margin_triplet(
@@ -190,15 +193,15 @@ def margin_triplet(
     semi_hard: mine negatives, instead of the mean over all.
 
   Returns:
-    The mean over the 2n anchors, and the metric `contrastive_acc_n`.
+    The mean over the 2n anchors, and the metrics `contrastive_acc_n` and `z` of `nt_xent`.
   """
-  positive, similarity, is_negative = _across(z)
+  positive, similarity, is_negative, metrics = _across(z)
   if semi_hard:
     negative, found = _semi_hard(positive, similarity, is_negative)
     loss = jnp.where(found, jnp.maximum(negative - positive + margin, 0.0), 0.0)
   else:
     loss = _mean(jnp.maximum(similarity - positive[:, None] + margin, 0.0), is_negative)
-  return jnp.mean(loss), _accuracy(positive, similarity, is_negative)
+  return jnp.mean(loss), metrics
 
 
 def pairwise_margin(
@@ -214,20 +217,20 @@ def pairwise_margin(
     margin, positive_margin: Euclidean distances; those of unit vectors go from 0 to 2.
 
   Returns:
-    The mean over the 2n anchors, and the metric `contrastive_acc_n`.
+    The mean over the 2n anchors, and the metrics `contrastive_acc_n` and `z` of `nt_xent`.
   """
-  positive, similarity, is_negative = _across(z)
+  positive, similarity, is_negative, metrics = _across(z)
 
   def distance(s):  # the floor keeps the gradient finite where two vectors coincide
     return jnp.sqrt(jnp.maximum(2 - 2 * s, 1e-12))
 
   attract = jnp.maximum(distance(positive) - positive_margin, 0.0) ** 2
   repel = _mean(jnp.maximum(margin - distance(similarity), 0.0) ** 2, is_negative)
-  return jnp.mean(attract + repel), _accuracy(positive, similarity, is_negative)
+  return jnp.mean(attract + repel), metrics
 
 
 def _pairs(z, normalize=True):
-  """All similarities `[2n, 2n]` of projections `[2n, d]`, and where each row's positive is."""
+  """All similarities `[2n, 2n]` of projections `[2n, d]`, where each row's positive is, and all z."""
   if z.ndim != 2 or z.shape[0] % 2:
     raise ValueError(f'projections of pairs must be [2n, d], got {list(z.shape)}')
   z = z.astype(jnp.float32)
@@ -236,19 +239,19 @@ def _pairs(z, normalize=True):
   candidates = sharding.replicate(z)  # [2n, d], the step's one all-gather
   similarity = jnp.matmul(z, candidates.T, precision='highest')
   # Constants from numpy: jnp.arange over a sharded axis compiles to integer collectives.
-  return similarity, np.arange(len(z)) ^ 1
+  return similarity, np.arange(len(z)) ^ 1, candidates
 
 
 def _across(z):
-  """Positive similarity `[2n]`, all similarities, and which are negatives of the other view."""
-  similarity, positive = _pairs(z)
+  """Positive similarity `[2n]`, all similarities, which are negatives of the other view; metrics."""
+  similarity, positive, candidates = _pairs(z)
   row = np.arange(len(positive))
   other_view = (row[:, None] % 2) != (row[None, :] % 2)
-  return (
-    _pick(similarity, positive),
-    similarity,
-    other_view & (row[None, :] != positive[:, None]),
-  )
+  is_negative = other_view & (row[None, :] != positive[:, None])
+  positive_similarity = _pick(similarity, positive)
+  best = jnp.max(jnp.where(is_negative, similarity, -2.0), axis=1)
+  metrics = {'contrastive_acc_n': jnp.mean(positive_similarity > best), 'z': candidates}
+  return positive_similarity, similarity, is_negative, metrics
 
 
 def _pick(x, column):
@@ -265,11 +268,6 @@ def _semi_hard(positive, similarity, is_negative):
 
 def _mean(x, where):
   return jnp.sum(jnp.where(where, x, 0.0), axis=1) / where.sum(axis=1)
-
-
-def _accuracy(positive, similarity, is_negative):
-  best = jnp.max(jnp.where(is_negative, similarity, -2.0), axis=1)
-  return {'contrastive_acc_n': jnp.mean(positive > best)}
 
 
 def _scores(q, k, negatives, temperature):

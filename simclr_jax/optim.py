@@ -8,6 +8,8 @@ import ml_collections
 import numpy as np
 import optax
 
+from simclr_jax.errors import ConfigError
+
 SCHEDULES = ('cosine', 'cosine_by_epoch', 'multistep')
 
 
@@ -32,6 +34,9 @@ def schedule(config: ml_collections.ConfigDict, examples: int) -> optax.Schedule
   'cosine_by_epoch' is half a cosine over whole epochs, counted from `schedule_first_epoch`;
   'multistep' multiplies by 0.1 at each of `decay_epochs`.
 
+  Raises:
+    ConfigError: every rate would be 0.
+
   Source: SimCLR's model_util.py (WarmUpAndCosineDecay), MoCo's main_moco.py (adjust_learning_rate).
   """
   scale = {'linear': config.batch_size / 256, 'sqrt': config.batch_size**0.5, 'none': 1.0}
@@ -49,6 +54,11 @@ def schedule(config: ml_collections.ConfigDict, examples: int) -> optax.Schedule
   if config.schedule == 'cosine_by_epoch':
     rates = peak * 0.5 * (1 + np.cos(np.pi * (epoch + config.schedule_first_epoch) / epochs))
     rates = np.where(epoch + config.schedule_first_epoch < epochs, rates, 0.0)
+    if not rates[:-1].any():
+      raise ConfigError(
+        'schedule_first_epoch=1 makes the last epoch one with learning rate 0, and this run has no '
+        'other: set schedule_first_epoch=0 or train for longer'
+      )
   else:
     rates = peak * 0.1 ** sum((epoch >= e).astype(int) for e in config.decay_epochs)
   rates = jnp.asarray(rates, jnp.float32)

@@ -66,7 +66,7 @@ def fails(capsys, *argv, code=2):
     ('model.stem=cifr', "model.stem='cifr' is not one of imagenet, strided, cifar"),
     ('model.width_multiplier=0.3', '64 times it is not a whole number'),
     ('augment.view1=simclr_crop(2, 1) | flip', 'augment.view1: '),
-    ('augment.view1=simclr_crop(0.1, 1) | flop', "did you mean 'flip'"),
+    ('augment.view1=simclr_crop(0.1, 1) | flop', 'did you mean flip?'),
     ('augment.eval=simclr_crop(0.1, 1)', 'augment.eval: '),
     ('queue_size=-1', 'queue_size=-1 is out of range: at least 0'),
     ('loss=nce', "loss='nce' is not one of nt_xent, nt_logistic, margin_triplet, pairwise_margin"),
@@ -143,7 +143,7 @@ def test_workdir_of_a_run(run):
   records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
   assert [r['step'] for r in records if 'loss' in r] == [1, 2, 3, 4]
   wanted = {'loss', 'contrastive_acc', 'contrastive_acc_n', 'probe_acc', 'learning_rate', 'grad_norm',
-            'examples_per_second', 'epoch', 'batch_hash', 'h_std'}  # fmt: skip
+            'examples_per_second', 'epoch', 'batch_hash', 'chance_loss', 'z_std', 'rank', 'alignment', 'uniformity', 'param_norm'}  # fmt: skip
   assert wanted <= set(records[0])
   assert 0 <= records[-1]['knn_acc'] <= 1
 
@@ -175,7 +175,8 @@ def test_evaluations_and_report(run, tmp_path, capsys):
   page = tmp_path / 'page.html'
   assert cli.main(['report', f'--workdir={run}', f'--out={page}']) == 0
   text = page.read_text()
-  assert len(re.findall(r'<img[^>]+src="data:image/', text)) == 5
+  assert len(re.findall(r'<img[^>]+src="data:image/', text)) == 6
+  assert 'Is it healthy?' in text and 'effective rank of the embeddings' in text
   assert not re.search(r'(src|href)="(?!data:)', text) and '<script' not in text
   for word in ('raw pixels', 'simclr-jax pretrain', '&quot;batch_size&quot;: 32', 'jaxlib'):
     assert word in text

@@ -1,4 +1,4 @@
-"""NT-Xent against its definition, written as two loops in float64."""
+"""The objectives against their definitions, written as loops in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -105,3 +105,203 @@ def test_odd_rows_are_refused():
   """Breaks if a batch without pairs is accepted."""
   with pytest.raises(ValueError, match='2n'):
     losses.nt_xent(jnp.zeros((3, 2)), 0.1)
+
+
+# The other objectives, one anchor and one negative at a time in float64.
+
+
+def unit(x):
+  x = np.asarray(x, np.float64)
+  return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def log_sigmoid(x):
+  return -np.log1p(np.exp(-x))
+
+
+def loop_pairs(z, term, mine=None):
+  """Mean over the anchors of `term(positive, negatives)`; negatives are of the other view."""
+  z = unit(z)
+  total = 0.0
+  for i in range(len(z)):
+    positive = z[i] @ z[i ^ 1]
+    negatives = [z[i] @ z[j] for j in range(len(z)) if (i + j) % 2 and j != i ^ 1]
+    if mine:
+      below = [s for s in negatives if s < positive]
+      negatives = [max(below)] if below else []
+    total += term(positive, negatives)
+  return total / len(z)
+
+
+def logistic_term(p, negatives):
+  return -log_sigmoid(p / 0.3) + (np.mean([-log_sigmoid(-s / 0.3) for s in negatives] or [0.0]))
+
+
+def triplet_term(p, negatives):
+  return np.mean([max(s - p + 0.4, 0.0) for s in negatives] or [0.0])
+
+
+def margin_term(p, negatives):
+  def d(s):
+    return np.sqrt(2 - 2 * s)
+
+  return max(d(p) - 0.1, 0) ** 2 + np.mean([max(1.2 - d(s), 0.0) ** 2 for s in negatives])
+
+
+def numeric_gradient(f, x, h=1e-5):
+  x = np.asarray(x, np.float64)
+  gradient = np.zeros_like(x)
+  for at in np.ndindex(*x.shape):
+    step = np.zeros_like(x)
+    step[at] = h
+    gradient[at] = (f(x + step) - f(x - step)) / (2 * h)
+  return gradient
+
+
+def assert_equals(ours, theirs, x):
+  """Value and gradient of a loss `ours(x)[0]` against float64 `theirs(x)`."""
+  value, gradient = jax.value_and_grad(lambda x: ours(x)[0])(jnp.asarray(x, jnp.float32))
+  np.testing.assert_allclose(value, theirs(x), rtol=1e-5)
+  expected = numeric_gradient(theirs, x)
+  assert np.abs(expected).max() > 1e-3
+  np.testing.assert_allclose(gradient, expected, atol=2e-5 * np.abs(expected).max())
+
+
+Z = np.random.default_rng(1).normal(size=(12, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize('semi_hard', [False, True])
+def test_nt_logistic(semi_hard):
+  """Breaks if a negative of the same view counts, or mining takes one harder than the positive."""
+  assert_equals(
+    lambda z: losses.nt_logistic(z, 0.3, semi_hard),
+    lambda z: loop_pairs(z, logistic_term, semi_hard),
+    Z,
+  )
+
+
+@pytest.mark.parametrize('semi_hard', [False, True])
+def test_margin_triplet(semi_hard):
+  """Breaks if the hinge has the wrong sign, or mining leaves the margin."""
+  assert_equals(
+    lambda z: losses.margin_triplet(z, 0.4, semi_hard),
+    lambda z: loop_pairs(z, triplet_term, semi_hard),
+    Z,
+  )
+
+
+def test_pairwise_margin():
+  """Breaks if similarities stand for distances, or a hinge is not squared."""
+  assert_equals(
+    lambda z: losses.pairwise_margin(z, 1.2, 0.1), lambda z: loop_pairs(z, margin_term), Z
+  )
+
+
+def test_semi_hard_without_a_candidate():
+  """Breaks if an anchor whose negatives are all harder than its positive gives NaN or -2."""
+  z = jnp.array([[1.0, 0], [-1.0, 0], [-1.0, 0.1], [1.0, 0.1]])  # views opposite, negatives close
+  triplet, logistic = losses.margin_triplet(z, 0.4, True)[0], losses.nt_logistic(z, 0.3, True)[0]
+  np.testing.assert_allclose(triplet, 0.0)
+  np.testing.assert_allclose(logistic, loop_pairs(z, logistic_term, True), rtol=1e-5)
+
+
+def test_coinciding_projections_have_finite_gradients():
+  """Breaks if the distance's square root has an infinite slope at 0."""
+  gradient = jax.grad(lambda z: losses.pairwise_margin(z, 1.0)[0])(jnp.ones((4, 3)))
+  assert np.isfinite(gradient).all()
+
+
+def test_nt_xent_with_a_memory():
+  """Breaks if the memory's rows are not negatives of every anchor, or count in the chance level wrongly."""
+  memory = unit(np.random.default_rng(2).normal(size=(5, 4)))
+
+  def loop(z):
+    z = unit(z)
+    total = 0.0
+    for i in range(len(z)):
+      others = [z[i] @ z[j] for j in range(len(z)) if j != i] + [z[i] @ m for m in memory]
+      total += np.log(np.sum(np.exp(np.array(others) / 0.2))) - z[i] @ z[i ^ 1] / 0.2
+    return total / len(z)
+
+  def ours(z):
+    return losses.nt_xent(z, 0.2, negatives=jnp.asarray(memory, jnp.float32))
+
+  assert_equals(ours, loop, Z)
+  metrics = ours(jnp.asarray(Z))[1]
+  np.testing.assert_allclose(metrics['chance_loss'], np.log(11 + 5))
+  assert metrics['contrastive_acc'] <= losses.nt_xent(jnp.asarray(Z), 0.2)[1]['contrastive_acc']
+
+
+@pytest.mark.parametrize('shape', [(7, 4), (3, 7, 4)])
+def test_info_nce(shape):
+  """Breaks if the positive is not among the candidates, or negatives of one query reach another."""
+  rng = np.random.default_rng(0)
+  q, k, negatives = (unit(rng.normal(size=s)) for s in ((3, 4), (3, 4), shape))
+
+  def loop(q):
+    total = 0.0
+    for i in range(3):
+      own = negatives if len(shape) == 2 else negatives[i]
+      logits = np.array([q[i] @ k[i], *(q[i] @ n for n in own)]) / 0.1
+      total += np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[0]
+    return total / 3
+
+  assert_equals(lambda q: losses.info_nce(q, k, jnp.asarray(negatives), 0.1), loop, q)
+  metrics = losses.info_nce(q, k, jnp.asarray(negatives), 0.1)[1]
+  own = np.broadcast_to(negatives, (3, 7, 4))
+  rank = [sum(q[i] @ n > q[i] @ k[i] for n in own[i]) for i in range(3)]
+  np.testing.assert_allclose(metrics['contrastive_acc'], np.mean([r == 0 for r in rank]))
+  np.testing.assert_allclose(metrics['contrastive_acc5'], np.mean([r < 5 for r in rank]))
+  np.testing.assert_allclose(metrics['chance_loss'], np.log(8))
+
+
+def test_info_nce_in_batch():
+  """Breaks if a query's own key is also its negative, or keys get no gradient."""
+  rng = np.random.default_rng(0)
+  both = rng.normal(size=(2, 5, 4))
+
+  def loop(x):
+    q, k = unit(x)
+    total = 0.0
+    for i in range(5):
+      total += np.log(sum(np.exp(q[i] @ k[j] / 0.2) for j in range(5))) - q[i] @ k[i] / 0.2
+    return total / 5
+
+  def ours(x):
+    return losses.info_nce_in_batch(*losses.l2_normalize(x), 0.2)
+
+  assert_equals(ours, loop, both)
+  np.testing.assert_allclose(ours(jnp.asarray(both))[1]['chance_loss'], np.log(5))
+
+
+def test_nce():
+  """Breaks if Z is not N times the first batch's mean, changes later, or carries a gradient."""
+  rng = np.random.default_rng(0)
+  v, bank = unit(rng.normal(size=(3, 4))), 0.9 * rng.normal(size=(20, 4))
+  positives, negatives, N = bank[:3], bank[5:12], 20
+
+  def scores(v, i):
+    return np.exp(np.array([v[i] @ positives[i], *(v[i] @ n for n in negatives)]) / 0.5)
+
+  Z = N * np.mean([scores(v, i) for i in range(3)])
+
+  def loop(v):
+    total = 0.0
+    for i in range(3):
+      p = scores(v, i) / Z
+      noise = 7 / N
+      total -= np.log(p[0] / (p[0] + noise)) + np.sum(np.log(noise / (p[1:] + noise)))
+    return total / 3
+
+  def ours(v, Z):
+    loss, Z, metrics = losses.nce(v, jnp.asarray(positives), jnp.asarray(negatives), 0.5, N, Z)
+    return loss, (Z, metrics)
+
+  assert_equals(lambda v: ours(v, 0.0), loop, v)
+  found, _ = ours(v, 0.0)[1]
+  np.testing.assert_allclose(found, Z, rtol=1e-5)
+  kept, metrics = ours(v + 0.1, jnp.float32(3.0))[1]
+  assert kept == 3.0
+  # All probabilities at 1 / N: what guessing costs.
+  even = losses.nce(0 * v, jnp.asarray(positives), jnp.asarray(negatives), 0.5, N, 0.0)
+  np.testing.assert_allclose(even[0], metrics['chance_loss'], rtol=1e-5)

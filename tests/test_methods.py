@@ -33,6 +33,7 @@ SMALL = {
   'batch_size': '32',
   'steps': str(STEPS),
   'warmup_epochs': '0',
+  'schedule_first_epoch': '0',  # 1 leaves a run of one epoch no learning rate
   'log_every_steps': '1',
   'checkpoint_every_steps': '5',
   'keep_checkpoints': '3',

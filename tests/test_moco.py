@@ -368,11 +368,14 @@ def test_ring_against_a_list(size):
     assert (int(ours['pointer']), int(ours['filled'])) == (place, min(pushed, size))
 
 
+# The rate is small so that no activation comes to lie within a rounding of 0: there one device and
+# eight may take different sides of the ReLU.
 DIGITS = {
   'data.source': 'digits', 'data.num_classes': '10', 'model.depth': '8',
   'model.width_multiplier': '0.125', 'model.head_dim': '16', 'model.stem': 'strided',
-  'batch_size': '32', 'steps': '10', 'learning_rate': '0.1', 'queue_size': '100',
-  'model.bn_groups': '8', 'log_every_steps': '5', 'augment.view1': 'torch_crop(0.2,1)|flip',
+  'batch_size': '32', 'steps': '10', 'learning_rate': '0.01', 'queue_size': '100',
+  'schedule_first_epoch': '0', 'model.bn_groups': '8', 'log_every_steps': '5',
+  'augment.view1': 'torch_crop(0.2,1)|flip',
 }  # fmt: skip
 
 
@@ -404,9 +407,9 @@ def test_keys_enter_in_the_order_of_the_batch(digits, trainings):
   c, train = digits
   start, seen = trainings[8]
   rows = order.rows(c.seed, 0, c.batch_size, len(train))
-  views = augment.views(
-    train.images[rows['index']], rows['epoch'], rows['position'], c.augment, c.seed, c.image_size
-  )
+  views = jax.jit(lambda x, rows: augment.views(
+    x, rows['epoch'], rows['position'], c.augment, c.seed, c.image_size
+  ))(train.images[rows['index']], rows)  # fmt: skip
   rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), 2), 0)
   permutation = np.asarray(shuffle.draw('permute', {'views': views}, rng))
   assert sorted(permutation) == list(range(32)) and (permutation != np.arange(32)).any()
@@ -421,10 +424,12 @@ def test_keys_enter_in_the_order_of_the_batch(digits, trainings):
 
 def test_training_is_the_same_on_any_devices(trainings):
   """Breaks if loss, shuffle or queue depend on the number of devices."""
+  norms = {float(metrics['param_norm']) for metrics, _ in trainings[1][1]}
+  assert len(norms) == 5  # it does train
   for (one, one_queue), (eight, eight_queue) in zip(trainings[1][1], trainings[8][1]):
-    for name in ('loss', 'contrastive_acc', 'contrastive_acc5', 'grad_norm', 'param_norm'):
-      np.testing.assert_allclose(eight[name], one[name], rtol=1e-4, err_msg=name)
-    np.testing.assert_allclose(eight_queue['rows'], one_queue['rows'], atol=1e-4)
+    for name in ('loss', 'contrastive_acc', 'contrastive_acc5'):
+      np.testing.assert_allclose(eight[name], one[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(eight_queue['rows'], one_queue['rows'], atol=1e-5)
     assert int(eight_queue['pointer']) == int(one_queue['pointer'])
 
 
@@ -478,11 +483,12 @@ def test_shuffle_and_back(kind, groups):
 
 @pytest.mark.parametrize('groups', [2, 3, 4])
 def test_transpose_deals_every_group_out(groups):
-  """Breaks if a group of BatchNorm keeps more than its share of the members that it had."""
+  """Breaks if members of a group of BatchNorm stay together, beyond what n / groups^2 rounds to."""
   old = np.repeat(np.arange(groups), 24 // groups)  # the group of each row before
   new = shuffle.forward('transpose', old[:, None], groups, None).reshape(groups, -1)
   for members in new:
-    np.testing.assert_array_equal(np.bincount(members, minlength=groups), 24 // groups / groups)
+    share = np.bincount(members, minlength=groups)
+    assert len(members) == 24 // groups and np.ptp(share) <= 1 and share.min() >= 1
 
 
 def test_draws_of_a_permutation():
@@ -551,19 +557,17 @@ def test_first_loss_of_the_published_recipes(variant, photographs):
   """
   c = recipes.load(
     f'moco_imagenet:{variant}',
-    {'model.bn_groups': '2', 'batch_size': '16', 'image_size': '96', 'data.num_classes': '0'},
+    {'model.bn_groups': '2', 'batch_size': '16', 'data.num_classes': '0'},
   )
-  net = tower.build(c)
-  # Compiled once for queries and keys.
-  net = net._replace(init=jax.jit(net.init), apply=jax.jit(net.apply))
-  method = moco.from_tower(net, c)
-  index = np.arange(16)
-  views = augment.views(photographs, 0 * index, index, c.augment, c.seed, c.image_size)
-  batch = {'views': views}
-  params, state = method.init(jax.random.key(0), batch)
-  _, (_, metrics) = method.loss(params, state, batch, jax.random.key(1))
   low, high = c.first_loss
-  assert state['queue']['rows'].shape == (65536, 128)
   assert (low, high) == {'v1': (0, 0.5), 'v2': (6.2, 6.7)}[variant]
-  print(variant, metrics['loss'])
-  assert low <= metrics['loss'] <= high
+  net = tower.build(c)
+  method = moco.from_tower(net._replace(apply=jax.jit(net.apply)), c)  # one program for q and k
+  params, state = method.init(jax.random.key(0), {'views': jnp.zeros((2, 2, 32, 32, 3))})
+  assert state['queue']['rows'].shape == (65536, 128)
+  index = np.arange(16)
+  views = jax.jit(
+    lambda x: augment.views(x, 0 * index, index, c.augment, c.seed, c.image_size)
+  )(photographs)  # fmt: skip
+  _, (_, metrics) = method.loss(params, state, {'views': views}, jax.random.key(1))
+  assert low < metrics['loss'] < high

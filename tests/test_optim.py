@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from simclr_jax import config, optim
+from simclr_jax.errors import ConfigError
 
 
 def recipe(**values):
@@ -111,3 +112,72 @@ def test_vectors_are_not_decayed_and_the_probe_is_apart(name):
   assert not updates['encoder']['scale'].any()
   assert not updates['probe'].any()
   assert isinstance(c, ml_collections.ConfigDict)
+
+
+def test_moco_schedules():
+  """Breaks if the rate changes within an epoch, at another epoch, or by another factor."""
+  examples = 1_281_167
+  v1, v2 = (optim.schedule(config.load(f'moco_imagenet:{v}'), examples) for v in ('v1', 'v2'))
+
+  def last_step(epoch):  # the last one whose first image is of this epoch
+    return ((epoch + 1) * examples - 1) // 256
+
+  for epoch, expected in (
+    (0, 0.03),
+    (119, 0.03),
+    (120, 0.003),
+    (159, 0.003),
+    (160, 3e-4),
+    (199, 3e-4),
+  ):
+    np.testing.assert_allclose(v1(last_step(epoch)), expected, rtol=1e-6)
+  for epoch, expected in ((0, 0.03), (1, 0.02999815), (100, 0.015), (199, 1.8505e-6)):
+    np.testing.assert_allclose(v2(last_step(epoch)), expected, rtol=1e-4)
+  assert v2(last_step(0)) != v2(last_step(0) + 1) == v2(last_step(1))
+  assert v2(0) == v2(last_step(0))
+
+  demo = optim.schedule(config.load('moco_cifar10'), 50_000)
+  np.testing.assert_allclose(demo(0), 0.059996, rtol=1e-4)  # its epochs are counted from 1
+  assert demo(199 * 50_000 // 512) > 0 == demo(199 * 50_000 // 512 + 1)
+
+
+def test_a_schedule_of_nothing_is_refused():
+  """Breaks if a short run with MoCo's CIFAR schedule silently trains at rate 0."""
+  with pytest.raises(ConfigError, match='schedule_first_epoch=1'):
+    optim.schedule(config.load('moco_cifar10', {'steps': '50'}), 50_000)
+
+
+@pytest.mark.parametrize('nesterov', [False, True])
+def test_sgd_decays_everything_before_the_momentum(nesterov):
+  """Breaks if MoCo's weight decay spares BatchNorm and biases, or bypasses the momentum."""
+  rng = np.random.default_rng(0)
+  params = {'kernel': rng.normal(size=(4, 3)), 'bias': rng.normal(size=3)}
+  c = recipe(optimizer='nesterov' if nesterov else 'sgd', weight_decay=0.1, weight_decay_on='all')
+  rates = [0.5, 0.2, 0.1]
+  optimizer = optim.build(c, lambda step: jnp.array(rates)[step])
+  ours = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
+  slots = optimizer.init(ours)
+  buffer = jax.tree.map(np.zeros_like, params)
+  for rate in rates:
+    grads = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
+    updates, slots = optimizer.update(
+      jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads), slots, ours
+    )
+    ours = optax.apply_updates(ours, updates)
+    for k, g in grads.items():
+      g = g + 0.1 * params[k]
+      buffer[k] = 0.9 * buffer[k] + g
+      params[k] = params[k] - rate * (g + 0.9 * buffer[k] if nesterov else buffer[k])
+  for k in params:
+    np.testing.assert_allclose(ours[k], params[k], rtol=1e-5)
+
+
+def test_lars_leaves_a_classifier_out_but_decays_it():
+  """Breaks if LARS scales the supervised head's update, or spares its kernel the weight decay."""
+  c = recipe(optimizer='lars', weight_decay=0.1)
+  optimizer = optim.build(c, lambda step: 1.0)
+  params = {k: {'kernel': jnp.full((2, 2), 3.0)} for k in ('encoder', 'classifier')}
+  grads = jax.tree.map(jnp.ones_like, params)
+  updates, _ = optimizer.update(grads, optimizer.init(params), params)
+  np.testing.assert_allclose(updates['classifier']['kernel'], -1.3, rtol=1e-6)
+  np.testing.assert_allclose(updates['encoder']['kernel'], -0.003, rtol=1e-5)  # 0.001 |w| / |g| g

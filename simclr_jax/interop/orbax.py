@@ -44,7 +44,7 @@ def _from_run(workdir):
   config = recipes.from_dict(recipes.read_run(workdir))
   method = methods.build(config)
 
-  rate = optim.schedule(config, config.batch_size)  # the slots' shapes do not depend on it
+  rate = optim.schedule(config, config.data.examples)
 
   def fresh():
     return train_state.create(method, optim.build(config, rate), config.seed, config.image_size)

@@ -10,6 +10,7 @@ import jax
 import ml_collections
 
 from simclr_jax import ema, losses, queue, sharding
+from simclr_jax.errors import ConfigError
 from simclr_jax.methods import Method
 from simclr_jax.models import tower
 
@@ -26,7 +27,10 @@ FIELDS = {
 
 def build(config: ml_collections.ConfigDict) -> Method:
   """f: ResNet with BatchNorm over the global batch; g: projection head; loss: NT-Xent."""
+  if config.queue_size and config.loss != 'nt_xent':
+    raise ConfigError(f'queue_size={config.queue_size}: the memory is for loss=nt_xent only')
   net = tower.build(config)
+  memory = config.queue_size > 0
 
   def contrast(z, negatives):
     if config.loss == 'nt_xent':
@@ -36,8 +40,6 @@ def build(config: ml_collections.ConfigDict) -> Method:
     if config.loss == 'margin_triplet':
       return losses.margin_triplet(z, config.margin, config.semi_hard)
     return losses.pairwise_margin(z, config.margin)
-
-  memory = config.queue_size > 0
 
   def init(rng, batch):
     net_key, queue_key = jax.random.split(rng)
@@ -51,9 +53,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
   def loss(params, state, batch, rng):
     del rng
     n, views = batch['views'].shape[:2]
-    x = batch['views'].reshape(
-      n * views, *batch['views'].shape[2:]
-    )  # rows 2i, 2i + 1 are of image i
+    x = batch['views'].reshape(n * views, *batch['views'].shape[2:])  # rows 2i, 2i + 1: image i
     hiddens, stats = net.apply(params, state['stats'], x)
     new, negatives = {'stats': stats}, None
     if memory:
@@ -61,14 +61,14 @@ def build(config: ml_collections.ConfigDict) -> Method:
       k, new['key'] = ema.encode(net, key, x)
       negatives = state['queue']['rows']
       new['queue'] = queue.push(state['queue'], sharding.replicate(k))
-    z = hiddens[-1]  # [2n, d]
-    value, metrics = contrast(z, negatives)
+    value, metrics = contrast(hiddens[-1], negatives)
+    z = metrics.pop('z')  # [2n, d]
     if memory:
       metrics |= queue.figures(state['queue'], len(z))
     metrics |= {
       'loss': value,
       'features': hiddens[0],
-      'embeddings': sharding.replicate(losses.l2_normalize(z)).reshape(n, views, -1),
+      'embeddings': z.reshape(n, views, -1),
     }
     return config.loss_scale * value, (new, metrics)
 

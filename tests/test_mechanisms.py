@@ -1,0 +1,200 @@
+"""Memory bank, end-to-end, SimCLR's memory and the supervised baseline: what is particular to each."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simclr_jax import config, losses, methods, optim
+from simclr_jax.errors import ConfigError
+
+N = 8  # a batch
+SMALL = {
+  'batch_size': str(N),
+  'image_size': '8',
+  'model.depth': '8',
+  'model.stem': 'cifar',
+  'model.width_multiplier': '0.0625',
+  'model.head_dim': '6',
+  'data.num_classes': '4',
+}
+
+
+def small(spec, **changes):
+  return config.with_examples(config.load(spec, {**SMALL, **changes}), 21)
+
+
+@functools.cache
+def batch(views=2):
+  rng = np.random.default_rng(0)
+  return {
+    'views': jnp.asarray(rng.random((N, views, 8, 8, 3)), jnp.float32),
+    'label': jnp.arange(N) % 4,
+    'index': jnp.array([3, 20, 7, 0, 11, 2, 5, 9]),
+  }
+
+
+def start(recipe):
+  method = methods.build(recipe)
+  data = batch(method.views)
+  params, state = jax.jit(method.init)(jax.random.key(0), data)
+  return method, params, state, jax.jit(method.loss)
+
+
+BANK = {'model.bn_groups': '2', 'negatives': '30'}
+
+
+def test_bank_rows_of_the_batch_move_and_no_others():
+  """Breaks if a row is another image's, the momentum is swapped, or a row is not normalised."""
+  recipe = small('memory_bank_imagenet', **BANK, bank_momentum='0.3')
+  method, params, state, loss = start(recipe)
+  data = batch(1)
+  _, (new, metrics) = loss(params, state, data, jax.random.key(1))
+  assert state['bank'].shape == (24, 6)  # 21 images, filled up to a multiple of the batch
+  raw = methods.module('memory_bank').build(recipe).loss(params, state, data, jax.random.key(1))
+  v = np.asarray(raw[1][1]['embeddings'][:, 0], np.float64)
+  old, index = np.asarray(state['bank'], np.float64), np.asarray(data['index'])
+  expected = old.copy()
+  for i, row in enumerate(index):
+    mixed = 0.3 * old[row] + 0.7 * v[i]
+    expected[row] = mixed / np.linalg.norm(mixed)
+  np.testing.assert_allclose(new['bank'], expected, atol=1e-6)
+  assert not np.allclose(new['bank'][index], old[index], atol=0.1)
+
+
+def test_bank_starts_as_in_the_paper():
+  """Breaks if the rows are normalised at the start or their expected length is not 1."""
+  recipe = small('memory_bank_imagenet', **BANK, **{'model.head_dim': '128'})
+  _, _, state, _ = start(recipe)
+  lengths = np.linalg.norm(state['bank'], axis=1)
+  assert abs(np.mean(lengths**2) - 1) < 0.06 and np.std(lengths) > 0.01
+  assert np.abs(state['bank']).max() <= (128 / 3) ** -0.5
+
+
+def test_an_image_twice_in_a_batch():
+  """Breaks if two rows that write one place race: the later one must win, on any hardware."""
+  method, params, state, loss = start(small('memory_bank_imagenet', **BANK))
+  data = {**batch(1), 'index': jnp.array([3, 20, 3, 0, 11, 2, 5, 3])}
+  _, (twice, _) = loss(params, state, data, jax.random.key(1))
+  alone = {**data, 'index': jnp.array([6, 20, 8, 0, 11, 2, 5, 3])}
+  _, (once, _) = loss(params, state, alone, jax.random.key(1))
+  # Row 3 of the bank is the positive of three queries in one case, of one in the other; v is equal.
+  np.testing.assert_array_equal(twice['bank'][3], once['bank'][3])
+  np.testing.assert_array_equal(twice['bank'][6], state['bank'][6])
+
+
+@pytest.mark.parametrize('spec', ['memory_bank_imagenet:info_nce', 'memory_bank_imagenet:nce'])
+@pytest.mark.parametrize('per', ['batch', 'example'])
+def test_bank_loss_is_that_of_drawn_rows(spec, per):
+  """Breaks if padding rows are drawn, the positive is not the own row, or the bank gets a gradient."""
+  recipe = small(spec, **BANK, negatives_per=per)
+  method, params, state, loss = start(recipe)
+  state = {**state, 'bank': state['bank'].at[21:].set(jnp.nan)}
+  rng = jax.random.key(1)
+  raw = methods.module('memory_bank').build(recipe).loss(params, state, batch(1), rng)[1][1]
+  v, positive = raw['embeddings'][:, 0], state['bank'][batch()['index']]
+  drawn = jax.random.randint(rng, (30,) if per == 'batch' else (N, 30), 0, 21)
+  if recipe.loss == 'info_nce':
+    expected = losses.info_nce(v, positive, state['bank'][drawn], recipe.temperature)[0]
+  else:
+    expected, Z, _ = losses.nce(v, positive, state['bank'][drawn], recipe.temperature, 21, 0.0)
+    _, (new, _) = loss(params, state, batch(1), rng)
+    np.testing.assert_allclose(new['Z'], Z, rtol=1e-5)
+  np.testing.assert_allclose(raw['loss'], expected, rtol=1e-6)
+  gradient = jax.grad(lambda s: method.loss(params, {**state, 'bank': s}, batch(1), rng)[0])
+  assert np.isfinite(raw['loss'])
+  rows = np.asarray(gradient(jnp.nan_to_num(state['bank'])))
+  positives = np.isin(np.arange(24), batch()['index'])
+  assert not rows[~positives].any()  # the negatives are constants
+
+
+@pytest.mark.parametrize('shared', ['true', 'false'])
+def test_end_to_end_trains_both_encoders(shared):
+  """Breaks if the keys get no gradient, or the second encoder is not a copy that then goes its own way."""
+  recipe = small('end_to_end_imagenet', **{'model.bn_groups': '2'}, shared_encoder=shared)
+  method, params, state, loss = start(recipe)
+  grads, _ = jax.grad(method.loss, has_aux=True)(params, state, batch(), jax.random.key(1))
+  assert ('key' in params) == (shared == 'false')
+  if shared == 'false':
+    for part in ('encoder', 'head'):
+      jax.tree.map(np.testing.assert_array_equal, params[part], params['key'][part])
+      norms = jax.tree.map(lambda g: float(jnp.linalg.norm(g)), grads['key'][part])
+      assert all(n > 0 for n in jax.tree.leaves(norms))
+      key, query = jax.tree.leaves(grads['key'][part]), jax.tree.leaves(grads[part])
+      assert any((a != b).any() for a, b in zip(key, query))
+
+
+def test_end_to_end_gradient_passes_the_shuffle():
+  """Breaks if the shuffle cuts or mixes the keys' gradients: with one group it changes nothing."""
+  found = []
+  for kind in ('none', 'permute', 'transpose'):
+    recipe = small('end_to_end_imagenet', **{'model.bn_groups': '1', 'shuffle': kind})
+    method, params, state, _ = start(recipe)
+    found.append(jax.grad(method.loss, has_aux=True)(params, state, batch(), jax.random.key(1))[0])
+  for other in found[1:]:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), found[0], other)
+  recipe = small('end_to_end_imagenet', **{'model.bn_groups': '2'})
+  method, params, state, loss = start(recipe)
+  order = np.random.default_rng(0).permutation(N)
+  losses_by_order = [
+    loss(params, state, {**batch(), 'permutation': jnp.asarray([o])}, jax.random.key(1))[0]
+    for o in (np.arange(N), order)
+  ]
+  assert abs(losses_by_order[0] - losses_by_order[1]) > 1e-4  # with two groups it does
+
+
+def test_simclr_memory():
+  """Breaks if the memory's keys are not those of the slow copy, or enter before the loss."""
+  recipe = small('simclr_digits', queue_size='20')  # 16 keys a step: the ring wraps in the second
+  with recipe.unlocked():
+    recipe.key_momentum = 0.5
+  method, params, state, loss = start(recipe)
+  value, (new, metrics) = loss(params, state, batch(), jax.random.key(1))
+  plain = small('simclr_digits')
+  raw = methods.module('simclr').build(plain).loss(params, {'stats': state['stats']}, batch(), None)
+  z = raw[1][1]['embeddings'].reshape(2 * N, -1)
+  np.testing.assert_allclose(
+    metrics['loss'],
+    losses.nt_xent(z, recipe.temperature, negatives=state['queue']['rows'])[0],
+    rtol=1e-5,
+  )
+  # The copy still equals the network, so its keys are the network's own projections.
+  np.testing.assert_allclose(new['queue']['rows'][: 2 * N], z, atol=1e-5)
+  np.testing.assert_array_equal(new['queue']['rows'][2 * N :], state['queue']['rows'][2 * N :])
+  assert int(new['queue']['pointer']) == 16
+  moved = jax.tree.map(lambda p: p + 1, params)
+  _, (later, _) = loss(moved, new, batch(), jax.random.key(1))
+  for part in ('encoder', 'head'):
+    jax.tree.map(
+      lambda k, p: np.testing.assert_allclose(k, p + 0.5, rtol=1e-5),
+      later['key']['params'][part],
+      params[part],
+    )
+  assert int(later['queue']['pointer']) == 12
+
+
+def test_memory_size_is_free():
+  """Breaks if SimCLR without a memory carries a queue."""
+  _, _, state, _ = start(small('simclr_digits'))
+  assert set(state) == {'stats'}
+
+
+def test_supervised_needs_labels_and_learns_from_them():
+  """Breaks if the baseline runs without classes, keeps a probe, or ignores the labels."""
+  with pytest.raises(ConfigError, match='set data.num_classes'):
+    methods.build(small('supervised_imagenet', **{'data.num_classes': '0'}))
+  recipe = small('supervised_imagenet', learning_rate='3', warmup_epochs='0')
+  method, params, state, loss = start(recipe)
+  assert set(params) == {'encoder', 'head', 'classifier'}
+  optimizer = optim.build(recipe, lambda step: 0.1)
+  slots, values = optimizer.init(params), []
+  step = jax.jit(jax.grad(method.loss, has_aux=True))
+  for i in range(40):
+    grads, (state, metrics) = step(params, state, batch(1), jax.random.key(i))
+    updates, slots = optimizer.update(grads, slots, params)
+    params = jax.tree.map(jnp.add, params, updates)
+    values.append(float(metrics['loss']))
+  np.testing.assert_allclose(values[0], np.log(4), atol=0.05)
+  assert values[-1] < 0.2 * values[0] and metrics['train_acc'] == 1
