@@ -4,16 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
+from simclr_jax import config
 from simclr_jax.data import Dataset, digits
 from simclr_jax.evaluate import features, knn, logistic, probe
 
-ARCHITECTURE = {
-  'depth': 8, 'width_multiplier': 0.125, 'stem': 'strided', 'dialect': 'simclr', 'head': 'mlp',
-  'head_layers': 2, 'head_dim': 16, 'image_size': 32,
-}  # fmt: skip
+ARCHITECTURE = config.architecture(config.load('simclr_digits', TINY))
 
 
 @pytest.fixture(scope='module')

@@ -29,8 +29,11 @@ def load_encoder(folder: str | pathlib.Path) -> Encoder:
     try:
       description = json.loads(card.read_text())
       architecture, provenance = description['architecture'], description['provenance']
-    except (ValueError, KeyError, TypeError):
-      raise checkpoint.CheckpointError(f'{card} is damaged') from None
+      resnet.from_config(architecture)
+    except (ValueError, KeyError, TypeError) as error:
+      raise checkpoint.CheckpointError(
+        f'{card} is damaged, or was written by another version: {error}'
+      ) from None
     variables, _ = checkpoint.load_tree(folder / 'variables')
     return Encoder(architecture, variables, provenance)
   if not (folder / 'config.json').is_file():
