@@ -9,7 +9,7 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from simclr_jax import methods, optim, shuffle
+from simclr_jax import methods, optim
 from simclr_jax.data import augment
 from simclr_jax.errors import ConfigError
 from simclr_jax.models import heads, norm, resnet
@@ -96,8 +96,8 @@ def flatten(config: ml_collections.ConfigDict | dict) -> dict[str, object]:
   return flat
 
 
-# field -> (lowest, highest or None)
-RANGES = {
+# field -> its lowest and highest number, None for no limit, or the words that it may be.
+ALLOWED = {
   'seed': (0, 2**32 - 1),
   'epochs': (0, None),
   'steps': (0, None),
@@ -121,8 +121,6 @@ RANGES = {
   'model.bn_groups': (1, None),
   'model.head_layers': (1, 4),
   'model.head_dim': (1, None),
-}
-CHOICES = {
   'dtype': ('auto', 'float32', 'bfloat16'),
   'optimizer': ('lars', 'sgd', 'nesterov', 'adamw'),
   'learning_rate_scaling': ('linear', 'sqrt', 'none'),
@@ -136,24 +134,6 @@ CHOICES = {
   'model.bn_layout': norm.LAYOUTS,
   'model.head': heads.MODES,
 }
-# The same for the fields of single methods (`FIELDS` in their files).
-METHOD_RANGES = {
-  'temperature': (1e-3, None),
-  'loss_scale': (1e-6, None),
-  'margin': (0.0, 2.0),
-  'queue_size': (0, None),
-  'key_momentum': (0.0, 1.0),
-  'negatives': (1, None),
-  'bank_momentum': (0.0, 1.0),
-}
-METHOD_CHOICES = {
-  'shuffle': shuffle.KINDS,
-  'negatives_per': ('batch', 'example'),
-  'loss': {
-    'simclr': ('nt_xent', 'nt_logistic', 'margin_triplet', 'pairwise_margin'),
-    'memory_bank': ('info_nce', 'nce'),
-  },
-}
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -163,16 +143,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     if isinstance(value, float) and not math.isfinite(value):
       raise ConfigError(f'{field}={value} is not a finite number')
   fields = methods.module(_get(flat, 'method')).FIELDS
-  for field, bounds in {**RANGES, **METHOD_RANGES}.items():
-    if field in RANGES or field in fields:
-      _check_range(field, _get(flat, field), *bounds)
-  for field, allowed in {**CHOICES, **METHOD_CHOICES}.items():
-    if field in CHOICES or field in fields:
-      allowed = allowed[config.method] if isinstance(allowed, dict) else allowed
-      if _get(flat, field) not in allowed:
-        raise ConfigError(f'{field}={flat[field]!r} is not one of {", ".join(map(str, allowed))}')
-  for field in fields:
-    _get(flat, field)
+  for field, allowed in {**ALLOWED, **{k: allowed for k, (_, allowed) in fields.items()}}.items():
+    _check(field, _get(flat, field), allowed)
   for field in ('view1', 'view2', 'eval'):
     _check_pipeline(f'augment.{field}', _get(flat, f'augment.{field}'), field)
   if not config.steps and not config.epochs:
@@ -204,11 +176,14 @@ def check(config: ml_collections.ConfigDict) -> None:
       f'model.bn_groups={config.model.bn_groups} leaves one example in each group: '
       'use a larger batch_size'
     )
-  if config.method == 'moco' and not config.queue_size:
-    raise ConfigError('queue_size=0 is out of range: moco needs at least 1')
 
 
-def _check_range(field, value, lowest, highest):
+def _check(field, value, allowed):
+  if len(allowed) > 2 or isinstance(allowed[0], (str, bool)):
+    if value not in allowed:
+      raise ConfigError(f'{field}={value!r} is not one of {", ".join(map(str, allowed))}')
+    return
+  lowest, highest = allowed
   if not isinstance(value, (int, float)):
     raise ConfigError(f'{field}={value!r} is not a number')
   if value < lowest or (highest is not None and value > highest):

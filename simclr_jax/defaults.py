@@ -67,6 +67,6 @@ def recipe(method: str) -> ml_collections.ConfigDict:
   config.knn_images = 10_000  # in its bank, and a fifth as many queries; 0: all
   config.tensorboard = True
 
-  for field, value in methods.module(method).FIELDS.items():
+  for field, (value, _) in methods.module(method).FIELDS.items():
     config[field] = value
   return config

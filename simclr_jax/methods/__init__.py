@@ -1,7 +1,8 @@
 """Pretraining methods, one file each.
 
-A method is a module with `FIELDS`, its own recipe fields and their neutral values, and
-`build(config) -> Method`. The trainer knows two pure functions of it:
+A method is a module with `build(config) -> Method`, and `FIELDS`, its own recipe fields: name ->
+(neutral value, what is allowed: the lowest and highest number, None for no limit, or the words).
+The trainer knows two pure functions of a method:
 
   init(rng, batch) -> (params, state)
   loss(params, state, batch, rng) -> (loss, (state, metrics))

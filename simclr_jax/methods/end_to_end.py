@@ -11,9 +11,10 @@ from simclr_jax.methods import Method
 from simclr_jax.models import tower
 
 FIELDS = {
-  'temperature': 0.07,
-  'shuffle': 'permute',  # or transpose, none: how BatchNorm's groups are mixed for the keys
-  'shared_encoder': False,  # one network for queries and keys; otherwise two that start equal
+  'temperature': (0.07, (1e-3, None)),
+  'shuffle': ('permute', shuffle.KINDS),  # how BatchNorm's groups are mixed for the keys
+  # One network for queries and keys; otherwise two that start equal.
+  'shared_encoder': (False, (False, True)),
 }
 
 

@@ -14,11 +14,15 @@ from simclr_jax.methods import Method
 from simclr_jax.models import tower
 
 FIELDS = {
-  'temperature': 0.07,
-  'loss': 'info_nce',  # or nce, InstDisc's, with the constant Z of the first batch
-  'negatives': 65536,
-  'negatives_per': 'batch',  # one draw for all queries; or example: n times the memory
-  'bank_momentum': 0.5,  # share of its old value that a row keeps
+  'temperature': (0.07, (1e-3, None)),
+  'loss': (
+    'info_nce',
+    ('info_nce', 'nce'),
+  ),  # nce: InstDisc's, with the constant Z of the first batch
+  'negatives': (65536, (1, None)),
+  # One draw for all queries; or one for each, which takes n times the memory.
+  'negatives_per': ('batch', ('batch', 'example')),
+  'bank_momentum': (0.5, (0.0, 1.0)),  # share of its old value that a row keeps
 }
 
 

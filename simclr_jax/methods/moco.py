@@ -13,11 +13,14 @@ from simclr_jax.methods import Method
 from simclr_jax.models import tower
 
 FIELDS = {
-  'temperature': 0.07,
-  'queue_size': 65536,
-  'key_momentum': 0.999,
-  'symmetric': False,  # each view is a query once; the published loss takes the first only
-  'shuffle': 'permute',  # or transpose, none: how BatchNorm's groups are mixed for the keys
+  'temperature': (0.07, (1e-3, None)),
+  'queue_size': (65536, (1, None)),
+  'key_momentum': (0.999, (0.0, 1.0)),
+  'symmetric': (
+    False,
+    (False, True),
+  ),  # each view is a query once; the published loss takes the first only
+  'shuffle': ('permute', shuffle.KINDS),  # how BatchNorm's groups are mixed for the keys
 }
 
 

@@ -15,13 +15,17 @@ from simclr_jax.methods import Method
 from simclr_jax.models import tower
 
 FIELDS = {
-  'loss': 'nt_xent',  # nt_logistic, margin_triplet, pairwise_margin: the paper's other ones (table 4)
-  'temperature': 0.1,
-  'margin': 0.8,  # of the margin losses
-  'semi_hard': False,  # nt_logistic, margin_triplet: only the semi-hard negative of each anchor
-  'loss_scale': 1.0,
-  'queue_size': 0,  # of the memory; 0: none
-  'key_momentum': 0.999,
+  # All but the first are the alternatives of the paper's table 4, and the classic one.
+  'loss': ('nt_xent', ('nt_xent', 'nt_logistic', 'margin_triplet', 'pairwise_margin')),
+  'temperature': (0.1, (1e-3, None)),
+  'margin': (0.8, (0.0, 2.0)),  # of the margin losses
+  'semi_hard': (
+    False,
+    (False, True),
+  ),  # nt_logistic, margin_triplet: only the semi-hard negative of each anchor
+  'loss_scale': (1.0, (1e-6, None)),
+  'queue_size': (0, (0, None)),  # of the memory; 0: none
+  'key_momentum': (0.999, (0.0, 1.0)),
 }
 
 
