@@ -10,8 +10,9 @@ demo: $(VENV)/.installed
 	$(BIN)/simclr-jax probe --workdir=runs/demo --protocol=logistic --labels=1,5,15,150 --baselines
 	$(BIN)/simclr-jax report --workdir=runs/demo
 
+# Two workers: compiling, which takes most of the time, keeps one core busy.
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
 
 # Opens the report of a small run in headless Chromium (`apt-get install chromium`).
 test-browser: $(VENV)/.installed

@@ -36,6 +36,6 @@ setup(
     'tensorflow-datasets>=4.9.8',
     'tqdm',
   ],
-  extras_require={'dev': ['pytest', 'ruff']},
+  extras_require={'dev': ['pytest', 'pytest-xdist', 'ruff']},
   entry_points={'console_scripts': ['simclr-jax = simclr_jax.cli:main']},
 )

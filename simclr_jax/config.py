@@ -151,7 +151,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise ConfigError('epochs=0 and steps=0: one of them says how long to train')
   if not config.steps and config.warmup_epochs > config.epochs:
     raise ConfigError(
-      f'warmup_epochs={config.warmup_epochs} is longer than the training, epochs={config.epochs}'
+      f'warmup_epochs={config.warmup_epochs:g} is longer than the training, epochs={config.epochs}'
     )
   if config.warmup_epochs and config.schedule != 'cosine':
     raise ConfigError(
@@ -239,7 +239,7 @@ def check_against(
     )
   if warmup_steps > steps:
     raise ConfigError(
-      f'warmup_epochs={config.warmup_epochs} are {warmup_steps} steps, '
+      f'warmup_epochs={config.warmup_epochs:g} are {warmup_steps} steps, '
       f'more than the whole training, {steps} steps'
     )
 

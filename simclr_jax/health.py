@@ -83,8 +83,8 @@ def findings(config: Any, records: Sequence[Mapping[str, float]]) -> dict[str, s
   low, high = config['first_loss']
   if first['step'] == 1 and high and not low <= first['loss'] <= high:
     found['first_loss'] = (
-      f'The first loss is {first["loss"]:.2f}, but a fresh network of this recipe gives {low:g} to '
-      f'{high:g}: look at the images, the normalisation and the temperature.'
+      f'The first loss is {first["loss"]:.2f}, but a fresh network of this recipe, at its own '
+      f'image size, gives {low:g} to {high:g}: look at the images, the normalisation, the temperature.'
     )
   tight = last.get('z_std', 1.0) < COLLAPSED_STD or last.get('rank', math.inf) < COLLAPSED_RANK
   if tight and last['step'] >= 100:  # a fresh network's embeddings are close together, too

@@ -10,7 +10,8 @@ from simclr_jax import sharding
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
-  """Rows of `x` `[..., d]` scaled to unit length; a zero row stays zero (SimCLR's floor, 1e-12)."""
+  """Rows of `x` `[..., d]` at unit length, in float32; a zero row stays zero (SimCLR's floor, 1e-12)."""
+  x = x.astype(jnp.float32)
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-12))
 
 

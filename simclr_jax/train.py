@@ -141,6 +141,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
       log.write(done, values)
       log.progress(done, values)
       records.append({'step': done, **values})
+      del records[1:-200]  # the first step and the recent ones tell enough
       for name, sentence in health.findings(config, records).items():
         if name not in known:
           log.say(sentence)

@@ -41,5 +41,5 @@ def test_data() -> pathlib.Path:
   """The folder of real data sets that some tests read."""
   folder = os.environ.get('SIMCLR_JAX_TEST_DATA')
   if not folder:
-    pytest.skip('SIMCLR_JAX_TEST_DATA names no folder with the TFDS data set cifar10')
+    pytest.skip('SIMCLR_JAX_TEST_DATA names no folder with CIFAR-10 and photographs')
   return pathlib.Path(folder)

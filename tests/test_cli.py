@@ -57,7 +57,7 @@ def fails(capsys, *argv, code=2):
     ('learning_rate=fast', "learning_rate='fast' is not a number"),
     ('weight_decay=nan', 'weight_decay=nan is not a finite number'),
     ('temperature=0', 'temperature=0.0 is out of range'),
-    ('warmup_epochs=16', 'warmup_epochs=16.0 is longer than the training, epochs=14'),
+    ('warmup_epochs=16', 'warmup_epochs=16 is longer than the training, epochs=14'),
     ('epochs=0', 'epochs=0 and steps=0'),
     ('tensorboard=maybe', "tensorboard='maybe' is not true or false"),
     ('temperatur=1', "no field 'temperatur', did you mean 'temperature'?"),
@@ -70,7 +70,7 @@ def fails(capsys, *argv, code=2):
     ('augment.eval=simclr_crop(0.1, 1)', 'augment.eval: '),
     ('queue_size=-1', 'queue_size=-1 is out of range: at least 0'),
     ('loss=nce', "loss='nce' is not one of nt_xent, nt_logistic, margin_triplet, pairwise_margin"),
-    ('method=moco', "the recipe lacks the field 'shuffle'"),
+    ('method=end_to_end', "the recipe lacks the field 'shuffle'"),
     (
       'method=mocha',
       "method='mocha' is not one of end_to_end, memory_bank, moco, simclr, supervised",

@@ -230,6 +230,23 @@ def test_row_state_is_split_and_the_rest_replicated(spec):
       assert len(leaf.sharding.device_set) == 8
 
 
+@pytest.mark.parametrize('spec', cases())
+def test_bfloat16_stays_inside(spec):
+  """Breaks if on accelerators keys, queue, bank, statistics or the loss are kept in bfloat16."""
+  recipe = recipes.with_examples(small(spec, dtype='bfloat16'), 6000)
+  method = methods.build(recipe)
+  views = jax.ShapeDtypeStruct((32, method.views, 32, 32, 3), np.float32)
+  label = jax.ShapeDtypeStruct((32,), np.int32)
+  batch = {'views': views, 'label': label, 'index': label}
+  params, state = jax.eval_shape(method.init, jax.random.key(0), batch)
+  loss, (new, metrics) = jax.eval_shape(method.loss, params, state, batch, jax.random.key(0))
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
+    lambda x: (x.shape, x.dtype), state
+  )
+  for name, x in {'': loss, **metrics}.items():
+    assert getattr(x, 'dtype', np.float32) != jax.numpy.bfloat16, name
+
+
 def test_all_recipes_are_listed():
   """Breaks if a shipped recipe is not stepped by the test below."""
   assert sorted(VARIANTS) == recipes.names()
