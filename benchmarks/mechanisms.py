@@ -3,8 +3,8 @@
     python benchmarks/mechanisms.py --data=TFDS_DIR [--steps=300] [--out=runs/mechanisms]
     python benchmarks/mechanisms.py --data=TFDS_DIR --ablations
 
-Same images, views, network, batch and number of steps for all; temperature and optimizer are each recipe's
-own. Prints for each: loss at the end and by chance, contrastive accuracy, kNN accuracy (10,000 training images, 2,000 test
+Same images, views, network, batch and number of steps for all. SimCLR has its recipe's temperature and LARS, the
+others SGD and the temperature of moco_cifar10. Prints for each: loss at the end and by chance, contrastive accuracy, kNN accuracy (10,000 training images, 2,000 test
 images), seconds a step (median of rounds in which all take turns, so that a busy machine is fair to
 them) and what the compiled step needs in memory. Writes the loss curves and kNN as one figure.
 `--ablations` does the same for MoCo without momentum and without ShuffleBN.

@@ -5,7 +5,7 @@
 Variant `:info_nce` (default): 65,536 negatives; published (He et al. 2020, figure 3): linear 58.0 %. Variant
 `:nce`: InstDisc's loss with 4,096 negatives; published there: 54.3 %, and 54.0 % by InstDisc itself. One draw
 of negatives serves the whole batch; the papers draw for each example (--config.negatives_per=example),
-which at 65,536 takes 8 GiB for 256 images. The bank, 626 MiB, is split over the devices. MoCo's paper does
+which at 65,536 takes 8 GiB for 256 images and gathers the whole bank on each device. The bank, 626 MiB, is split over the devices. MoCo's paper does
 not state the bank's momentum; 0.5 is InstDisc's. Hardware: 8 GPUs. Not yet repeated here.
 """
 

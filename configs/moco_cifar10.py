@@ -6,6 +6,9 @@ Variant `:asymmetric` (default): each first view is a query. Variant `:symmetric
 kNN accuracy (k = 200, temperature 0.1) after 200, 400, 800 epochs: asymmetric 82.6, 86.3, 88.7 %,
 symmetric 85.3, 88.5, 89.7 %; asymmetric after 1, 5, 10, 20, 50, 100 epochs: 32.0, 38.0, 48.0, 61.4, 73.3,
 78.1 %. One V100, 20 seconds an epoch. Not yet repeated here.
+
+The demo counts epochs from 1, so the last one has learning rate 0; to try less than one epoch, add
+--config.schedule_first_epoch=0.
 """
 
 import ml_collections

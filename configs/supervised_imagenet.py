@@ -3,8 +3,8 @@
   simclr-jax pretrain --config=supervised_imagenet --workdir=runs/supervised --config.data.dir=TFDS_DIR
 
 Published: 76.5 % for ResNet-50 (the baseline of SimCLR and MoCo; 76.6 in SimCLR v2's table, whose author
-gives SGD with learning rate 0.1 per 256, weight decay 1e-4 and a cosine schedule). Hardware: one 8-core TPU or 8 GPUs.
-Not yet repeated here.
+gives SGD with learning rate 0.1 per 256, weight decay 1e-4 and a cosine schedule). Nesterov's momentum, batch,
+epochs, warm-up and the sparing of biases are common choices, not theirs. Not yet repeated here.
 """
 
 import ml_collections

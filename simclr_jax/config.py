@@ -28,6 +28,7 @@ FREE = (
   'knn_every_epochs',
   'knn_images',
   'tensorboard',
+  'first_loss',
   'data.dir',
   'data.test_split',
 )
@@ -147,6 +148,8 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check(field, _get(flat, field), allowed)
   for field in ('view1', 'view2', 'eval'):
     _check_pipeline(f'augment.{field}', _get(flat, f'augment.{field}'), field)
+  if len(_get(flat, 'first_loss')) != 2:
+    raise ConfigError(f'first_loss={flat["first_loss"]} is not two numbers: lowest,highest')
   if not config.steps and not config.epochs:
     raise ConfigError('epochs=0 and steps=0: one of them says how long to train')
   if not config.steps and config.warmup_epochs > config.epochs:
@@ -303,7 +306,8 @@ def _override(config, field, text):
     if isinstance(old, bool):
       value = {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
     elif isinstance(old, tuple):
-      value = tuple(type(old[0])(part) for part in text.split(',')) if text else ()
+      kind = type(old[0]) if old else int
+      value = tuple(kind(part) for part in text.split(',')) if text else ()
     else:
       value = type(old)(text)
   except (ValueError, KeyError):

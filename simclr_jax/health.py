@@ -10,13 +10,13 @@ import numpy as np
 
 from simclr_jax import sharding
 
-MOST = 1024  # images whose embeddings are looked at
+MOST = 256  # images whose embeddings are looked at
 # Below these a representation has collapsed; see `findings`.
 COLLAPSED_STD, COLLAPSED_RANK = 0.05, 2.0
 
 # metric -> what it means, for the report
 MEANING = {
-  'loss': 'what is minimised, in nats; compare with chance',
+  'loss': 'mean over the queries, in nats for all but the margin losses; compare with chance',
   'chance_loss': 'the loss of guessing',
   'contrastive_acc': 'how often the positive beats all negatives: grows, and need not reach 100 %',
   'contrastive_acc5': 'how often the positive is among the best five',
@@ -54,7 +54,8 @@ def embedding_figures(z: jax.Array) -> dict[str, jax.Array]:
   first = z[:, 0]  # [n, d]
   squared = jnp.maximum(2 - 2 * jnp.matmul(first, first.T, precision='highest'), 0.0)
   other = ~np.eye(len(first), dtype=bool)
-  eigenvalues = jnp.linalg.eigvalsh(jnp.matmul(first.T, first, precision='highest'))
+  small = first if len(first) < d else first.T  # the smaller Gram matrix has the same eigenvalues
+  eigenvalues = jnp.linalg.eigvalsh(jnp.matmul(small, small.T, precision='highest'))
   real = eigenvalues > 1e-6 * eigenvalues.max()  # the rest is float32's rounding
   singular = jnp.where(real, jnp.sqrt(jnp.maximum(eigenvalues, 0.0)), 0.0)
   share = singular / singular.sum() + 1e-7
@@ -79,7 +80,7 @@ def findings(config: Any, records: Sequence[Mapping[str, float]]) -> dict[str, s
   found = dict(_of_recipe(config))
   if not records:
     return found
-  first, last = records[0], records[-1]
+  first, last = records[0], {k: v for r in records for k, v in r.items()}
   low, high = config['first_loss']
   if first['step'] == 1 and high and not low <= first['loss'] <= high:
     found['first_loss'] = (
@@ -110,12 +111,13 @@ def findings(config: Any, records: Sequence[Mapping[str, float]]) -> dict[str, s
 def _of_recipe(config):
   examples = config['data']['examples']
   queue = config.get('queue_size', 0)
-  if examples and queue > examples:
+  epoch = examples * (2 if config.get('symmetric') or config['method'] == 'simclr' else 1)
+  if examples and queue > epoch:
     yield (
       'queue_size',
       (
-        f'The queue ({queue:,}) is larger than the data set ({examples:,} images): an image meets older '
-        f'keys of itself as negatives. Set queue_size to {examples // 2:,} or less.'
+        f'The queue ({queue:,}) is larger than the data set gives keys in an epoch ({epoch:,}): every '
+        f'image meets older keys of itself as negatives. Set queue_size to {epoch // 2:,} or less.'
       ),
     )
   if config['model']['stem'] == 'imagenet' and config['image_size'] < 64:

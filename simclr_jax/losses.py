@@ -49,7 +49,7 @@ def nt_xent(
   similarity, positive, candidates = _pairs(z, normalize)
   logits = similarity / temperature  # [2n, 2n]
   m = len(logits)
-  anchor = np.arange(m)
+  anchor = jnp.asarray(np.arange(m))
   logits = jnp.where(anchor[:, None] == anchor[None, :], -jnp.inf, logits)
   positive_logit = _pick(logits, positive)  # [2n]
 
@@ -107,7 +107,7 @@ def info_nce_in_batch(
     As `info_nce`, with K = n - 1.
   """
   logits = jnp.matmul(q, k.T, precision='highest') / temperature  # [n, n]
-  own = np.arange(len(q))
+  own = jnp.asarray(np.arange(len(q)))
   positive = _pick(logits, own)
   others = jnp.where(own[:, None] == own[None, :], -jnp.inf, logits)
   loss = jnp.mean(jax.nn.logsumexp(logits, axis=1) - positive)
@@ -246,7 +246,7 @@ def _pairs(z, normalize=True):
 def _across(z):
   """Positive similarity `[2n]`, all similarities, which are negatives of the other view; metrics."""
   similarity, positive, candidates = _pairs(z)
-  row = np.arange(len(positive))
+  row = jnp.asarray(np.arange(len(positive)))
   other_view = (row[:, None] % 2) != (row[None, :] % 2)
   is_negative = other_view & (row[None, :] != positive[:, None])
   positive_similarity = _pick(similarity, positive)
@@ -257,7 +257,8 @@ def _across(z):
 
 def _pick(x, column):
   """`x[i, column[i]]`, without a gather over sharded rows."""
-  chosen = np.arange(x.shape[1])[None, :] == column[:, None]
+  # Vectors are constants of the program; an [n, n] one would be megabytes of it.
+  chosen = jnp.asarray(np.arange(x.shape[1]))[None, :] == jnp.asarray(column)[:, None]
   return jnp.sum(jnp.where(chosen, x, 0.0), axis=1)
 
 
@@ -280,7 +281,7 @@ def _scores(q, k, negatives, temperature):
 
 
 def _rank(positive, others):
-  ahead = jnp.sum(others > positive[:, None], axis=1)
+  ahead = jnp.sum(others >= positive[:, None], axis=1)  # a tie is a miss: so is collapse
   return {
     'contrastive_acc': jnp.mean(ahead == 0),
     'contrastive_acc5': jnp.mean(ahead < 5),

@@ -60,7 +60,7 @@ def schedule(config: ml_collections.ConfigDict, examples: int) -> optax.Schedule
         'other: set schedule_first_epoch=0 or train for longer'
       )
   else:
-    rates = peak * 0.1 ** sum((epoch >= e).astype(int) for e in config.decay_epochs)
+    rates = peak * 0.1 ** sum([(epoch >= e).astype(int) for e in config.decay_epochs], 0 * epoch)
   rates = jnp.asarray(rates, jnp.float32)
   starts = -(-epoch[1:] * examples // config.batch_size)  # first step of each epoch but the first
   return lambda step: rates[jnp.searchsorted(starts, step, side='right')]

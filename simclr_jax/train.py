@@ -131,7 +131,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
           f'{values["learning_rate"]:.4g}: training stopped before the next checkpoint; '
           f'{_newest(folder)}. A lower learning_rate or a longer warm-up usually helps'
         )
-      if done % config.log_every_steps and done != steps:
+      if done % config.log_every_steps and done not in (1, steps):
         return
       now = time.monotonic()
       values['steps_per_second'] = (done - clock_step) / max(now - clock, 1e-9)
@@ -234,7 +234,7 @@ def _describe(config, mesh, train, steps, state):
 def _warn(config, train):
   for sentence in health.findings(config, []).values():
     logging.warning('%s', sentence)
-  if config.data.num_classes and not train.labelled:
+  if config.data.num_classes and not train.labelled and config.method != 'supervised':
     logging.warning('the data has no labels: probe_acc means nothing')
 
 

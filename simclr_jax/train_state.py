@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from simclr_jax import config as recipes, health, methods, optim, sharding
 from simclr_jax.data import Dataset, augment, order
+from simclr_jax.errors import ConfigError
 
 PyTree = Any
 
@@ -85,7 +86,9 @@ def train_step(
   gradient = jax.value_and_grad(method.loss, has_aux=True)
   (_, (state, metrics)), grads = gradient(ts.params, ts.state, batch, rng)
   updates, opt_state = optimizer.update(grads, ts.opt_state, ts.params)
-  metrics |= _health(metrics.pop('embeddings'), (ts.step + 1) % config.log_every_steps == 0)
+  done, total = ts.step + 1, optim.train_steps(config, config.data.examples)
+  logged = (done % config.log_every_steps == 0) | (done == 1) | (done == total)
+  metrics |= _health(metrics.pop('embeddings'), logged)
   metrics['learning_rate'] = rate(ts.step)
   metrics['grad_norm'] = optax.tree.norm(grads)
   metrics['param_norm'] = optax.tree.norm(ts.params)
@@ -118,10 +121,17 @@ def build(
     config: a recipe; `data.examples` is filled in.
     dataset: stays on the devices for the whole run, once on each.
     mesh: the devices; all of them by default.
+
+  Raises:
+    ConfigError: the method cannot use these images, or needs another recipe.
   """
   mesh = mesh or sharding.make_mesh()
   config = recipes.with_examples(config, len(dataset))
   method = methods.build(config)
+  if method.needs_labels and not dataset.labelled:
+    raise ConfigError(f'method={config.method} needs labels, and not all training images have one')
+  if method.views == 1 and config.augment.view2:
+    raise ConfigError(f'augment.view2 is set, but method={config.method} looks at view1 only')
   rate = optim.schedule(config, len(dataset))
   optimizer = optim.build(config, rate)
   replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))

@@ -75,6 +75,7 @@ def fails(capsys, *argv, code=2):
       'method=mocha',
       "method='mocha' is not one of end_to_end, memory_bank, moco, simclr, supervised",
     ),
+    ('first_loss=1', 'first_loss=(1.0,) is not two numbers'),
     ('decay_epochs=ten', "decay_epochs='ten' is not numbers: 1,2"),
     ('data.examples=7', 'data.examples=7, but the training split has 6000 images'),
     ('model.bn_groups=7', 'batch_size=256 is not divisible by model.bn_groups=7'),

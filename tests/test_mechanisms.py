@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simclr_jax import config, losses, methods, optim
+from simclr_jax import config, losses, methods, optim, train_state
+from simclr_jax.data import Dataset
 from simclr_jax.errors import ConfigError
 
 N = 8  # a batch
@@ -173,6 +174,28 @@ def test_simclr_memory():
       params[part],
     )
   assert int(later['queue']['pointer']) == 12
+
+
+def test_what_a_method_cannot_use_is_refused():
+  """Breaks if labels that are missing, or a second view that is ignored, train in silence."""
+  images = np.zeros((21, 8, 8, 3), np.uint8)
+  unlabelled = Dataset(images, np.full(21, -1, np.int32))
+  with pytest.raises(ConfigError, match='needs labels'):
+    train_state.build(small('supervised_imagenet'), unlabelled)
+  with pytest.raises(ConfigError, match='looks at view1 only'):
+    recipe = small('memory_bank_imagenet', **BANK, **{'augment.view2': 'moco_v2'})
+    train_state.build(recipe, unlabelled)
+  with pytest.raises(ConfigError, match='for loss=nt_xent only'):
+    methods.build(small('simclr_losses:margin_triplet', queue_size='20'))
+
+
+@pytest.mark.parametrize('spec', ['moco_cifar10', 'memory_bank_imagenet', 'simclr_imagenet:v2'])
+def test_without_a_head(spec):
+  """Breaks if queue or bank have the head's width when there is no head."""
+  recipe = small(spec, **{'model.head': 'none', 'model.bn_groups': '1', 'model.sk_ratio': '0'})
+  method = methods.build(recipe)
+  params, state = jax.eval_shape(method.init, jax.random.key(0), batch(method.views))
+  jax.eval_shape(method.loss, params, state, batch(method.views), jax.random.key(0))
 
 
 def test_memory_size_is_free():

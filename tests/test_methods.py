@@ -120,11 +120,13 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize('spec', cases())
 def test_one_result_whatever_the_hardware(spec, two_processes):
   """Breaks if a loss depends on how many devices or processes compute it."""
-  one, _, _ = ten_steps(spec, jax.devices()[:1])
-  many, _, _ = eight(spec)
+  one, one_state, _ = ten_steps(spec, jax.devices()[:1])
+  many, many_state, _ = eight(spec)
   assert len(set(one)) == STEPS
   np.testing.assert_allclose(many, one, rtol=1e-5)
   np.testing.assert_allclose(two_processes[spec], one, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(one_state.state), jax.tree.leaves(many_state.state)):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('spec', cases())
@@ -149,6 +151,15 @@ def test_resumed_equals_uninterrupted(spec, tmp_path):
     assert part in state
 
 
+def test_first_and_last_step_are_logged_with_all_figures(tmp_path):
+  """Breaks if the first loss is never seen, or the last record lacks the embeddings' figures."""
+  recipe = small('supervised_imagenet', steps='3', log_every_steps='20')
+  assert train.pretrain(recipe, tmp_path) == 0
+  records = _records(tmp_path)
+  assert [r['step'] for r in records] == [1, 3]
+  assert all({'loss', 'z_std', 'rank'} <= set(r) for r in records)
+
+
 def _records(workdir):
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   return [
@@ -163,10 +174,13 @@ def _crc32(workdir):
 
 @pytest.mark.parametrize('spec', cases())
 def test_images_stay_where_they_are(spec):
-  """Breaks if a method moves images between devices, other than for a shuffle."""
+  """Breaks if a method moves images between devices, other than for a shuffle, or the bank."""
   recipe = small(spec)
   _, state, step = eight(spec)
   moved = [kind for shape, kind in collectives(step, state) if _holds_images(shape, recipe)]
+  if recipe.method == 'memory_bank':
+    rows = len(state.state['bank'])
+    assert not any(f'[{rows},' in shape for shape, _ in collectives(step, state))
   assert moved == ['all-gather'] * (recipe.get('shuffle') == 'permute') * (
     1 + recipe.get('symmetric', 0)
   )
@@ -255,8 +269,11 @@ def test_all_recipes_are_listed():
 @pytest.mark.parametrize('spec', SPECS)
 def test_every_recipe_steps(spec):
   """Breaks if a shipped recipe cannot be built, or its own augmentation or loss gives a NaN."""
-  own = recipes.load(spec).augment.view1
-  recipe = small(spec, **{'augment.view1': own, 'batch_size': '16', 'image_size': '16'})
+  own = recipes.load(spec)
+  changes = {'augment.view1': own.augment.view1, 'batch_size': '16', 'image_size': '16'}
+  if own.model.sk_ratio:  # only bottlenecks have selective kernels
+    changes |= {'model.depth': '50', 'model.width_multiplier': '0.0625'}
+  recipe = small(spec, **changes)
   train_set = data.load(recipe.data, 'train')
   state, step = train_state.build(recipe, train_set, sharding.make_mesh(jax.devices()[:1]))
   before = jax.device_get(state.params)

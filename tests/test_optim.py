@@ -141,6 +141,12 @@ def test_moco_schedules():
   assert demo(199 * 50_000 // 512) > 0 == demo(199 * 50_000 // 512 + 1)
 
 
+def test_no_decay_epochs():
+  """Breaks if an empty list of epochs crashes instead of keeping the rate."""
+  rate = optim.schedule(config.load('moco_imagenet', {'decay_epochs': ''}), 1_281_167)
+  np.testing.assert_allclose(rate(1_000_000), 0.03)
+
+
 def test_a_schedule_of_nothing_is_refused():
   """Breaks if a short run with MoCo's CIFAR schedule silently trains at rate 0."""
   with pytest.raises(ConfigError, match='schedule_first_epoch=1'):

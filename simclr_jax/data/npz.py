@@ -17,7 +17,10 @@ def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
     raise ConfigError(f'data.dir is empty: set it to the folder that holds {split}.npz')
   path = pathlib.Path(config.dir).expanduser() / f'{split}.npz'
   if not path.is_file():
-    raise ConfigError(f'{path} does not exist: data.dir must hold {split}.npz')
+    raise ConfigError(
+      f'{path} does not exist: data.dir must hold {split}.npz, '
+      'or data.train_split and data.test_split other names'
+    )
   try:
     with np.load(path, allow_pickle=False) as file:
       if 'images' not in file:

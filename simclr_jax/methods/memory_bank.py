@@ -14,13 +14,13 @@ from simclr_jax.methods import Method
 from simclr_jax.models import tower
 
 FIELDS = {
-  'temperature': (0.07, (1e-3, None)),
+  'temperature': (0.07, (0.02, None)),  # below, exp(1 / T) leaves float32
   'loss': (
     'info_nce',
     ('info_nce', 'nce'),
   ),  # nce: InstDisc's, with the constant Z of the first batch
   'negatives': (65536, (1, None)),
-  # One draw for all queries; or one for each, which takes n times the memory.
+  # One draw for all queries; or one for each: n times the memory, and each device gets the whole bank.
   'negatives_per': ('batch', ('batch', 'example')),
   'bank_momentum': (0.5, (0.0, 1.0)),  # share of its old value that a row keeps
 }
@@ -29,7 +29,7 @@ FIELDS = {
 def build(config: ml_collections.ConfigDict) -> Method:
   """f, g: ResNet and head; loss: InfoNCE or NCE against rows of the bank, which get no gradient."""
   net = tower.build(config)
-  examples, d = config.data.examples, config.model.head_dim
+  examples, d = config.data.examples, tower.output_size(config)
   rows = examples + -examples % config.batch_size  # divisible by the devices, as the batch is
 
   def init(rng, batch):

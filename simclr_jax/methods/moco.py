@@ -30,7 +30,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
 
 
 def from_tower(net: tower.Tower, config: ml_collections.ConfigDict) -> Method:
-  """`build` for a network of your own, with z of size `model.head_dim`.
+  """`build` for a network of your own, with z of size `tower.output_size(config)`.
 
   `batch['permutation']`, int32 `[directions, n]`, replaces the drawn one of 'permute': row 0 orders
   the second views, row 1, if symmetric, the first views.
@@ -44,7 +44,7 @@ def from_tower(net: tower.Tower, config: ml_collections.ConfigDict) -> Method:
     return params, {
       'stats': stats,
       'key': ema.start(params, stats),
-      'queue': queue.start(queue_key, config.queue_size, config.model.head_dim),
+      'queue': queue.start(queue_key, config.queue_size, tower.output_size(config)),
     }
 
   def loss(params, state, batch, rng):

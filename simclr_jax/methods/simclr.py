@@ -51,7 +51,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
     state = {'stats': stats}
     if memory:
       state['key'] = ema.start(params, stats)
-      state['queue'] = queue.start(queue_key, config.queue_size, config.model.head_dim)
+      state['queue'] = queue.start(queue_key, config.queue_size, tower.output_size(config))
     return params, state
 
   def loss(params, state, batch, rng):

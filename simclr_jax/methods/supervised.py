@@ -43,5 +43,9 @@ def build(config: ml_collections.ConfigDict) -> Method:
     return value, ({'stats': stats}, metrics)
 
   return Method(
-    init, loss, encoder=lambda params, state: tower.encoder(params, state['stats']), views=1
+    init,
+    loss,
+    encoder=lambda params, state: tower.encoder(params, state['stats']),
+    views=1,
+    needs_labels=True,
   )

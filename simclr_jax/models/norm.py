@@ -22,8 +22,8 @@ class BatchNorm(nn.Module):
 
   Attributes:
     groups: number of parts; divides the batch.
-    layout: 'contiguous', where group i holds the i-th run of n / g rows, as GPUs split a batch (no
-      communication if each device holds whole groups); or 'strided', where it holds the rows i,
+    layout: 'contiguous', where group i holds the i-th run of n / g rows, as GPUs split a batch (to
+      normalise, devices that hold whole groups need not communicate); or 'strided', where it holds the rows i,
       i + g, i + 2g ... (SplitBatchNorm of MoCo's CIFAR-10 demo).
     momentum: the share of the old running average that a step keeps.
     epsilon: added to the variance.

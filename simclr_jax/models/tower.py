@@ -50,6 +50,14 @@ def build(config: ml_collections.ConfigDict) -> Tower:
   return Tower(init, apply)
 
 
+def output_size(config: ml_collections.ConfigDict) -> int:
+  """d of z `[n, d]`, the head's output, or without a head of the features."""
+  if config.model.head != 'none':
+    return config.model.head_dim
+  blocks, bottleneck = resnet.DEPTHS[config.model.depth]
+  return int(64 * config.model.width_multiplier) * 2 ** (len(blocks) - 1) * (4 if bottleneck else 1)
+
+
 def _train(module, params, stats, x):
   y, new = module.apply(
     {'params': params, 'batch_stats': stats}, x, train=True, mutable='batch_stats'

@@ -77,7 +77,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
     '<h2>What it makes of it</h2><div class="two">',
     _figure(figures.embedding_map(h, labels), 'Embedding map', '',
             f'{len(chosen):,} {whose} images, t-SNE of their features'
-            + (', coloured by a label that the training did not see.' if labels is not None else '.')),
+            + (', coloured by their labels.' if labels is not None else '.')),
     _figure(_neighbour_grid(shown, h), 'Nearest neighbours', 'pixels',
             f'Left: {QUERIES} images. Right: their {NEIGHBOURS} nearest by cosine similarity.'),
     '</div>',
