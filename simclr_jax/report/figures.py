@@ -35,7 +35,6 @@ def curves(records: list[dict[str, Any]]) -> str:
   shown = 'contrastive_acc' if any('contrastive_acc' in r for r in records) else 'contrastive_acc_n'
   _panel(accuracy, records, 'accuracy, %', 100, **{shown: 'contrastive'}, probe_acc='online probe',
          knn_acc='online kNN', train_acc='training batch')  # fmt: skip
-  accuracy.set_xlim(left=0)
   _panel(rate, records, 'learning rate', learning_rate='')
   rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
   return _svg(figure)
@@ -69,6 +68,7 @@ def _panel(axes, records, title, factor=1, **series):
     if name:
       _name(axes, name, x[-1], factor * y[-1], color)
       axes.margins(x=0.35)
+  axes.set_xlim(left=0)
 
 
 def label_curve(result: dict[str, Any]) -> str:
