@@ -76,11 +76,18 @@ def findings(config: Any, records: Sequence[Mapping[str, float]]) -> dict[str, s
     config: the recipe, with `data.examples` filled in.
     records: of `metrics.jsonl`, oldest first; those without a loss are passed over.
   """
-  records = [r for r in records if 'loss' in r]
-  found = dict(_of_recipe(config))
+  found = _of_recipe(config)
+  broken = [r['step'] for r in records if r.get('loss', 0.0) is None]  # JSON has no NaN
+  if broken:
+    found['not_finite'] = (
+      f'The loss or its gradient was not finite in step {broken[0]:,}. A lower learning rate or a '
+      'longer warm-up usually helps.'
+    )
+  records = [r for r in records if r.get('loss') is not None]
   if not records:
     return found
-  first, last = records[0], {k: v for r in records for k, v in r.items()}
+  first = records[0]
+  last = {k: v for r in records for k, v in r.items() if v is not None}
   low, high = config['first_loss']
   if first['step'] == 1 and high and not low <= first['loss'] <= high:
     found['first_loss'] = (
@@ -109,33 +116,26 @@ def findings(config: Any, records: Sequence[Mapping[str, float]]) -> dict[str, s
 
 
 def _of_recipe(config):
+  found = {}
   examples = config['data']['examples']
   queue = config.get('queue_size', 0)
   epoch = examples * (2 if config.get('symmetric') or config['method'] == 'simclr' else 1)
   if examples and queue > epoch:
-    yield (
-      'queue_size',
-      (
-        f'The queue ({queue:,}) is larger than the data set gives keys in an epoch ({epoch:,}): every '
-        f'image meets older keys of itself as negatives. Set queue_size to {epoch // 2:,} or less.'
-      ),
+    found['queue_size'] = (
+      f'The queue ({queue:,}) is larger than the data set gives keys in an epoch ({epoch:,}): every '
+      f'image meets older keys of itself as negatives. Set queue_size to {epoch // 2:,} or less.'
     )
   if config['model']['stem'] == 'imagenet' and config['image_size'] < 64:
-    yield (
-      'stem',
-      (
-        f'model.stem=imagenet shrinks images of {config["image_size"]} pixels fourfold before the first '
-        'block, which costs accuracy: use model.stem=cifar.'
-      ),
+    found['stem'] = (
+      f'model.stem=imagenet shrinks images of {config["image_size"]} pixels fourfold before the first '
+      'block, which costs accuracy: use model.stem=cifar.'
     )
   if config['method'] in ('moco', 'end_to_end') and config['model']['bn_groups'] == 1:
-    yield (
-      'bn_groups',
-      (
-        f'model.bn_groups=1: all of the batch is normalised together, so that shuffling does nothing and '
-        f'a query can recognise its key by the statistics. {config["method"]} was published with 8.'
-      ),
+    found['bn_groups'] = (
+      'model.bn_groups=1: all of the batch is normalised together, so that shuffling does nothing and '
+      f'a query can recognise its key by the statistics. {config["method"]} was published with 8.'
     )
+  return found
 
 
 def _stuck(records):
