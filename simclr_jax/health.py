@@ -77,7 +77,7 @@ def findings(config: Any, records: Sequence[Mapping[str, float]]) -> dict[str, s
     records: of `metrics.jsonl`, oldest first; those without a loss are passed over.
   """
   found = _of_recipe(config)
-  broken = [r['step'] for r in records if r.get('loss', 0.0) is None]  # JSON has no NaN
+  broken = [r['step'] for r in records if None in (r.get('loss', 0), r.get('grad_norm', 0))]
   if broken:
     found['not_finite'] = (
       f'The loss or its gradient was not finite in step {broken[0]:,}. A lower learning rate or a '
