@@ -30,8 +30,9 @@ def forward(kind: str, x: jax.Array, groups: int, permutation: jax.Array | None)
   """Rows of x `[n, ...]` in the order in which the key encoder sees them.
 
   'permute' is the paper's: row i of the result is x[permutation[i]]. Every device gets the whole x,
-  as in MoCo's code, in float32: 150 MB for 256 images of 224 pixels. 'transpose' deals the rows of each BatchNorm group out to all groups in turn,
-  always in the same way, and compiles to one all-to-all. 'none' leaves x as it is.
+  as in MoCo's code, in float32: 150 MB for 256 images of 224 pixels. 'transpose' deals the rows of
+  each BatchNorm group out to all groups in turn, always in the same way, and compiles to one
+  all-to-all. 'none' leaves x as it is.
   """
   if kind == 'permute':
     return sharding.by_rows(sharding.replicate(x)[permutation])

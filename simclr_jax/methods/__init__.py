@@ -19,7 +19,6 @@ layer-wise adaptation.
 """
 
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Callable
 from types import ModuleType

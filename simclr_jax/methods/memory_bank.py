@@ -15,10 +15,8 @@ from simclr_jax.models import tower
 
 FIELDS = {
   'temperature': (0.07, (0.02, None)),  # below, exp(1 / T) leaves float32
-  'loss': (
-    'info_nce',
-    ('info_nce', 'nce'),
-  ),  # nce: InstDisc's, with the constant Z of the first batch
+  # nce: InstDisc's, with the constant Z of the first batch.
+  'loss': ('info_nce', ('info_nce', 'nce')),
   'negatives': (65536, (1, None)),
   # One draw for all queries; or one for each: n times the memory, and each device gets the whole bank.
   'negatives_per': ('batch', ('batch', 'example')),
@@ -58,7 +56,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
     # An image may stand in a batch twice, at the end of one pass and the start of the next: the
     # later row wins, the earlier one is written past the end, which is nowhere.
     repeated = jnp.triu(index[:, None] == index[None, :], k=1).any(axis=1)
-    bank = bank.at[jnp.where(repeated, rows, index)].set(new, mode='drop', unique_indices=False)
+    bank = bank.at[jnp.where(repeated, rows, index)].set(new, mode='drop')
     metrics = {
       'loss': value,
       **metrics,

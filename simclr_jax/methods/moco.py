@@ -16,10 +16,8 @@ FIELDS = {
   'temperature': (0.07, (1e-3, None)),
   'queue_size': (65536, (1, None)),
   'key_momentum': (0.999, (0.0, 1.0)),
-  'symmetric': (
-    False,
-    (False, True),
-  ),  # each view is a query once; the published loss takes the first only
+  # Each view is a query once; the published loss takes the first only.
+  'symmetric': (False, (False, True)),
   'shuffle': ('permute', shuffle.KINDS),  # how BatchNorm's groups are mixed for the keys
 }
 

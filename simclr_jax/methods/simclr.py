@@ -19,10 +19,8 @@ FIELDS = {
   'loss': ('nt_xent', ('nt_xent', 'nt_logistic', 'margin_triplet', 'pairwise_margin')),
   'temperature': (0.1, (1e-3, None)),
   'margin': (0.8, (0.0, 2.0)),  # of the margin losses
-  'semi_hard': (
-    False,
-    (False, True),
-  ),  # nt_logistic, margin_triplet: only the semi-hard negative of each anchor
+  # nt_logistic, margin_triplet: only the semi-hard negative of each anchor.
+  'semi_hard': (False, (False, True)),
   'loss_scale': (1.0, (1e-6, None)),
   'queue_size': (0, (0, None)),  # of the memory; 0: none
   'key_momentum': (0.999, (0.0, 1.0)),
