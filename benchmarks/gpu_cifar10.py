@@ -56,7 +56,7 @@ def main():
   recipe = config.load(
     args.recipe,
     {
-      'data.source': 'npz',
+      'data.source': 'arrays',
       'data.dir': str(decoded(args.data, args.out / 'data')),
       'batch_size': '512',
       'epochs': args.epochs,

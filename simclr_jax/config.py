@@ -7,7 +7,6 @@ import math
 import pathlib
 
 import ml_collections
-import numpy as np
 
 from simclr_jax import methods, optim
 from simclr_jax.data import augment
@@ -31,6 +30,7 @@ FREE = (
   'first_loss',
   'data.dir',
   'data.test_split',
+  'data.threads',
 )
 
 
@@ -116,6 +116,10 @@ ALLOWED = {
   'knn_images': (0, None),
   'data.num_classes': (0, None),
   'data.examples': (0, None),
+  'data.skip_bad': (0, None),
+  'data.max_pixels': (1, 2**31 - 1),
+  'data.shuffle_buffer': (1, None),
+  'data.threads': (0, None),
   'model.width_multiplier': (1 / 64, None),
   'model.sk_ratio': (0.0, 1.0),
   'model.se_ratio': (0.0, 1.0),
@@ -127,7 +131,9 @@ ALLOWED = {
   'learning_rate_scaling': ('linear', 'sqrt', 'none'),
   'schedule': optim.SCHEDULES,
   'weight_decay_on': ('kernels', 'all'),
-  'data.source': ('digits', 'npz', 'tfds'),
+  'data.source': ('arrays', 'digits', 'folder', 'tfds'),
+  'data.on_device': ('auto', 'yes', 'no'),
+  'data.resize_on': ('device', 'host'),
   'model.depth': tuple(resnet.DEPTHS),
   'model.stem': tuple(resnet.STEMS),
   'model.dialect': resnet.DIALECTS,
@@ -219,17 +225,13 @@ def with_examples(config: ml_collections.ConfigDict, examples: int) -> ml_collec
 
 
 def check_against(
-  config: ml_collections.ConfigDict,
-  labels: np.ndarray,
-  devices: int,
-  warmup_steps: int,
-  steps: int,
+  config: ml_collections.ConfigDict, train, devices: int, warmup_steps: int, steps: int
 ) -> None:
-  """The checks that need the training set's labels `[N]` and the number of devices."""
-  examples, classes = len(labels), config.data.num_classes
-  if classes and examples and labels.max() >= classes:
+  """The checks that need the training set and the number of devices."""
+  examples, classes = len(train), config.data.num_classes
+  if classes and train.classes > classes:
     raise ConfigError(
-      f'data.num_classes={classes}, but the training labels go up to {labels.max()}: '
+      f'data.num_classes={classes}, but the training labels go up to {train.classes - 1}: '
       'set it to the number of classes, or to 0 for no online probe'
     )
   if config.batch_size > examples:

@@ -19,11 +19,18 @@ def recipe(method: str) -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.source = 'tfds'  # a file of simclr_jax/data/
   config.data.name = ''
-  config.data.dir = ''  # empty: TFDS's own default
+  config.data.dir = ''  # local or gs://; empty: TFDS's own default
   config.data.train_split = 'train'
   config.data.test_split = 'test'
   config.data.num_classes = 0  # for the online probe; 0: no labels
   config.data.examples = 0  # training images; 0: counted when the data is opened
+  config.data.skip_bad = 0  # images that may be left out because they cannot be decoded
+  config.data.max_pixels = 100_000_000  # of an image; larger ones are not decoded
+  config.data.on_device = 'auto'  # keep the images there: yes, no, auto (of one size, up to 4 GiB)
+  config.data.resize_on = 'device'  # or host: fewer bytes to the device, much more work on the host
+  config.data.scaled_decoding = True  # JPEG at 1/2, 1/4 or 1/8 where a view is that much smaller
+  config.data.shuffle_buffer = 4096  # records of TFRecord files, which cannot be read in any order
+  config.data.threads = 0  # that decode; 0: one a core
 
   # Pipelines of simclr_jax/data/augment.py: a name, or ops separated by |.
   config.augment = ml_collections.ConfigDict()

@@ -44,6 +44,25 @@ def put_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str
   return {k: _put(v, NamedSharding(mesh, P('data'))) for k, v in batch.items()}
 
 
+def local_rows(mesh: jax.sharding.Mesh, rows: int) -> np.ndarray:
+  """Which rows of a batch of `rows` live on the devices of this process, in order."""
+  parts = NamedSharding(mesh, P('data')).addressable_devices_indices_map((rows,)).values()
+  return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
+
+
+def put_local(
+  mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], rows: int
+) -> dict[str, jax.Array]:
+  """A batch of which every process has its `local_rows` -> global arrays of `rows` rows."""
+  by_row = NamedSharding(mesh, P('data'))
+  if jax.process_count() == 1:
+    return jax.device_put(batch, by_row)
+  return {
+    k: jax.make_array_from_process_local_data(by_row, v, (rows, *v.shape[1:]))
+    for k, v in batch.items()
+  }
+
+
 def _put(x, sharding):
   if jax.process_count() == 1:
     return jax.device_put(x, sharding)

@@ -90,12 +90,13 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
     _check_workdir(config, workdir)
     steps = optim.train_steps(config, len(train))
     warmup = optim.warmup_steps(config, len(train))
-    recipes.check_against(config, train.labels, jax.device_count(), warmup, steps)
+    recipes.check_against(config, train, jax.device_count(), warmup, steps)
     _warn(config, train)
     online_knn = _online_knn(config, train) if config.knn_every_epochs else None
 
     mesh = sharding.make_mesh()
     state, step_fn = train_state.build(config, train, mesh)
+    cleanup.callback(lambda: step_fn.feed.close())
     _describe(config, mesh, train, steps, state)
 
     folder = workdir / 'checkpoints'
@@ -116,12 +117,12 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
     save_every = config.checkpoint_every_steps or every_epoch
     knn_every = config.knn_every_epochs * every_epoch
     records, known = logs.read(workdir), set(health.findings(config, []))
-    clock, clock_step = time.monotonic(), first
+    clock, clock_step, waited = time.monotonic(), first, 0.0
     pending = None
 
     def finish(done, metrics):
       """Fetches the metrics of step `done`; while the loop runs, the next one is on the device."""
-      nonlocal clock, clock_step
+      nonlocal clock, clock_step, waited
       values = {k: float(v) for k, v in jax.device_get(metrics).items()}
       values = {k: v for k, v in values.items() if k in ('loss', 'grad_norm') or not np.isnan(v)}
       if not np.isfinite([values['loss'], values['grad_norm']]).all():
@@ -134,10 +135,11 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
       if done % config.log_every_steps and done not in (1, steps):
         return
       now = time.monotonic()
+      values['data_wait'] = waited / max(now - clock, 1e-9)
       values['steps_per_second'] = (done - clock_step) / max(now - clock, 1e-9)
       values['examples_per_second'] = values['steps_per_second'] * config.batch_size
       values['epoch'] = done * config.batch_size / len(train)
-      clock, clock_step = now, done
+      clock, clock_step, waited = now, done, 0.0
       log.write(done, values)
       log.progress(done, values)
       records.append({'step': done, **values})
@@ -159,6 +161,11 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
 
     done = first
     for i in range(first, steps):
+      if not step_fn.feed.ready(i):
+        flush()  # the device is idle from here on
+        start = time.monotonic()
+        step_fn.feed.wait(i)
+        waited += time.monotonic() - start
       state, metrics = step_fn(state, i)
       done = i + 1
       flush()
@@ -170,7 +177,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
         accuracy = online_knn(state)
         log.write(done, {'knn_acc': accuracy})
         log.say(f'step {done}/{steps}  online kNN {accuracy:.1%}')
-        clock, clock_step = time.monotonic(), done
+        clock, clock_step, waited = time.monotonic(), done, 0.0
       if stop.signal:
         break
     if stop.signal and done < steps:
@@ -225,9 +232,8 @@ def _describe(config, mesh, train, steps, state):
   print('\n'.join(f'{name} {version}' for name, version in checkpoint.versions().items()))
   kinds = sorted({d.device_kind for d in mesh.devices.flat})
   print(f'{mesh.size} device(s): {", ".join(kinds)}; mesh {dict(mesh.shape)}')
-  print(
-    f'{len(train):,} images {list(train.images.shape[1:])}; {steps:,} steps of {config.batch_size}'
-  )
+  kind = list(train.images.shape[1:]) if isinstance(train, data.Arrays) else 'read from files'
+  print(f'{len(train):,} images, {kind}; {steps:,} steps of {config.batch_size}')
   print(parameter_overview.get_parameter_overview(state.params), flush=True)
 
 
@@ -251,10 +257,8 @@ def _online_knn(config, train):
     logging.warning('no online kNN: the test images have no labels')
     return None
   method = methods.build(config)
-  rng = np.random.default_rng(0)
-  most = config.knn_images or len(train) + 5 * len(test)
-  bank = np.sort(rng.permutation(len(train))[:most])
-  queries = np.sort(rng.permutation(len(test))[: -(-most // 5)])
+  bank = train.sample(config.knn_images or len(train))
+  queries = test.sample(-(-config.knn_images // 5) or len(test))
   encoder = None
 
   def measure(state):
@@ -263,10 +267,7 @@ def _online_knn(config, train):
     if encoder is None:
       encoder = features.Encoder(recipes.architecture(config), variables)
     encoder = encoder.with_variables(variables)
-    return knn.accuracy(
-      encoder(train.images[bank]), train.labels[bank],
-      encoder(test.images[queries]), test.labels[queries],
-    )  # fmt: skip
+    return knn.accuracy(*encoder.embed(bank), *encoder.embed(queries))
 
   return measure
 

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from simclr_jax import config as recipes, health, methods, optim, sharding
-from simclr_jax.data import Dataset, augment, order
+from simclr_jax.data import augment, feed
 from simclr_jax.errors import ConfigError
 
 PyTree = Any
@@ -52,7 +52,7 @@ def train_step(
   rate: optax.Schedule,
   config: ml_collections.ConfigDict,
   ts: TrainState,
-  data: dict[str, jax.Array],
+  constants: dict[str, jax.Array],
   rows: dict[str, jax.Array],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update.
@@ -60,27 +60,24 @@ def train_step(
   Args:
     method, optimizer, rate, config: what is trained, and how; not traced.
     ts: the state before.
-    data: `images` uint8 `[N, h, w, 3]` and `labels` int32 `[N]`, on every device.
-    rows: `index`, `epoch`, `position`, int32 `[n]`, from `data.order.rows`.
+    constants, rows: the batch, as `data.feed.for_training` gives it.
 
   Returns:
     The state after, and scalar metrics: the method's, `learning_rate`, `grad_norm`, `param_norm`,
     figures of the embeddings in steps that are logged, and `batch_hash`, a uint32 checksum of the
     views, in which a changed pixel or order shows.
   """
-  batch = {
-    'views': augment.views(
-      data['images'][rows['index']],
-      rows['epoch'],
-      rows['position'],
-      config.augment,
-      config.seed,
-      config.image_size,
-      method.views,
-    ),
-    'label': data['labels'][rows['index']],
-    'index': rows['index'],
-  }
+  batch = feed.pick(constants, rows)
+  views = augment.views(
+    batch['images'],
+    batch['epoch'],
+    batch['position'],
+    augment.pipelines(config.augment, method.views),
+    config.seed,
+    config.image_size,
+    batch.get('crops'),
+  )
+  batch = {'views': views, 'label': batch['label'], 'index': batch['index']}
   # The base key is never advanced, so a resumed run draws what the uninterrupted one would have.
   rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2), ts.step)
   gradient = jax.value_and_grad(method.loss, has_aux=True)
@@ -92,7 +89,7 @@ def train_step(
   metrics['learning_rate'] = rate(ts.step)
   metrics['grad_norm'] = optax.tree.norm(grads)
   metrics['param_norm'] = optax.tree.norm(ts.params)
-  metrics['batch_hash'] = _hash(batch['views'])
+  metrics['batch_hash'] = _hash(views)
   new = TrainState(ts.step + 1, optax.apply_updates(ts.params, updates), state, opt_state)
   return new, metrics
 
@@ -110,16 +107,16 @@ def _hash(views):
 
 
 def build(
-  config: ml_collections.ConfigDict, dataset: Dataset, mesh: jax.sharding.Mesh | None = None
+  config: ml_collections.ConfigDict, dataset, mesh: jax.sharding.Mesh | None = None
 ) -> tuple[TrainState, Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]]]:
   """A recipe and its images -> a fresh state and `step(state, i) -> (state, metrics)`.
 
   `i` picks the batch: step `i` of the run that `config` describes. The state given to `step` is used
-  up (its buffers are donated).
+  up (its buffers are donated). `step.feed` is where the batches come from; close it when done.
 
   Args:
     config: a recipe; `data.examples` is filled in.
-    dataset: stays on the devices for the whole run, once on each.
+    dataset: of any kind that `data.load` returns.
     mesh: the devices; all of them by default.
 
   Raises:
@@ -136,8 +133,8 @@ def build(
   optimizer = optim.build(config, rate)
   replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
 
-  def step(ts, data, rows):
-    return train_step(method, optimizer, rate, config, ts, data, rows)
+  def step(ts, constants, rows):
+    return train_step(method, optimizer, rate, config, ts, constants, rows)
 
   def init():
     return create(method, optimizer, config.seed, config.image_size)
@@ -155,14 +152,20 @@ def build(
     in_shardings=(places, replicated, by_row),
     out_shardings=(places, replicated),
   )
-  data = sharding.put_replicated(
-    mesh, {'images': dataset.images, 'labels': dataset.labels.astype(np.int32)}
+  batches = feed.for_training(
+    dataset,
+    config.seed,
+    config.batch_size,
+    augment.pipelines(config.augment, method.views),
+    config.image_size,
+    mesh,
   )
 
   def run(ts, i, call=compiled):
-    rows = order.rows(config.seed, i, config.batch_size, len(dataset))
+    rows = batches(i)
     with jax.set_mesh(mesh):
-      return call(ts, data, sharding.put_batch(mesh, rows))
+      return call(ts, batches.constants, rows)
 
+  run.feed = batches
   run.lower = functools.partial(run, call=compiled.lower)  # to look at what was compiled
   return ts, run

@@ -23,7 +23,7 @@ def draw_views(view1, image, n=4000, size=8, view2='', count=2):
   """`[n, count, size, size, 3]`: views of `n` copies of an image."""
   x = jnp.broadcast_to(jnp.asarray(image), (n, *image.shape))
   config = types.SimpleNamespace(view1=view1, view2=view2)
-  draw = jax.jit(lambda x, e, p: augment.views(x, e, p, config, 0, size, count))
+  draw = jax.jit(lambda x, e, p: augment.views(x, e, p, augment.pipelines(config, count), 0, size))
   return np.asarray(draw(x, jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32)))
 
 
@@ -118,11 +118,13 @@ def test_every_op_is_declared():
   """Breaks if an op's arguments and their allowed values do not match, or a default is not allowed."""
   for name, definition in ops.OPS.items():
     parameters = list(inspect.signature(definition.function).parameters.values())
-    assert [p.name for p in parameters[:3]] == ['key', 'image', 'size'], name
-    assert [p.name for p in parameters[3:]] == list(definition.allowed), name
+    given = ['key', 'height', 'width', 'size'] if definition.sized else ['key', 'image', 'size']
+    given, parameters = [p.name for p in parameters[: len(given)]] == given, parameters[len(given) :]
+    assert given, name
+    assert [p.name for p in parameters] == list(definition.allowed), name
     assert definition.function.__doc__, name
     assert name not in augment.PIPELINES
-    needed = ', '.join('0.5' for p in parameters[3:] if p.default is p.empty)
+    needed = ', '.join('0.5' for p in parameters if p.default is p.empty)
     op = f'{name}({needed})' if definition.sized else f'resize | {name}({needed}, p=0.5)'
     assert augment.parse(op.replace('(, ', '('))[-1].name == name
     assert definition.draws == ('key' in inspect.getsource(definition.function).split('"""')[2]), (
@@ -351,7 +353,9 @@ def test_views_depend_on_seed_epoch_and_position_alone(pipeline):
   """Breaks if a view depends on the batch it is in, or repeats over epochs, positions or seeds."""
   config = types.SimpleNamespace(view1=pipeline, view2='')
   x = jnp.stack([jnp.asarray(picture(20, seed)) for seed in range(16)])
-  compiled = jax.jit(lambda x, e, p, seed: augment.views(x, e, p, config, seed, 16))
+  compiled = jax.jit(
+    lambda x, e, p, seed: augment.views(x, e, p, augment.pipelines(config, 2), seed, 16)
+  )
 
   def draw(x, epoch, position, seed=0):
     return compiled(x, epoch, position, seed)
@@ -373,7 +377,7 @@ def test_values_are_clipped_where_simclrs_code_clips_them():
   """Breaks if the bicubic overshoot is cut before the colour ops, or reaches any other op."""
   step = np.zeros((8, 8, 3), np.float32)
   step[:, 4:] = 1.0
-  raw = ops.OPS['center_crop'].function(None, jnp.asarray(step), 16, 1.0)
+  raw = crop.crop_and_resize(jnp.asarray(step), ops.center_crop(None, 8, 8, 16, 1.0), 16)
   assert raw.min() < -0.05 and raw.max() > 1.05
   half = ops.OPS['simclr_jitter'].function
 

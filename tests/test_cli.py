@@ -295,7 +295,7 @@ def test_without_a_test_split(capsys, tmp_path):
     settings = {
       **SMALL,
       'steps': '1',
-      'data.source': 'npz',
+      'data.source': 'arrays',
       'data.dir': folder,
       'data.num_classes': '4',
     }

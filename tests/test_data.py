@@ -36,7 +36,6 @@ def test_every_example_once_a_pass_and_none_dropped():
 def test_batches_are_a_function_of_seed_and_step():
   """Breaks if a batch depends on what was asked before: the resume would read other images."""
   late = order.rows(0, 1000, 32, 500)
-  order.permutation.cache_clear()
   order.rows(0, 3, 32, 500)
   for k, v in order.rows(0, 1000, 32, 500).items():
     np.testing.assert_array_equal(v, late[k])
@@ -64,7 +63,7 @@ def test_digits():
 def test_npz(tmp_path):
   """Breaks if labels stop being optional, or a broken file gives a traceback."""
   x = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
-  c = source(source='npz', dir=str(tmp_path))
+  c = source(source='arrays', dir=str(tmp_path))
   with pytest.raises(ConfigError, match='train.npz does not exist'):
     data.load(c, 'train')
   np.savez(tmp_path / 'train.npz', images=x)
@@ -93,7 +92,7 @@ def test_npz(tmp_path):
     with pytest.raises(ConfigError, match='cannot be read'):
       data.load(c, 'train')
   with pytest.raises(ConfigError, match='data.dir is empty'):
-    data.load(source(source='npz', dir=''), 'train')
+    data.load(source(source='arrays', dir=''), 'train')
 
 
 def test_arrays_never_import_tensorflow():

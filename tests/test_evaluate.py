@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
 from simclr_jax import config
-from simclr_jax.data import Dataset, digits
+from simclr_jax.data import Arrays, digits
 from simclr_jax.evaluate import features, knn, logistic, probe
 
 ARCHITECTURE = config.architecture(config.load('simclr_digits', TINY))
@@ -24,9 +24,7 @@ def encoder():
 def data():
   train, test = digits.load(None, 'train'), digits.load(None, 'test')
   few = np.random.default_rng(0).permutation(len(train))[:600]
-  return Dataset(train.images[few], train.labels[few]), Dataset(
-    test.images[:200], test.labels[:200]
-  )
+  return Arrays(train.images[few], train.labels[few]), Arrays(test.images[:200], test.labels[:200])
 
 
 def blobs(n, seed):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from simclr_jax import config, losses, methods, optim, train_state
-from simclr_jax.data import Dataset
+from simclr_jax.data import Arrays
 from simclr_jax.errors import ConfigError
 
 N = 8  # a batch
@@ -179,7 +179,7 @@ def test_simclr_memory():
 def test_what_a_method_cannot_use_is_refused():
   """Breaks if labels that are missing, or a second view that is ignored, train in silence."""
   images = np.zeros((21, 8, 8, 3), np.uint8)
-  unlabelled = Dataset(images, np.full(21, -1, np.int32))
+  unlabelled = Arrays(images, np.full(21, -1, np.int32))
   with pytest.raises(ConfigError, match='needs labels'):
     train_state.build(small('supervised_imagenet'), unlabelled)
   with pytest.raises(ConfigError, match='looks at view1 only'):

@@ -406,7 +406,7 @@ def test_keys_enter_in_the_order_of_the_batch(digits, trainings):
   start, seen = trainings[8]
   rows = order.rows(c.seed, 0, c.batch_size, len(train))
   views = jax.jit(lambda x, rows: augment.views(
-    x, rows['epoch'], rows['position'], c.augment, c.seed, c.image_size
+    x, rows['epoch'], rows['position'], augment.pipelines(c.augment, 2), c.seed, c.image_size
   ))(train.images[rows['index']], rows)  # fmt: skip
   rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), 2), 0)
   permutation = np.asarray(shuffle.draw('permute', {'views': views}, rng))
@@ -565,7 +565,7 @@ def test_first_loss_of_the_published_recipes(variant, photographs):
   assert state['queue']['rows'].shape == (65536, 128)
   index = np.arange(16)
   views = jax.jit(
-    lambda x: augment.views(x, 0 * index, index, c.augment, c.seed, c.image_size)
+    lambda x: augment.views(x, 0 * index, index, augment.pipelines(c.augment, 2), c.seed, c.image_size)
   )(photographs)  # fmt: skip
   _, (_, metrics) = method.loss(params, state, {'views': views}, jax.random.key(1))
   assert low < metrics['loss'] < high

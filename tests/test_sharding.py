@@ -59,7 +59,12 @@ def test_pixels_are_the_same(recipe, train):
     batch = sharding.put_batch(mesh, {'images': train.images[rows['index']], **rows})
     draw = jax.jit(
       lambda b: augment.views(
-        b['images'], b['epoch'], b['position'], recipe.augment, recipe.seed, recipe.image_size
+        b['images'],
+        b['epoch'],
+        b['position'],
+        augment.pipelines(recipe.augment, 2),
+        recipe.seed,
+        recipe.image_size,
       )
     )
     found.append(np.asarray(draw(batch)))

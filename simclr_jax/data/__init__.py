@@ -1,7 +1,9 @@
 """Images in, batches and augmented views out.
 
-A source is a module with `load(config, split) -> Dataset`, where `config` is the recipe's `data` part;
-`config.source` is its name.
+A source is a module with `load(config, split)`, where `config` is the recipe's `data` part;
+`config.source` is its name. It returns one of four kinds of data set: `Arrays` here, or the streams
+`folder.Files`, `tfds.Records` and `tfds.IndexedRecords`. All have a length, `labelled`, `classes`,
+`only` and `sample`; streams have `examples` and `once`, tf.data of encoded images, too.
 """
 
 import dataclasses
@@ -12,18 +14,22 @@ import numpy as np
 
 from simclr_jax.errors import ConfigError
 
+ON_DEVICE = 4 * 2**30  # bytes of images up to which a data set is kept on the devices
+
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
-  """Images of one size, in memory.
+class Arrays:
+  """Images of one size, in memory or mapped from a file.
 
   Attributes:
     images: uint8 `[N, h, w, 3]`.
     labels: int32 `[N]`, -1 where unknown.
+    resident: whether a run keeps the images on its devices.
   """
 
   images: np.ndarray
   labels: np.ndarray
+  resident: bool = True
 
   def __post_init__(self):
     if self.images.ndim != 4 or self.images.shape[-1] != 3 or self.images.dtype != np.uint8:
@@ -42,8 +48,38 @@ class Dataset:
     """Whether every image has a label."""
     return len(self) > 0 and bool((self.labels >= 0).all())
 
+  @property
+  def classes(self) -> int:
+    """One more than the highest label; 0 without labels."""
+    return int(self.labels.max(initial=-1)) + 1
 
-def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
-  """`split` is 'train' or 'test'; the recipe says what its source calls it."""
+  def only(self, indices: np.ndarray) -> 'Arrays':
+    """The data set of these images."""
+    return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
+
+  def sample(self, count: int) -> 'Arrays':
+    """`count` images, or all: always the same ones."""
+    return self.only(choose(count, len(self)))
+
+
+def load(config: ml_collections.ConfigDict, split: str):
+  """`split` is 'train' or 'test'; the recipe says what its source calls it.
+
+  Raises:
+    ConfigError: the data is missing, broken or not what the recipe says.
+  """
   module = importlib.import_module(f'{__name__}.{config.source}')
-  return module.load(config, config[f'{split}_split'])
+  found = module.load(config, config[f'{split}_split'])
+  if isinstance(found, Arrays):
+    found = dataclasses.replace(found, resident=on_device(config, found.images.nbytes))
+  return found
+
+
+def choose(count: int, of: int) -> np.ndarray:
+  """`count` of the numbers below `of`, or all of them, in order: always the same ones."""
+  return np.sort(np.random.default_rng(0).permutation(of)[:count])
+
+
+def on_device(config: ml_collections.ConfigDict, size: int) -> bool:
+  """Whether images that take `size` bytes are to be kept on the devices."""
+  return config.on_device == 'yes' or (config.on_device == 'auto' and size <= ON_DEVICE)

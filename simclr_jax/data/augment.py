@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from simclr_jax.data import crop
 from simclr_jax.data.ops import OPS
 
 # As in the released code of SimCLR (v1: additive brightness, v2: multiplicative) and MoCo. Both blurs
@@ -73,8 +74,13 @@ class Op:
   def random(self) -> bool:
     return OPS[self.name].draws or self.p < 1
 
-  def __call__(self, key: jax.Array | None, image: jax.Array, size: int) -> jax.Array:
-    return OPS[self.name].function(key, image, size, **self.arguments)
+  @property
+  def kernel(self) -> str:
+    """Of the resizing, if it gives views their size."""
+    return OPS[self.name].kernel
+
+  def __call__(self, key: jax.Array | None, *args) -> jax.Array:
+    return OPS[self.name].function(key, *args, **self.arguments)
 
 
 # From text to ops.
@@ -126,7 +132,8 @@ def _bind(name, call):
   """The op `name` with the arguments of a call, checked."""
   definition = OPS[name]
   allowed = definition.allowed if definition.sized else {**definition.allowed, 'p': (0.0, 1.0)}
-  parameters = list(inspect.signature(definition.function).parameters.values())[3:]
+  parameters = list(inspect.signature(definition.function).parameters.values())
+  parameters = parameters[4 if definition.sized else 3 :]
   if not definition.sized:
     parameters.append(inspect.Parameter('p', inspect.Parameter.KEYWORD_ONLY, default=definition.p))
   try:
@@ -164,7 +171,12 @@ def _check(what, value, allowed):
 
 
 def view(
-  key: jax.Array, image: jax.Array, pipeline: str, size: int, shared: jax.Array | None = None
+  key: jax.Array,
+  image: jax.Array,
+  pipeline: str,
+  size: int,
+  shared: jax.Array | None = None,
+  place: jax.Array | None = None,
 ) -> jax.Array:
   """One random view of one image.
 
@@ -175,13 +187,19 @@ def view(
     size: of the view.
     shared: a key that the examples of a batch share, for ops with per='batch'; without it these
       draw for the example alone.
+    place: the crop `[2, 4]` to take instead of the one that `key` draws.
 
   Returns:
     float32 `[size, size, 3]` in [0, 1].
   """
   ops = parse(pipeline)
   image = _to_float(image)
-  for i, (op, (on_key, op_key)) in enumerate(zip(ops, jax.random.split(key, (len(ops), 2)))):
+  keys = jax.random.split(key, (len(ops), 2))
+  if place is None:
+    place = ops[0](keys[0, 1], *image.shape[:2], size)
+  image = crop.crop_and_resize(image, place, size, ops[0].kernel)
+  for i, op in enumerate(ops[1:], 1):
+    on_key, op_key = keys[i]
     if shared is not None and op.arguments.get('per') == 'batch':
       op_key = jax.random.fold_in(shared, i)
     if op.name not in _UNCLIPPED:
@@ -197,10 +215,10 @@ def views(
   images: jax.Array,
   epoch: jax.Array,
   position: jax.Array,
-  config: ml_collections.ConfigDict,
+  pipelines: tuple[str, ...],
   seed: int,
   size: int,
-  count: int = 2,
+  crops: jax.Array | None = None,
 ) -> jax.Array:
   """Views of every image of a batch.
 
@@ -211,43 +229,96 @@ def views(
   Args:
     images: `[n, h, w, 3]`, uint8 or float in [0, 1].
     epoch, position: int32 `[n]`: the pass over the data, and the place in its order.
-    config: the recipe's `augment` part: the pipelines `view1` and `view2`; an empty `view2` is as
-      `view1`.
+    pipelines: of each view.
     seed: of the run.
     size: of the views.
-    count: of the views of an image: 2, or 1 for `view1` alone.
+    crops: `[n, views, 2, 4]`, where `images` are only the parts of images that `places` asked for.
 
   Returns:
-    float32 `[n, count, size, size, 3]` in [0, 1].
+    float32 `[n, views, size, size, 3]` in [0, 1].
   """
-  pipelines = [config.view1, config.view2 or config.view1][:count]
-  base = jax.random.key(seed)  # folded with 0 and 1 here, with 2 for the method's own draws
+  base = jax.random.key(seed)
   # What a batch shares comes from its first place.
   shared = jax.random.fold_in(
     jax.random.fold_in(jax.random.fold_in(base, 1), epoch[0]), position[0]
   )
   shared = jax.random.split(shared)
 
-  def of_one(image, epoch, position):
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, 0), epoch), position)
-    keys = jax.random.split(key)
-    return jnp.stack([view(k, image, p, size, s) for k, p, s in zip(keys, pipelines, shared)])
+  def of_one(image, epoch, position, crops):
+    keys = _view_keys(base, epoch, position)
+    return jnp.stack([
+      view(keys[i], image, pipeline, size, shared[i], None if crops is None else crops[i])
+      for i, pipeline in enumerate(pipelines)
+    ])  # fmt: skip
 
-  return jax.vmap(of_one)(images, epoch, position)
+  return jax.vmap(of_one)(images, epoch, position, crops)
 
 
-def eval_view(image: jax.Array, pipeline: str, size: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=('pipelines', 'size'))
+def places(
+  height: jax.Array,
+  width: jax.Array,
+  epoch: jax.Array,
+  position: jax.Array,
+  pipelines: tuple[str, ...],
+  seed: int,
+  size: int,
+) -> jax.Array:
+  """Where `views` will cut, for who reads only that part of an image.
+
+  Args:
+    height, width: int32 `[n]`, of the images.
+    epoch, position, seed, size: as for `views`.
+    pipelines: of each view; one that is not random ignores `epoch`, `position` and `seed`.
+
+  Returns:
+    float32 `[n, views, 2, 4]`, crops as in `crop.py`.
+  """
+  base = jax.random.key(seed)
+
+  def of_one(height, width, epoch, position):
+    keys = _view_keys(base, epoch, position)
+    found = []
+    for key, pipeline in zip(keys, pipelines):
+      ops = parse(pipeline)
+      place = ops[0](jax.random.split(key, (len(ops), 2))[0, 1], height, width, size)
+      if not any(op.random for op in ops):  # as in `eval_view`
+        right = (height == size) & (width == size)
+        place = jnp.where(right, crop.whole(height, width), place)
+      found.append(jnp.broadcast_to(place, (2, 4)).astype(jnp.float32))
+    return jnp.stack(found)
+
+  return jax.vmap(of_one)(height, width, epoch, position)
+
+
+def pipelines(config: ml_collections.ConfigDict, count: int) -> tuple[str, ...]:
+  """Of the first `count` views, from a recipe's `augment` part: an empty `view2` is as `view1`."""
+  return (config.view1, config.view2 or config.view1)[:count]
+
+
+def _view_keys(base, epoch, position):
+  # The base key is folded with 0 and 1 here, with 2 for the method's own draws.
+  return jax.random.split(
+    jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, 0), epoch), position)
+  )
+
+
+def eval_view(
+  image: jax.Array, pipeline: str, size: int, place: jax.Array | None = None
+) -> jax.Array:
   """The evaluation's view of one image `[h, w, 3]`: float32 `[size, size, 3]` in [0, 1].
 
-  An image that has that size already is not cropped.
+  An image that has that size already is not cropped. `place` is as for `view`.
   """
   ops = parse(pipeline, random=False)
   image = _to_float(image)
-  if image.shape[:2] == (size, size):
-    ops = ops[1:]
-  for op in ops:
-    image = jnp.clip(op(None, image, size), 0.0, 1.0)
-  return image
+  if image.shape[:2] != (size, size):
+    if place is None:
+      place = ops[0](None, *image.shape[:2], size)
+    image = crop.crop_and_resize(image, place, size, ops[0].kernel)
+  for op in ops[1:]:
+    image = op(None, jnp.clip(image, 0.0, 1.0), size)
+  return jnp.clip(image, 0.0, 1.0)
 
 
 def _to_float(image):

@@ -1,6 +1,9 @@
 """Boxes of random crops, and the resizing of what they cut out.
 
 Two libraries' definitions: TensorFlow's, of SimCLR's code, and torchvision's, of MoCo's.
+
+A crop is float32 `[2, 4]`, two rectangles (top, left, height, width) in pixels: what the view shows, and
+the pixels that may be looked at for it. They differ only where an image is resized before it is cut.
 """
 
 import math
@@ -30,7 +33,7 @@ def tensorflow_box(
 
   Args:
     key: the randomness.
-    height, width: of the image, in pixels.
+    height, width: of the image, in pixels; may be traced.
     area: range of the box's area over the image's.
     aspect: range of the box's width over its height.
     min_object_covered: least share of the image that the box covers.
@@ -39,6 +42,7 @@ def tensorflow_box(
   Returns:
     int32 `[4]`: top, left, height, width.
   """
+  height, width = jnp.float32(height), jnp.float32(width)
   ratio_key, height_key, top_key, left_key = jax.random.split(key, 4)
   min_area, max_area = area[0] * height * width, area[1] * height * width
   ratio = jax.random.uniform(ratio_key, (attempts,), minval=aspect[0], maxval=aspect[1])
@@ -85,6 +89,7 @@ def torchvision_box(
 
   Args and returns as in `tensorflow_box`.
   """
+  height, width = jnp.float32(height), jnp.float32(width)
   area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
   target = jax.random.uniform(area_key, (attempts,), minval=area[0], maxval=area[1])
   target = target * (height * width)
@@ -93,8 +98,8 @@ def torchvision_box(
   h, w = jnp.round(jnp.sqrt(target / ratio)), jnp.round(jnp.sqrt(target * ratio))
   ok = (h > 0) & (h <= height) & (w > 0) & (w <= width)
   first, found = jnp.argmax(ok), ok.any()
-  h = jnp.where(found, h[first], min(height, round(width / aspect[0])))
-  w = jnp.where(found, w[first], min(width, round(height * aspect[1])))
+  h = jnp.where(found, h[first], jnp.minimum(height, jnp.round(width / aspect[0])))
+  w = jnp.where(found, w[first], jnp.minimum(width, jnp.round(height * aspect[1])))
   top = jnp.floor(jax.random.uniform(top_key) * (height - h + 1))
   left = jnp.floor(jax.random.uniform(left_key) * (width - w + 1))
   top = jnp.where(found, top, (height - h) // 2)
@@ -102,33 +107,64 @@ def torchvision_box(
   return jnp.stack([top, left, h, w]).astype(jnp.int32)
 
 
+def tensorflow_center(height: int, width: int, fraction: float) -> jax.Array:
+  """The box of the central square with `fraction` of the shorter side, as `tensorflow_box`."""
+  side = jnp.maximum(jnp.round(fraction * jnp.minimum(height, width)), 1).astype(jnp.int32)
+  return jnp.stack([(height - side + 1) // 2, (width - side + 1) // 2, side, side])
+
+
+def torchvision_center(height: int, width: int, size: int, fraction: float) -> jax.Array:
+  """The crop `[2, 4]` of torchvision's `Resize(size / fraction)` of the shorter side, `CenterCrop(size)`."""
+  shorter = jnp.minimum(height, width)
+  resized = math.floor(size / fraction + 0.5)
+
+  def span(side):
+    out = resized * side // shorter
+    scale = side / out
+    return jnp.round((out - size) / 2) * scale, size * scale
+
+  (top, h), (left, w) = span(height), span(width)
+  return jnp.stack([jnp.stack([top, left, h, w]), whole(height, width)])
+
+
+def whole(height: int, width: int) -> jax.Array:
+  """The box of the whole image: float32 `[4]`."""
+  return jnp.stack([0.0, 0.0, jnp.float32(height), jnp.float32(width)])
+
+
 def resize_matrix(
-  start: int | jax.Array, length: int | jax.Array, size: int, out: int, kernel: str = 'bicubic'
+  start: float | jax.Array,
+  length: float | jax.Array,
+  size: int,
+  out: int,
+  kernel: str = 'bicubic',
+  support: tuple[float | jax.Array, float | jax.Array] | None = None,
 ) -> jax.Array:
   """The linear map that cuts `length` of `size` pixels at `start` and resizes them to `out`.
 
-  Half-pixel centres, weights outside the cut left out and the others scaled to sum 1.
+  Half-pixel centres, weights outside the support left out and the others scaled to sum 1.
 
   Args:
     start, length, size, out: in pixels; only the first two may be traced.
     kernel: 'bicubic', Keys' with a = -0.5 and no antialiasing, as `tf.image.resize`; or 'triangle',
       bilinear with antialiasing, as Pillow and so torchvision resize.
+    support: start and length of the pixels that count, if not those that are cut.
 
   Returns:
     float32 `[out, size]`.
   """
-  length = jnp.asarray(length, jnp.float32)
-  scale = length / out
-  centre = (jnp.arange(out) + 0.5) * scale - 0.5  # in pixels of the cut
-  pixel = jnp.arange(size) - start
-  d = jnp.abs(centre[:, None] - pixel[None, :])
+  first, count = support or (start, length)
+  scale = jnp.asarray(length, jnp.float32) / out
+  pixel = np.arange(size)
+  centre = (np.arange(out) + 0.5) * scale - 0.5  # in pixels of the cut
+  d = jnp.abs(centre[:, None] - (pixel - start)[None, :])
   if kernel == 'bicubic':
     near = (1.5 * d - 2.5) * d * d + 1
     far = ((-0.5 * d + 2.5) * d - 4) * d + 2
     weight = jnp.where(d <= 1, near, jnp.where(d < 2, far, 0.0))
   else:
     weight = jnp.maximum(1 - d / jnp.maximum(scale, 1.0), 0.0)
-  weight = jnp.where((pixel >= 0) & (pixel < length), weight, 0.0)
+  weight = jnp.where((pixel >= first) & (pixel < first + count), weight, 0.0)
   return weight / weight.sum(axis=1, keepdims=True)
 
 
@@ -138,36 +174,16 @@ def apply_matrices(rows: jax.Array, image: jax.Array, columns: jax.Array) -> jax
 
 
 def crop_and_resize(
-  image: jax.Array, box: jax.Array, size: int, kernel: str = 'bicubic'
+  image: jax.Array, crop: jax.Array, size: int, kernel: str = 'bicubic'
 ) -> jax.Array:
-  """`image` `[h, w, 3]` cut to `box` (top, left, height, width), as `[size, size, 3]`.
+  """`image` `[h, w, 3]` cut by a crop `[2, 4]` or a box `[4]`, as `[size, size, 3]`.
 
   Bicubic values may leave [0, 1] a little.
   """
-  rows = resize_matrix(box[0], box[2], image.shape[0], size, kernel)
-  columns = resize_matrix(box[1], box[3], image.shape[1], size, kernel)
+  crop = jnp.broadcast_to(crop, (2, 4))
+  rows, columns = (
+    resize_matrix(crop[0, i], crop[0, i + 2], image.shape[i], size, kernel,
+                  (crop[1, i], crop[1, i + 2]))
+    for i in range(2)
+  )  # fmt: skip
   return apply_matrices(rows, image, columns)
-
-
-def tensorflow_center(image: jax.Array, size: int, fraction: float) -> jax.Array:
-  """The central square with `fraction` of the shorter side, resized bicubically to `size`."""
-  h, w = image.shape[:2]
-  side = max(round(fraction * min(h, w)), 1)
-  box = np.array([(h - side + 1) // 2, (w - side + 1) // 2, side, side])
-  return crop_and_resize(image, box, size)
-
-
-def torchvision_center(image: jax.Array, size: int, fraction: float) -> jax.Array:
-  """torchvision's `Resize(size / fraction)` of the shorter side and `CenterCrop(size)`.
-
-  Only the rows and columns of the resized image that the crop keeps are computed.
-  """
-  shorter = min(image.shape[:2])
-  resized = math.floor(size / fraction + 0.5)
-
-  def matrix(side):
-    out = resized * side // shorter
-    start = round((out - size) / 2)
-    return resize_matrix(0, side, side, out, 'triangle')[start : start + size]
-
-  return apply_matrices(matrix(image.shape[0]), image, matrix(image.shape[1]))

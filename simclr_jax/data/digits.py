@@ -10,7 +10,7 @@ import numpy as np
 import sklearn.datasets
 from scipy import ndimage
 
-from simclr_jax.data import Dataset
+from simclr_jax.data import Arrays
 from simclr_jax.errors import ConfigError
 
 CANVAS = 32
@@ -18,7 +18,7 @@ SCANS = {'train': slice(0, 1500), 'test': slice(1500, None)}  # of the shuffled 
 PLACEMENTS = 4  # of each scan
 
 
-def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
+def load(config: ml_collections.ConfigDict, split: str) -> Arrays:
   """6,000 training images of 1,500 scans, or 1,188 test images of the other 297; always the same."""
   del config
   if split not in SCANS:
@@ -28,7 +28,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
   rng = np.random.default_rng([1, split == 'test'])
   scans = np.repeat(scans[chosen].reshape(-1, 8, 8) / 16, PLACEMENTS, axis=0)
   images = np.stack([_place(scan, rng) for scan in scans])
-  return Dataset(images, np.repeat(labels[chosen], PLACEMENTS).astype(np.int32))
+  return Arrays(images, np.repeat(labels[chosen], PLACEMENTS).astype(np.int32))
 
 
 def _place(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -1,7 +1,9 @@
 """The ops that pipelines are made of: name, arguments, and what each draws.
 
-An op is a function (key, image `[h, w, 3]`, size of the views, arguments of its own) -> image. Values
-are in [0, 1]; only SimCLR's bicubic crops go a little beyond. Ops that differ between SimCLR's code
+An op is a function (key, image `[h, w, 3]`, size of the views, arguments of its own) -> image. Those that
+give views their size say instead where to cut: (key, height, width, size, arguments) -> the crop of
+`crop.py`, so that the cutting can be done where the image is. Values are in [0, 1]; only SimCLR's
+bicubic crops go a little beyond. Ops that differ between SimCLR's code
 (TensorFlow) and MoCo's (torchvision) carry the name of the one they follow.
 """
 
@@ -22,9 +24,10 @@ class Definition:
   """An op as it may be written in a pipeline.
 
   Attributes:
-    function: (key, image, size, **arguments) -> image.
+    function: (key, image, size, **arguments) -> image; (key, height, width, size, **arguments) -> crop
+      for one with a kernel.
     allowed: argument -> its lowest and highest value, or the words it may be.
-    sized: whether it makes images of the size of the views: a pipeline begins with such an op, which
+    kernel: of the resizing, if it gives views their size: a pipeline begins with such an op, which
       takes no `p`.
     draws: whether it uses its key.
     p: probability that it is applied to an image, where the pipeline gives none.
@@ -32,17 +35,22 @@ class Definition:
 
   function: Callable[..., jax.Array]
   allowed: dict[str, tuple]
-  sized: bool
+  kernel: str
   draws: bool
   p: float
+
+  @property
+  def sized(self) -> bool:
+    """Whether it gives views their size."""
+    return bool(self.kernel)
 
 
 OPS: dict[str, Definition] = {}
 
 
-def _op(sized=False, draws=False, p=1.0, **allowed):
+def _op(kernel='', draws=False, p=1.0, **allowed):
   def register(function):
-    OPS[function.__name__] = Definition(function, allowed, sized, draws, p)
+    OPS[function.__name__] = Definition(function, allowed, kernel, draws, p)
     return function
 
   return register
@@ -51,38 +59,36 @@ def _op(sized=False, draws=False, p=1.0, **allowed):
 # What gives views their size.
 
 
-@_op(sized=True, draws=True, area_min=AREA, area_max=AREA, min_object_covered=(0.0, 1.0))
-def simclr_crop(key, image, size, area_min, area_max, min_object_covered=0.1):
+@_op('bicubic', draws=True, area_min=AREA, area_max=AREA, min_object_covered=(0.0, 1.0))
+def simclr_crop(key, height, width, size, area_min, area_max, min_object_covered=0.1):
   """TensorFlow's random box with this share of the image's area, resized bicubically."""
-  box = crop.tensorflow_box(
-    key, *image.shape[:2], (area_min, area_max), min_object_covered=min_object_covered
+  return crop.tensorflow_box(
+    key, height, width, (area_min, area_max), min_object_covered=min_object_covered
   )
-  return crop.crop_and_resize(image, box, size)
 
 
-@_op(sized=True, draws=True, area_min=AREA, area_max=AREA)
-def torch_crop(key, image, size, area_min, area_max):
+@_op('triangle', draws=True, area_min=AREA, area_max=AREA)
+def torch_crop(key, height, width, size, area_min, area_max):
   """torchvision's `RandomResizedCrop` of a Pillow image: bilinear, antialiased."""
-  box = crop.torchvision_box(key, *image.shape[:2], (area_min, area_max))
-  return crop.crop_and_resize(image, box, size, 'triangle')
+  return crop.torchvision_box(key, height, width, (area_min, area_max))
 
 
-@_op(sized=True, fraction=(0.1, 1.0))
-def center_crop(key, image, size, fraction=0.875):
+@_op('bicubic', fraction=(0.1, 1.0))
+def center_crop(key, height, width, size, fraction=0.875):
   """SimCLR's evaluation: the central square, resized bicubically; 0.875 is CROP_PROPORTION."""
-  return crop.tensorflow_center(image, size, fraction)
+  return crop.tensorflow_center(height, width, fraction)
 
 
-@_op(sized=True, fraction=(0.1, 1.0))
-def torch_center_crop(key, image, size, fraction=0.875):
+@_op('triangle', fraction=(0.1, 1.0))
+def torch_center_crop(key, height, width, size, fraction=0.875):
   """MoCo's evaluation: `Resize(size / fraction)`, `CenterCrop(size)`; 0.875 is 224 of 256."""
-  return crop.torchvision_center(image, size, fraction)
+  return crop.torchvision_center(height, width, size, fraction)
 
 
-@_op(sized=True)
-def resize(key, image, size):
+@_op('triangle')
+def resize(key, height, width, size):
   """The whole image, its sides stretched to `size`: bilinear, antialiased."""
-  return crop.crop_and_resize(image, (0, 0, *image.shape[:2]), size, 'triangle')
+  return crop.whole(height, width)
 
 
 # Geometry.

@@ -1,80 +1,369 @@
-"""TensorFlow Datasets whose images are all of one size and fit into memory."""
+"""TensorFlow Datasets, prepared as TFRecord or ArrayRecord, by name or as a folder."""
 
-import pathlib
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterable
+from typing import Any
 
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import Dataset
+from simclr_jax.data import Arrays, check, choose, decode, on_device, order, stream
+from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
 
-MAX_BYTES = 16 * 2**30
+try:
+  import tensorflow_datasets as tfds
+except ImportError as error:
+  raise ConfigError(
+    f'data.source=tfds needs TensorFlow Datasets ({error}): pip install tensorflow-datasets'
+  ) from None
+
+OPEN_SHARDS = 16  # files that records are taken from in turn
+TOGETHER = 8  # records taken from one before the next
 
 
-def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
-  """Reads a prepared data set through tf.data, once, in TFDS's deterministic order.
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """Records of one file: `take` of the `total` that it holds, from `skip` on."""
+
+  path: str
+  skip: int
+  take: int
+  total: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+  """Encoded images in TFRecord files, which can only be read from front to back.
+
+  The order of a pass is that of its files, shuffled, of records taken from 16 of them in turn, and of a
+  shuffle buffer: a function of (seed, pass, part), where each host reads a part of its own. A place
+  inside a pass is found again by reading up to it, without decoding.
+
+  Attributes:
+    shards: of the split.
+    parse: serialized record -> (encoded image, label).
+    labelled: whether there are labels.
+    classes: how many; 0 without labels.
+    settings: the recipe's `data` part.
+    skipped: the indices of records that are left out.
+  """
+
+  shards: list[Shard]
+  parse: Any
+  labelled: bool
+  classes: int
+  settings: ml_collections.ConfigDict
+  skipped: tuple[int, ...] = ()
+
+  sequential = True
+
+  def __len__(self) -> int:
+    return self._ends[-1] - len(self.skipped)
+
+  @functools.cached_property
+  def _ends(self):
+    return [0, *np.cumsum([s.take for s in self.shards])]
+
+  def name(self, index: int) -> str:
+    """What to call an image in a message: its file, and its number there."""
+    index = self._kept()[index]
+    shard = int(np.searchsorted(self._ends, index, 'right')) - 1
+    where = self.shards[shard]
+    return f'record {where.skip + index - self._ends[shard]:,} of {where.path}'
+
+  def find_problem(self, suspects: Iterable[int] | None = None) -> str:
+    """The first damaged file, or else image among the suspects, and why; '' if there is none."""
+    for shard in self.shards:
+      count = 0
+      try:
+        for _ in tf.data.TFRecordDataset(shard.path):
+          count += 1
+      except tf.errors.OpError as error:
+        reason = error.message.split('}} ')[-1].split(' [Op:')[0].split(';')[0]
+        return f'{shard.path} is damaged after {count:,} of its {shard.total:,} records: {reason}'
+      if count != shard.total:
+        return f'{shard.path} has {count:,} of its {shard.total:,} records'
+    suspects = set(check.scan(self).bad if suspects is None else suspects)
+    for e in self.once().as_numpy_iterator() if suspects else ():
+      found = e['index'] in suspects and decode.problem(e['bytes'], self.settings.max_pixels)
+      if found:
+        return f'{self.name(e["index"])} {found}'
+    return ''
+
+  def only(self, indices: np.ndarray) -> 'Records':
+    """The data set of these images."""
+    left_out = np.setdiff1d(np.arange(self._ends[-1]), self._kept()[indices])
+    return dataclasses.replace(self, skipped=tuple(left_out.tolist()))
+
+  def sample(self, count: int) -> 'Records':
+    """The first `count` images, or all."""
+    kept = self._kept()[:count]
+    records, shards = kept[-1] + 1, []
+    for shard in self.shards:
+      take = min(shard.take, records)
+      records -= take
+      if take:
+        shards.append(dataclasses.replace(shard, take=take))
+    return dataclasses.replace(
+      self, shards=shards, skipped=tuple(i for i in self.skipped if i <= kept[-1])
+    )
+
+  def _kept(self):
+    return np.setdiff1d(np.arange(self._ends[-1]), self.skipped)
+
+  def examples(self, seed: int, batch_size: int, first: int, local: np.ndarray) -> tf.data.Dataset:
+    """An endless shuffled sequence, from step `first` on.
+
+    Each pass has every image once. One of H hosts reads one of H parts of each pass, another part
+    every time; the order is exact for a given number of hosts.
+
+    Args and returns as of `folder.Files.examples`.
+    """
+    host, parts = int(local[0]) // len(local), batch_size // len(local)
+
+    def spans(epoch):
+      files = order.permute(seed, epoch, np.arange(len(self.shards)), len(self.shards))
+      return self._spans(files, (host + epoch) % parts, parts)
+
+    epoch, before = 0, first * len(local)
+    while before >= self._count(spans(epoch)):
+      before -= self._count(spans(epoch))
+      epoch += 1
+
+    def one_pass(e):
+      mine = tf.numpy_function(
+        lambda e: spans(int(e)), [e], [tf.string, tf.int64, tf.int64, tf.int64, tf.int64]
+      )
+      start = mine[-1]
+      records = self._read(mine[:-1], OPEN_SHARDS)
+      records = records.shuffle(
+        self.settings.shuffle_buffer, seed=seed + e * 2**32, reshuffle_each_iteration=False
+      )
+      records = records.enumerate(tf.ensure_shape(start, [])).skip(tf.where(e == epoch, before, 0))
+      return records.map(lambda p, r: self._example(r, tf.cast(e, tf.int32), tf.cast(p, tf.int32)))
+
+    return tf.data.Dataset.counter(epoch).flat_map(one_pass)
+
+  def once(self, part: int = 0, parts: int = 1) -> tf.data.Dataset:
+    """Every image once, in order: elements as of `examples`; of `parts`, the one that is `part`."""
+    mine = self._spans(np.arange(len(self.shards)), part, parts)
+    return self._read(mine[:-1], 1).map(lambda *r: self._example(r, 0, r[0]))
+
+  def _spans(self, files, part, parts):
+    """Which records make up a part of the files in this order: path, skip, take, first index of each.
+
+    Last comes the place of the part in the whole.
+    """
+    takes = np.array([s.take for s in self.shards])[files]
+    ends = np.cumsum(takes)
+    low, high = (int(ends[-1]) * p // parts for p in (part, part + 1))
+    begin, end = np.maximum(ends - takes, low), np.minimum(ends, high)
+    some = begin < end
+    into = (begin - (ends - takes))[some]
+    files = files[some]
+    return (
+      np.array([self.shards[f].path.encode() for f in files], object),
+      np.array([self.shards[f].skip for f in files], np.int64) + into,
+      (end - begin)[some].astype(np.int64),
+      np.array([self._ends[f] for f in files], np.int64) + into,
+      np.int64(low),
+    )
+
+  def _count(self, spans):
+    _, _, takes, firsts, _ = spans
+    left_out = np.array(self.skipped, np.int64)
+    inside = (left_out >= firsts[:, None]) & (left_out < (firsts + takes)[:, None])
+    return int(takes.sum() - inside.sum())
+
+  def _read(self, spans, open_shards):
+    """Elements (index, serialized record), by turns from several files."""
+
+    def of_file(path, skip, take, first):
+      records = tf.data.TFRecordDataset(path, buffer_size=2**20).skip(skip).take(take)
+      # A file that was cut off between two records ends early without an error.
+      records = records.apply(tf.data.experimental.assert_cardinality(take))
+      return records.enumerate(first)
+
+    files = tf.data.Dataset.from_tensor_slices(
+      tuple(tf.ensure_shape(x, [None]) for x in spans)
+    )  # fmt: skip
+    records = files.interleave(
+      of_file, open_shards, TOGETHER, num_parallel_calls=min(open_shards, 4), deterministic=True
+    )
+    records = records.map(lambda i, r: (tf.cast(i, tf.int32), r))
+    if self.skipped:
+      left_out = tf.constant(self.skipped, tf.int32)
+      records = records.filter(lambda i, r: tf.reduce_all(i != left_out))
+      records = records.map(
+        lambda i, r: (i - tf.math.count_nonzero(left_out < i, dtype=tf.int32), r)
+      )
+    return records
+
+  def _example(self, record, epoch, position):
+    index, serialized = record
+    image, label = self.parse(serialized)
+    return {
+      'bytes': image, 'label': label, 'index': index, 'epoch': epoch, 'position': position,
+    }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class IndexedRecords:
+  """Encoded images in ArrayRecord files: read in any order, like files of a folder.
+
+  Attributes:
+    source: gives the serialized records of a list of places.
+    places: int64 `[N]`, of each image.
+    parse, labelled, classes, settings: as of `Records`.
+    where: the folder.
+  """
+
+  source: Any
+  places: np.ndarray
+  parse: Any
+  labelled: bool
+  classes: int
+  settings: ml_collections.ConfigDict
+  where: str
+
+  sequential = False
+
+  def __len__(self) -> int:
+    return len(self.places)
+
+  def name(self, index: int) -> str:
+    """What to call an image in a message."""
+    return f'record {self.places[index]:,} of the split in {self.where}'
+
+  def find_problem(self, suspects: Iterable[int] | None = None) -> str:
+    """The first of the suspects, or of all, that cannot be decoded, and why; '' if all can."""
+    for index in check.scan(self).bad if suspects is None else suspects:
+      try:
+        image, _ = self.parse(self._fetch(np.array([index]))[0])
+      except Exception as error:  # whatever the reader raises
+        return f'{self.name(index)} cannot be read: {str(error).splitlines()[0]}'
+      found = decode.problem(image.numpy(), self.settings.max_pixels)
+      if found:
+        return f'{self.name(index)} {found}'
+    return ''
+
+  def only(self, indices: np.ndarray) -> 'IndexedRecords':
+    """The data set of these images."""
+    return dataclasses.replace(self, places=self.places[indices])
+
+  def sample(self, count: int) -> 'IndexedRecords':
+    """`count` images, or all: always the same ones."""
+    return self.only(choose(count, len(self)))
+
+  def examples(self, seed: int, batch_size: int, first: int, local: np.ndarray) -> tf.data.Dataset:
+    """As of `folder.Files`."""
+    return self._read(stream.rows(len(self), seed, batch_size, first, local))
+
+  def once(self, part: int = 0, parts: int = 1) -> tf.data.Dataset:
+    """As of `folder.Files`."""
+    return self._read(stream.rows_once(len(self), part, parts).batch(256))
+
+  def _fetch(self, index):
+    records = self.source.__getitems__(self.places[index].tolist())
+    return np.array([bytes(r) for r in records], object)
+
+  def _read(self, batches):
+    def fetch(e):
+      records = tf.numpy_function(self._fetch, [e['index']], tf.string)
+      return {**e, 'record': tf.reshape(records, tf.shape(e['index']))}
+
+    def example(e):
+      image, label = self.parse(e.pop('record'))
+      return {**e, 'bytes': image, 'label': label}
+
+    return batches.map(fetch).unbatch().map(example)
+
+
+def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | IndexedRecords:
+  """A prepared data set; small images of one size are read into memory.
 
   Args:
-    config: `name` as TFDS knows it; `dir`, TFDS's `data_dir`, empty for its default.
+    config: `name` as TFDS knows it, such as `imagenet2012_subset/1pct`; empty if `dir` is itself the
+      folder of one data set's version. `dir`: TFDS's `data_dir`, empty for its default.
     split: in TFDS's syntax, such as `train[:10%]`.
 
   Raises:
-    ConfigError: TensorFlow is not installed; the data set, split or files are missing or broken; the
-      images differ in size or are too many for memory.
+    ConfigError: the data set, split or files are missing or broken.
   """
+  builder = _builder(config)
+  info = builder.info
+  what = config.name or str(builder.data_dir)
   try:
-    import tensorflow as tf
-    import tensorflow_datasets as tfds
-  except ImportError as error:
-    raise ConfigError(
-      f'data.source=tfds needs TensorFlow ({error}): pip install tensorflow-cpu tensorflow-datasets'
-    ) from None
-  tf.config.set_visible_devices([], 'GPU')  # TensorFlow only feeds
-  folder = str(pathlib.Path(config.dir).expanduser()) if config.dir else None
-  try:
-    builder = tfds.builder(config.name, data_dir=folder)
-  except (tfds.core.DatasetNotFoundError, ValueError, AssertionError):
-    raise ConfigError(f'data.name={config.name!r} is not a TFDS data set') from None
-  prepare = f'tfds build {config.name}' + (f' --data_dir={folder}' if folder else '')
-  if not builder.is_prepared():
-    raise ConfigError(f'{config.name} is not prepared in {builder.data_dir}; prepare it: {prepare}')
-  try:
-    count = builder.info.splits[split].num_examples
-  except (KeyError, ValueError):
-    raise ConfigError(
-      f'{config.name} has no split {split!r}, only {", ".join(builder.info.splits)}'
-    ) from None
-  if 'image' not in builder.info.features:
-    raise ConfigError(f'{config.name} has no images, only {", ".join(builder.info.features)}')
-  feature = builder.info.features['image']
-  if None in feature.shape:
-    raise ConfigError(
-      f'{config.name} has images of different sizes, and so far only one size can be read'
-    )
-  size = int(np.prod(feature.shape)) * count
-  if size > MAX_BYTES:
-    raise ConfigError(
-      f'{config.name} {split} takes {size / 2**30:.0f} GiB, more than the 16 allowed'
-    )
+    chosen = info.splits[split]
+  except (KeyError, ValueError, AssertionError):
+    raise ConfigError(f'{what} has no split {split!r}, only {", ".join(info.splits)}') from None
+  if not isinstance(info.features.get('image'), tfds.features.Image):
+    raise ConfigError(f'{what} has no images, only {", ".join(info.features)}')
+  label = info.features.get('label')
+  labelled = isinstance(label, tfds.features.ClassLabel)
+  classes = label.num_classes if labelled else 0
+  parse = _parser(info.features, labelled)
+  if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+    source = builder.as_data_source(split).data_source
+    places = np.arange(len(source), dtype=np.int64)
+    found = IndexedRecords(source, places, parse, labelled, classes, config, str(builder.data_dir))
+  else:
+    shards = [
+      Shard(str(f.filename), f.skip, f.take if f.take >= 0 else f.examples_in_shard - f.skip,
+            f.examples_in_shard)
+      for f in chosen.file_instructions
+    ]  # fmt: skip
+    missing = next((s.path for s in shards if not tf.io.gfile.exists(s.path)), None)
+    if missing:
+      raise ConfigError(f'{missing} is missing: prepare {what} again')
+    found = Records(shards, parse, labelled, classes, config)
+  if not len(found):
+    raise ConfigError(f'{what} has no images in {split!r}')
+  if config.skip_bad:
+    found = check.without_bad(found)
+  h, w, _ = info.features['image'].shape
+  if h and w and on_device(config, len(found) * h * w * 3):
+    return decode.read_all(found, h, w)
+  return found
 
-  images = np.empty((count, *feature.shape), np.uint8)
-  labels = np.full(count, -1, np.int32)
-  read = 0
+
+def _builder(config):
+  folder = stream.expand(config.dir) or None
   try:
-    source = builder.as_dataset(split=split, shuffle_files=False)
-    for example in source.batch(1024).prefetch(1).as_numpy_iterator():
-      rows = slice(read, read + len(example['image']))
-      images[rows] = example['image']
-      if 'label' in example:
-        labels[rows] = example['label']
-      read = rows.stop
-  except (tf.errors.OpError, ValueError) as error:
-    reason = str(error).split('\n')[0].split('}} ')[-1].split(' [Op:')[0]
-    raise ConfigError(f'{config.name} in {builder.data_dir} cannot be read: {reason}') from None
-  if read != count:  # a file cut off between two records ends early without an error
-    raise ConfigError(
-      f'{config.name} in {builder.data_dir} has {read} of its {count} images: prepare it again'
-    )
-  if images.shape[-1] == 1:
-    images = np.repeat(images, 3, axis=-1)
-  return Dataset(images, labels)
+    if not config.name:
+      if not folder:
+        raise ConfigError('data.name and data.dir are empty: one of them says which data set')
+      return tfds.builder_from_directory(folder)
+    builder = tfds.builder(config.name, data_dir=folder)
+  except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError, AssertionError):
+    if not config.name:
+      raise ConfigError(
+        f'{folder} is not the folder of a prepared data set: it has no dataset_info.json'
+      ) from None
+    name = config.name.split('/')[0].split(':')[0]
+    close = difflib.get_close_matches(name, tfds.list_builders(), 3)
+    if name in close:
+      raise ConfigError(
+        f'data.name={config.name!r}: {name} has no such version or config'
+      ) from None
+    hint = f', did you mean {" or ".join(close)}?' if close else ''
+    raise ConfigError(f'data.name={config.name!r} is not a TFDS data set{hint}') from None
+  if not builder.is_prepared():
+    prepare = f'tfds build {config.name}' + (f' --data_dir={folder}' if folder else '')
+    raise ConfigError(f'{config.name} is not prepared in {builder.data_dir}; prepare it: {prepare}')
+  return builder
+
+
+def _parser(features, labelled):
+  wanted = {'image': True, **({'label': True} if labelled else {})}
+  part = tfds.decode.PartialDecoding(wanted).extract_features(features)
+  skip = {'image': tfds.decode.SkipDecoding()}
+
+  def parse(serialized):
+    e = part.deserialize_example(serialized, decoders=skip)
+    return e['image'], tf.cast(e.get('label', -1), tf.int32)
+
+  return parse

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from simclr_jax import sharding
-from simclr_jax.data import augment
+from simclr_jax.data import Arrays, augment, feed
 from simclr_jax.models import resnet
 
 PyTree = Any
@@ -25,6 +25,14 @@ def make_forward(architecture: dict[str, Any]) -> Callable[[PyTree, jax.Array], 
   """
   net = resnet.from_config(architecture)
   return functools.partial(net.apply, train=False)
+
+
+def eval_views(batch: dict[str, jax.Array], pipeline: str, size: int) -> jax.Array:
+  """`augment.eval_view` of a batch of `data.feed.once`: float32 `[n, size, size, 3]`."""
+  if 'crops' not in batch:
+    return jax.vmap(lambda x: augment.eval_view(x, pipeline, size))(batch['images'])
+  places = batch['crops'][:, 0]
+  return jax.vmap(lambda x, p: augment.eval_view(x, pipeline, size, p))(batch['images'], places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,41 +56,58 @@ class Encoder:
     forward, size = make_forward(self.architecture), self.architecture['image_size']
     pipeline = self.architecture['eval_view']
 
-    def encode(variables, images):
-      return forward(variables, jax.vmap(lambda x: augment.eval_view(x, pipeline, size))(images))
+    def encode(variables, batch):
+      return {
+        'h': forward(variables, eval_views(batch, pipeline, size)),
+        'label': batch['label'],
+        'index': batch['index'],
+      }
 
     whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
     jitted = jax.jit(encode, in_shardings=(whole, rows), out_shardings=whole)
     return mesh, jitted, sharding.put_replicated(mesh, self.variables)
 
-  def __call__(
-    self, images: np.ndarray, batch_size: int = 256, progress: Callable[[int], None] | None = None
-  ) -> np.ndarray:
-    """Features h of `images`.
+  def embed(
+    self, dataset, batch_size: int = 256, progress: Callable[[int], None] | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Features h and labels of a data set, in its order; every image is looked at exactly once.
 
     Args:
-      images: uint8 or float32 in [0, 1], `[n, height, width, 3]`; another size than the encoder's goes
+      dataset: of any kind that `data.load` returns; an image of another size than the encoder's goes
         through its `eval_view`.
       batch_size: how many at a time; rounded up to a multiple of the number of devices.
       progress: told how many images are done.
 
     Returns:
-      float32 `[n, d]`.
+      float32 `[N, d]` and int32 `[N]`, -1 where unknown.
+
+    Raises:
+      ConfigError: an image cannot be read.
     """
+    if not len(dataset):
+      raise ValueError('there are no images to embed')
     mesh, jitted, variables = self._compiled
     batch_size += -batch_size % mesh.size
-    blocks = []
-    for start in range(0, len(images), batch_size):
-      block = images[start : start + batch_size]
-      padded = np.zeros((batch_size, *images.shape[1:]), images.dtype)  # one shape, one compilation
-      padded[: len(block)] = block
-      h = jitted(variables, sharding.put_batch(mesh, {'x': padded})['x'])
-      blocks.append(np.asarray(h)[: len(block)])
+    h, labels = None, np.full(len(dataset), -1, np.int32)
+    seen = np.zeros(len(dataset), np.int32)
+    pipeline, size = self.architecture['eval_view'], self.architecture['image_size']
+    for batch in feed.once(dataset, pipeline, size, batch_size, mesh):
+      out = jax.device_get(jitted(variables, batch))
+      real = out['index'] >= 0
+      index = out['index'][real]
+      if h is None:
+        h = np.empty((len(dataset), out['h'].shape[1]), np.float32)
+      h[index], labels[index] = out['h'][real], out['label'][real]
+      np.add.at(seen, index, 1)
       if progress:
-        progress(start + len(block))
-    if not blocks:
-      raise ValueError('there are no images to embed')
-    return np.concatenate(blocks)
+        progress(int(seen.sum()))
+    if (seen != 1).any():
+      raise RuntimeError(f'{(seen != 1).sum()} of {len(dataset)} images were not seen once')
+    return h, labels
+
+  def __call__(self, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
+    """Features `[n, d]` of images, uint8 `[n, height, width, 3]`; see `embed`."""
+    return self.embed(Arrays(images, np.full(len(images), -1, np.int32)), batch_size)[0]
 
   def with_variables(self, variables: PyTree) -> 'Encoder':
     """This encoder with other weights of the same shapes, sharing what is compiled."""
@@ -105,3 +130,29 @@ def untrained(architecture: dict[str, Any], seed: int = 0) -> Encoder:
   net = resnet.from_config(architecture)
   init = jax.jit(lambda key: net.init(key, jnp.zeros((1, size, size, 3)), train=False))
   return Encoder(architecture, init(jax.random.key(seed)), {'untrained': True, 'seed': seed})
+
+
+def raw_pixels(dataset, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
+  """The pixels as features: what an encoder has to beat.
+
+  Images of one size are taken as they are, others are cut to their central square and resized to
+  `size`. Returns as `Encoder.embed`.
+  """
+  if isinstance(dataset, Arrays):
+    return dataset.images.reshape(len(dataset), -1) / np.float32(255), dataset.labels
+  views, labels = pictures(dataset, 'center_crop(1)', size)
+  return views.reshape(len(views), -1), labels
+
+
+def pictures(dataset, pipeline: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+  """Every image through an evaluation's pipeline: float32 `[N, size, size, 3]`, and labels `[N]`."""
+  mesh = sharding.make_mesh(jax.local_devices()[:1])
+  draw = jax.jit(functools.partial(eval_views, pipeline=pipeline, size=size))
+  views = np.empty((len(dataset), size, size, 3), np.float32)
+  labels = np.empty(len(dataset), np.int32)
+  for batch in feed.once(dataset, pipeline, size, min(64, len(dataset)), mesh):
+    index = np.asarray(batch['index'])
+    real = index >= 0
+    views[index[real]] = np.asarray(draw(batch))[real]
+    labels[index[real]] = np.asarray(batch['label'])[real]
+  return views, labels

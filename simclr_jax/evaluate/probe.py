@@ -1,5 +1,6 @@
 """Linear classifiers on frozen features, trained by gradient descent."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from simclr_jax.data import Dataset, augment, order
+from simclr_jax import sharding
+from simclr_jax.data import augment, feed, order
 from simclr_jax.evaluate import features
 
 PyTree = Any
@@ -35,8 +37,8 @@ def online_loss(head: PyTree, h: jax.Array, label: jax.Array) -> tuple[jax.Array
 
 def linear(
   encoder: features.Encoder,
-  train: Dataset,
-  test: Dataset,
+  train,
+  test,
   epochs: int = 100,
   batch_size: int = 512,
   learning_rate: float = 0.1,
@@ -66,41 +68,47 @@ def linear(
     RuntimeError: the encoder changed.
   """
   before = encoder.digest()
-  classes = int(max(train.labels.max(), test.labels.max())) + 1
+  classes = max(train.classes, test.classes)
   batch_size = min(batch_size, len(train))
   total = max(epochs * len(train) // batch_size, 1)
   peak = learning_rate * batch_size / 256
   optimizer = optax.sgd(optax.cosine_decay_schedule(peak, total), momentum=0.9, nesterov=True)
   forward = features.make_forward(encoder.architecture)
   size = encoder.architecture['image_size']
-  base = jax.random.key(seed)
-
-  def crop_and_flip(image, epoch, position):
-    key = jax.random.fold_in(jax.random.fold_in(base, epoch), position)
-    return augment.view(key, image, 'supervised', size)
+  pipelines = ('supervised',)
 
   @jax.jit
-  def step(head, slots, variables, inputs, labels, rows):
-    h = inputs[rows['index']]
+  def step(head, slots, variables, constants, rows):
+    batch = feed.pick(constants, rows)
+    h = batch['images']
     if not cached:
-      views = jax.vmap(crop_and_flip)(h, rows['epoch'], rows['position'])
-      h = forward(variables, views)
+      views = augment.views(
+        h, batch['epoch'], batch['position'], pipelines, seed, size, batch.get('crops')
+      )
+      h = forward(variables, views[:, 0])
     gradient = jax.value_and_grad(loss, has_aux=True)
-    (error, accuracy), grads = gradient(head, h, labels[rows['index']])
+    (error, accuracy), grads = gradient(head, h, batch['label'])
     updates, slots = optimizer.update(grads, slots)
     return optax.apply_updates(head, updates), slots, error, accuracy
 
-  inputs = jnp.asarray(encoder(train.images) if cached else train.images)
-  labels = jnp.asarray(train.labels)
-  test_h = encoder(test.images)
+  test_h, test_labels = encoder.embed(test)
   head = init(test_h.shape[1], classes)
   slots = optimizer.init(head)
+  if cached:
+    h, labels = encoder.embed(train)
+    constants = {'images': jnp.asarray(h), 'label': jnp.asarray(labels)}
+    batches = functools.partial(order.rows, seed, batch_size=batch_size, examples=len(train))
+  else:
+    mesh = sharding.make_mesh(jax.local_devices()[:1])
+    batches = feed.for_training(train, seed, batch_size, pipelines, size, mesh)
+    constants = batches.constants
   for i in range(total):
-    rows = order.rows(seed, i, batch_size, len(train))
-    head, slots, error, accuracy = step(head, slots, encoder.variables, inputs, labels, rows)
+    head, slots, error, accuracy = step(head, slots, encoder.variables, constants, batches(i))
     if report and (i % 50 == 0 or i + 1 == total):
       report(i + 1, total, float(error))
-  _, top1 = jax.jit(loss)(head, test_h, jnp.asarray(test.labels))
+  if not cached:
+    batches.close()
+  _, top1 = jax.jit(loss)(head, test_h, jnp.asarray(test_labels))
   if encoder.digest() != before:
     raise RuntimeError('the encoder changed during its evaluation')
   return {

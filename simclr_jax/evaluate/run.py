@@ -2,8 +2,6 @@
 
 import json
 import pathlib
-import zipfile
-import zlib
 from typing import Any
 
 import ml_collections
@@ -11,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from simclr_jax import data
-from simclr_jax.data import Dataset
+from simclr_jax.data import arrays
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features, knn, logistic, probe
 from simclr_jax.interop import orbax
@@ -59,9 +57,7 @@ def nearest_neighbours(
   train, test = _labelled(config)
   rows, encoders = {}, _encoders(workdir, baselines)
   for name, embed in _features(encoders, baselines).items():
-    top1 = knn.accuracy(
-      embed(train.images), train.labels, embed(test.images), test.labels, k, temperature
-    )
+    top1 = knn.accuracy(*embed(train), *embed(test), k, temperature)
     rows[name] = [[100 * top1, None]]
   result = {
     'title': f'kNN, k = {k}, temperature {temperature:g}',
@@ -84,9 +80,7 @@ def label_efficiency(
   rows, encoders = {}, _encoders(workdir, baselines)
   for name, embed in _features(encoders, baselines).items():
     try:
-      found = logistic.label_efficiency(
-        embed(train.images), train.labels, embed(test.images), test.labels, labels_per_class, draws
-      )
+      found = logistic.label_efficiency(*embed(train), *embed(test), labels_per_class, draws)
     except ValueError as error:
       raise ConfigError(f'--labels: {error}') from None
     rows[name] = [[100 * r['mean'], 100 * r['std']] for r in found]
@@ -112,13 +106,15 @@ def embed(
   if not out.parent.is_dir():
     raise ConfigError(f'--out={out}: the folder {out.parent} does not exist')
   encoder = orbax.load_encoder(workdir)
-  dataset = _read_images(images) if images else data.load(config.data, split)
+  dataset = arrays.read(images) if images else data.load(config.data, split)
+  if not len(dataset):
+    raise ConfigError(f'--images={images} holds no images')
   with tqdm(total=len(dataset), unit='image') as bar:
-    h = encoder(dataset.images, progress=lambda done: bar.update(done - bar.n))
+    h, labels = encoder.embed(dataset, progress=lambda done: bar.update(done - bar.n))
   if out.suffix == '.npy':
     np.save(out, h)
   elif dataset.labelled:
-    np.savez(out, features=h, labels=dataset.labels)
+    np.savez(out, features=h, labels=labels)
   else:
     np.savez(out, features=h)
   print(f'wrote {out}: features {list(h.shape)} float32')
@@ -160,7 +156,7 @@ def _keep(workdir, name, result, encoders):
   return result
 
 
-def _labelled(config) -> tuple[Dataset, Dataset]:
+def _labelled(config):
   train, test = data.load(config.data, 'train'), data.load(config.data, 'test')
   if not (train.labelled and test.labelled):
     raise ConfigError('this evaluation needs labels, and the data of the run has none')
@@ -174,18 +170,5 @@ def _encoders(workdir, baselines) -> dict[str, features.Encoder]:
 
 
 def _features(encoders, baselines):
-  pixels = {'raw pixels': lambda x: x.reshape(len(x), -1) / np.float32(255)} if baselines else {}
-  return {**pixels, **encoders}
-
-
-def _read_images(path):
-  try:
-    loaded = np.load(path, allow_pickle=False)
-    images = loaded['images'] if hasattr(loaded, 'files') else loaded
-  except (OSError, EOFError, ValueError, KeyError, zlib.error, zipfile.BadZipFile) as error:
-    raise ConfigError(
-      f'--images={path} cannot be read as .npy, or .npz with `images`: {error}'
-    ) from None
-  if images.ndim and not len(images):
-    raise ConfigError(f'--images={path} holds no images')
-  return Dataset(images, np.full(images.shape[:1], -1, np.int32))
+  pixels = {'raw pixels': features.raw_pixels} if baselines else {}
+  return {**pixels, **{name: encoder.embed for name, encoder in encoders.items()}}

@@ -5,19 +5,19 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from simclr_jax import data, health, logs, losses, methods
-from simclr_jax.data import Dataset, augment
+from simclr_jax import data, health, logs, losses, methods, sharding
+from simclr_jax.data import augment, feed
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import run
+from simclr_jax.evaluate import features, run
 from simclr_jax.interop import orbax
 from simclr_jax.report import figures
 
 MAP_IMAGES = 1500
 QUERIES, NEIGHBOURS = 6, 8
+SHOWN = 96  # least side of a view, in pixels
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1040px; margin: 2rem auto;
@@ -49,10 +49,8 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
   records = logs.read(workdir)
   results = run.kept(workdir)
 
-  chosen = np.sort(np.random.default_rng(0).permutation(len(test))[:MAP_IMAGES])
-  shown = Dataset(test.images[chosen], test.labels[chosen])
-  h = encoder(shown.images)
-  labels = shown.labels if shown.labelled else None
+  shown = test.sample(MAP_IMAGES)
+  h, labels = encoder.embed(shown)
   step = encoder.provenance['step']
 
   parts = [
@@ -75,10 +73,10 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
     _figure(_view_grid(train, config), 'Augmented views', 'pixels',
             'Left: training images. Right: views of each in two epochs, drawn as in training.'),
     '<h2>What it makes of it</h2><div class="two">',
-    _figure(figures.embedding_map(h, labels), 'Embedding map', '',
-            f'{len(chosen):,} {whose} images, t-SNE of their features'
-            + (', coloured by their labels.' if labels is not None else '.')),
-    _figure(_neighbour_grid(shown, h), 'Nearest neighbours', 'pixels',
+    _figure(figures.embedding_map(h, labels if shown.labelled else None), 'Embedding map', '',
+            f'{len(shown):,} {whose} images, t-SNE of their features'
+            + (', coloured by their labels.' if shown.labelled else '.')),
+    _figure(_neighbour_grid(shown, h, encoder), 'Nearest neighbours', 'pixels',
             f'Left: {QUERIES} images. Right: their {NEIGHBOURS} nearest by cosine similarity.'),
     '</div>',
     '<h2>How it was made</h2>',
@@ -131,29 +129,39 @@ def _figure(uri, alt, css='', caption=''):
 
 def _view_grid(train, config):
   """Image, its views in one epoch, its views in the next."""
-  chosen = np.linspace(0, len(train) - 1, min(6, len(train))).astype(np.int32)
-  images, size = jnp.asarray(train.images[chosen]), config.image_size
-  pipeline, count = config.augment.eval, methods.build(config).views
+  few = train.sample(6)
+  n = len(few)
+  pipelines = augment.pipelines(config.augment, methods.build(config).views)
+  mesh = sharding.make_mesh(jax.local_devices()[:1])
+  batches = feed.for_training(few, config.seed, n, pipelines, config.image_size, mesh)
 
   @jax.jit
-  def draw(epoch):
-    epochs = jnp.full(len(chosen), epoch)
+  def draw(constants, rows):
+    b = feed.pick(constants, rows)
     return augment.views(
-      images, epochs, jnp.asarray(chosen), config.augment, config.seed, size, count
-    )
+      b['images'], b['epoch'], b['position'], pipelines, config.seed, config.image_size,
+      b.get('crops'),
+    )  # fmt: skip
 
-  originals = jax.vmap(lambda x: augment.eval_view(x, pipeline, size))(images)
-  drawn = [draw(epoch) for epoch in range(2)]
-  columns = [originals, *(x[:, view] for x in drawn for view in range(x.shape[1]))]
-  rows = [[np.asarray(column[i]) for column in columns] for i in range(len(chosen))]
-  return figures.image_grid(rows, max(round(96 / size), 1), gap_after=0)
+  columns = [features.pictures(few, config.augment.eval, config.image_size)[0]]
+  for step in range(2):  # a step is an epoch here
+    rows = batches(step)
+    views = np.asarray(draw(batches.constants, rows))[np.argsort(rows['index'])]
+    columns += list(views.swapaxes(0, 1))
+  batches.close()
+  rows = [[column[i] for column in columns] for i in range(n)]
+  return figures.image_grid(rows, max(round(SHOWN / config.image_size), 1), gap_after=0)
 
 
-def _neighbour_grid(shown, h):
+def _neighbour_grid(shown, h, encoder):
   z = np.asarray(losses.l2_normalize(h))
   queries = np.linspace(0, len(z) - 1, QUERIES).astype(int)
   similarity = z[queries] @ z.T
   similarity[np.arange(len(queries)), queries] = -2  # not the image itself
   nearest = np.argsort(-similarity, axis=1)[:, :NEIGHBOURS]
-  rows = [[shown.images[i] for i in (q, *found)] for q, found in zip(queries, nearest)]
-  return figures.image_grid(rows, max(round(56 / rows[0][0].shape[0]), 1), gap_after=0)
+  wanted = np.unique(np.concatenate([queries, nearest.ravel()]))
+  size = encoder.architecture['image_size']
+  drawn = features.pictures(shown.only(wanted), encoder.architecture['eval_view'], size)[0]
+  picture = dict(zip(wanted, drawn))
+  rows = [[picture[i] for i in (q, *found)] for q, found in zip(queries, nearest)]
+  return figures.image_grid(rows, max(round(56 / size), 1), gap_after=0)

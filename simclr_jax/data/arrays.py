@@ -1,0 +1,59 @@
+"""Arrays on disk: `<dir>/<split>.npz`, or `<split>_images.npy` and `<split>_labels.npy`.
+
+An npz is read into memory, npy files are mapped: they may be larger than it.
+"""
+
+import pathlib
+import zipfile
+import zlib
+
+import ml_collections
+import numpy as np
+
+from simclr_jax.data import Arrays
+from simclr_jax.errors import ConfigError
+
+
+def load(config: ml_collections.ConfigDict, split: str) -> Arrays:
+  """Reads images uint8 `[N, h, w, 3]` and, if there are any, labels `[N]` from 0 (-1: unknown)."""
+  names = f'{split}.npz or {split}_images.npy'
+  if not config.dir:
+    raise ConfigError(f'data.dir is empty: set it to the folder that holds {names}')
+  folder = pathlib.Path(config.dir).expanduser()
+  for name in (f'{split}_images.npy', f'{split}.npz'):
+    if (folder / name).is_file():
+      return read(folder / name)
+  raise ConfigError(
+    f'{folder} holds neither {names}: they are called so after data.train_split and data.test_split'
+  )
+
+
+def read(path: pathlib.Path) -> Arrays:
+  """One file: npz with `images` and maybe `labels`; or npy, with labels in `..._labels.npy`."""
+  arrays = _read(path)
+  beside = path.with_name(path.name.replace('_images.npy', '_labels.npy'))
+  if path.suffix == '.npy' and beside != path and beside.is_file():
+    arrays |= {'labels': _read(beside)['images']}
+  if 'images' not in arrays:
+    raise ConfigError(f'{path} has no array "images", only {sorted(arrays)}')
+  images = arrays['images']
+  labels = arrays.get('labels', np.full(images.shape[:1], -1))
+  if labels.dtype.kind not in 'iu':
+    raise ConfigError(f'{path}: labels must be whole numbers, these are {labels.dtype}')
+  try:
+    return Arrays(images, np.asarray(labels, np.int32))
+  except ConfigError as error:
+    raise ConfigError(f'{path}: {error}') from None
+
+
+def _read(path):
+  """The arrays in a file; of an npy, one called images."""
+  try:
+    if path.suffix == '.npy':
+      return {'images': np.load(path, mmap_mode='r', allow_pickle=False)}
+    with np.load(path, allow_pickle=False) as file:
+      return {name: file[name] for name in ('images', 'labels') if name in file} or dict.fromkeys(
+        file
+      )
+  except (OSError, EOFError, ValueError, TypeError, zlib.error, zipfile.BadZipFile) as error:
+    raise ConfigError(f'{path} cannot be read as plain arrays: {error}') from None

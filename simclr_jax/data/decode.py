@@ -1,0 +1,338 @@
+"""Encoded images -> what the device cuts its views from: the part of TensorFlow that runs on the host.
+
+An image is decoded once for all of its views, and only the window that they need. The window goes onto a
+canvas, the device cuts and resizes the views out of it. A window that is larger than the canvas is
+resized here, each view for itself. Everything is a tf.data graph of TensorFlow's C++ kernels; Python
+sees a block of headers at a time.
+"""
+
+import contextlib
+import math
+
+import jax
+import ml_collections
+import numpy as np
+
+from simclr_jax.data import Arrays, augment, headers, stream
+from simclr_jax.data.stream import tf
+from simclr_jax.errors import ConfigError
+
+BLOCK = 64  # images planned at a time
+OTHER, BAD = 4, 5  # branches of `_decode`; 0-3: JPEG at 1/1, 1/2, 1/4, 1/8
+
+
+def canvas_shape(size: int, views: int, resize_on: str) -> tuple[int, int]:
+  """Height and width of the canvas for views of this size.
+
+  More than twice the view: of photographs of 500 pixels and views of 224, nineteen in twenty windows
+  fit. Resizing on the host needs room for the views alone.
+  """
+  if resize_on == 'host':
+    return size, views * size
+  side = 32 * math.ceil(2.25 * size / 32)
+  return side, side
+
+
+def canvases(
+  encoded: tf.data.Dataset,
+  pipelines: tuple[str, ...],
+  size: int,
+  seed: int,
+  config: ml_collections.ConfigDict,
+) -> tf.data.Dataset:
+  """Encoded images -> canvases, in the same order.
+
+  Args:
+    encoded: elements with `bytes`, the file; `epoch` and `position`, int32; and anything else, which
+      is passed on.
+    pipelines: of each view. `augment.places` says where they cut.
+    size: of the views.
+    seed: of the run.
+    config: the recipe's `data` part.
+
+  Returns:
+    Elements with `images` uint8 `[h, w, 3]`, `canvas_shape` large, and `crops` float32 `[views, 2, 4]`,
+    instead of `bytes`.
+  """
+  parallel = stream.threads(config)
+  canvas = canvas_shape(size, len(pipelines), config.resize_on)
+  kernels = [augment.parse(p)[0].kernel for p in pipelines]
+
+  def plan(head, shape, epoch, position):
+    out = ('branch', 'orientation', 'window', 'crops')
+    found = tf.numpy_function(
+      lambda *a: _plan(*a, pipelines, size, seed, config.scaled_decoding, config.max_pixels),
+      (head, shape, epoch, position),
+      (tf.int32, tf.int32, tf.int32, tf.float32),
+    )
+    for tensor, rest in zip(found, ([], [], [4], [len(pipelines), 2, 4])):
+      tensor.set_shape([None, *rest])
+    return dict(zip(out, found))
+
+  def planned(e):
+    return {**e, **plan(e.pop('head'), e.pop('shape'), e['epoch'], e['position'])}
+
+  def drawn(e):
+    image = _decode(e.pop('bytes'), e.pop('branch'), e.pop('window'))
+    image = _turn(image, e.pop('orientation'))
+    crops = e.pop('crops')
+
+    def pad():
+      h, w = tf.shape(image)[0], tf.shape(image)[1]
+      flat = tf.reshape(image, [h, 3 * w])  # padding is much faster in two dimensions
+      flat = tf.pad(flat, [[0, canvas[0] - h], [0, 3 * (canvas[1] - w)]])
+      return tf.reshape(flat, [*canvas, 3]), crops
+
+    def resize():
+      views = [_resize(image, crops[v], size, kernel) for v, kernel in enumerate(kernels)]
+      below, right = canvas[0] - size, canvas[1] - len(views) * size
+      boxes = [[0, v * size, size, size] for v in range(len(views))]
+      return (
+        tf.pad(tf.concat(views, 1), [[0, below], [0, right], [0, 0]]),
+        tf.constant([[box, box] for box in boxes], tf.float32),
+      )
+
+    if config.resize_on == 'host':
+      images, crops = resize()
+    else:
+      fits = tf.reduce_all(tf.shape(image)[:2] <= canvas)
+      images, crops = tf.cond(fits, pad, resize)
+    images.set_shape([*canvas, 3])
+    return {**e, 'images': images, 'crops': crops}
+
+  return (
+    encoded.map(_with_header, parallel)
+    .batch(BLOCK, num_parallel_calls=parallel)
+    .map(planned)
+    .unbatch()
+    .map(drawn, parallel)
+  )
+
+
+def _with_header(e):
+  head = tf.io.decode_raw(
+    tf.strings.substr(e['bytes'], 0, headers.HEAD), tf.uint8, fixed_length=headers.HEAD
+  )
+  is_jpeg = tf.reduce_all(head[:3] == [0xFF, 0xD8, 0xFF])
+  shape = tf.cond(
+    is_jpeg, lambda: tf.io.extract_jpeg_shape(e['bytes'])[:2], lambda: tf.zeros(2, tf.int32)
+  )
+  return {**e, 'head': head, 'shape': tf.ensure_shape(shape, [2])}
+
+
+# Which part of which file.
+
+
+def _plan(head, jpeg_shape, epoch, position, pipelines, size, seed, scaled, max_pixels):
+  """For a block of images: the branch of `_decode`, orientation, window, crops in the window."""
+  n = len(head)
+  kind, shape, orientation = headers.read(head, jpeg_shape)
+  ok = np.array([not p for p in headers.problems(kind, shape, max_pixels)])
+  shown = headers.shown(np.where(ok[:, None], shape, 1), orientation)
+
+  def block(x):  # one shape, one compilation
+    return np.concatenate([x, np.ones((BLOCK - n, *x.shape[1:]), x.dtype)]).astype(np.int32)
+
+  with jax.default_device(_cpu()):
+    crops = augment.places(
+      *block(shown).T, block(epoch), block(position), pipelines=pipelines, seed=seed, size=size
+    )
+  crops = np.asarray(crops)[:n]  # [n, v, 2, 4]
+
+  ratio = np.ones(n)
+  if scaled:  # DCT scaling: never below the size of the view
+    smallest = crops[:, :, 0, 2:].min((1, 2)) / size
+    ratio = 2.0 ** np.floor(np.log2(np.clip(smallest, 1, 8)))
+    ratio = np.where(kind == headers.JPEG, ratio, 1.0)
+  crops = crops / ratio[:, None, None, None].astype(np.float32)
+  limit = np.ceil(shown / ratio[:, None])
+  low = np.floor(crops[:, :, 1, :2].min(1))
+  low = np.clip(low, 0, limit - 1)
+  high = np.clip(np.ceil((crops[:, :, 1, :2] + crops[:, :, 1, 2:]).max(1)), low + 1, limit)
+  crops[..., :2] -= low[:, None, None]
+  window = _stored(low, high, limit, orientation)
+  branch = np.where(kind == headers.JPEG, np.log2(ratio), np.where(ok, OTHER, BAD))
+  branch = np.where(ok, branch, BAD)
+  return branch.astype(np.int32), orientation, window.astype(np.int32), crops.astype(np.float32)
+
+
+def _stored(low, high, limit, orientation):
+  """A window of the image as it is shown -> (top, left, height, width) of the image as it is stored."""
+  mirrored = np.stack(_mirrored(orientation), 1)
+  start = np.where(mirrored, limit - high, low)
+  window = np.stack([start, high - low], 1)  # [n, 2 (start, length), 2 (y, x)]
+  transposed = (orientation >= 5)[:, None, None]
+  return np.where(transposed, window[..., ::-1], window).reshape(len(low), 4)
+
+
+def _mirrored(orientation):
+  """Whether EXIF's orientation mirrors rows and columns, after transposing it from 5 on."""
+  rows = (orientation == 3) | (orientation == 4) | (orientation == 7) | (orientation == 8)
+  columns = (orientation == 2) | (orientation == 3) | (orientation == 6) | (orientation == 7)
+  return rows, columns
+
+
+def _cpu():
+  try:
+    return jax.local_devices(backend='cpu')[0]
+  except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
+    return jax.local_devices()[0]
+
+
+# Pixels.
+
+
+def _decode(contents, branch, window):
+  """The window of the image: uint8 `[h, w, 3]`."""
+
+  def jpeg(ratio):
+    def decode():
+      # One op for both would lack the ratio.
+      return tf.raw_ops.DecodeAndCropJpeg(
+        contents=contents, crop_window=window, channels=3, ratio=ratio
+      )
+
+    return decode
+
+  def other():
+    image = _rgb(contents)
+    return image[window[0] : window[0] + window[2], window[1] : window[1] + window[3]]
+
+  image = tf.switch_case(branch, [*(jpeg(r) for r in (1, 2, 4, 8)), other, _bad])
+  return tf.ensure_shape(image, [None, None, 3])
+
+
+def _bad():
+  return tf.io.decode_jpeg('', channels=3)  # an error; `errors` finds out which
+
+
+def _rgb(contents):
+  """The first frame of any image, in RGB: gray is repeated, alpha dropped, 16 bits cut to 8."""
+  image = tf.io.decode_image(contents, expand_animations=False)
+  image.set_shape([None, None, None])
+  channels = tf.shape(image)[-1]
+  return tf.cond(
+    channels < 3, lambda: tf.repeat(image[..., :1], 3, axis=-1), lambda: image[..., :3]
+  )
+
+
+def _turn(image, orientation):
+  """An image as it is stored -> as it is shown."""
+  rows, columns = _mirrored(orientation)
+
+  def turn():
+    y = tf.cond(orientation >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
+    y = tf.cond(rows, lambda: y[::-1], lambda: y)
+    return tf.cond(columns, lambda: y[:, ::-1], lambda: y)
+
+  return tf.cond(orientation > 1, turn, lambda: image)
+
+
+def _resize(image, crop, size, kernel):
+  """One view of a window, as `crop.crop_and_resize` and rounded: uint8 `[size, size, 3]`."""
+  top, left, height, width = tf.unstack(tf.cast(tf.round(crop[1]), tf.int32))
+  image = image[None, top : top + height, left : left + width]
+  if kernel == 'bicubic':  # what it shows and what it may look at are the same
+    view = tf.raw_ops.ResizeBicubic(images=image, size=[size, size], half_pixel_centers=True)
+  else:
+    scale = size / crop[0, 2:]
+    start = crop[0, :2] - tf.cast([top, left], tf.float32)
+    view = tf.raw_ops.ScaleAndTranslate(
+      images=image, size=[size, size], scale=scale, translation=-start * scale,
+      kernel_type='triangle', antialias=True,
+    )  # fmt: skip
+  # One op that rounds and clips.
+  view = tf.raw_ops.QuantizeV2(input=view[0], min_range=0.0, max_range=255.0, T=tf.quint8).output
+  return tf.bitcast(view, tf.uint8)
+
+
+# Whole images.
+
+
+def sized(encoded: tf.data.Dataset, config: ml_collections.ConfigDict) -> tf.data.Dataset:
+  """Encoded images and what `headers` says of each: `kind`, `shape` as shown, `orientation`, `branch`.
+
+  Those without a header are left out.
+  """
+
+  def look(head, jpeg_shape):
+    kind, shape, orientation = headers.read(head, jpeg_shape)
+    bad = [bool(p) for p in headers.problems(kind, shape, config.max_pixels)]
+    branch = np.where(bad, BAD, OTHER).astype(np.int32)
+    return branch, kind, headers.shown(shape, orientation).astype(np.int32), orientation
+
+  def looked(e):
+    found = tf.numpy_function(look, [e.pop('head'), e.pop('shape')], [tf.int32] * 4)
+    for tensor, rest in zip(found, ([], [], [2], [])):
+      tensor.set_shape([None, *rest])
+    return {**e, **dict(zip(('branch', 'kind', 'shape', 'orientation'), found))}
+
+  readable = encoded.ignore_errors().map(_with_header, stream.threads(config)).ignore_errors()
+  return readable.batch(BLOCK).map(looked).unbatch()
+
+
+def whole(e: dict[str, tf.Tensor]) -> tf.Tensor:
+  """The whole of one image of `sized`, as it is shown: uint8 `[h, w, 3]`; an error if it is bad."""
+  decoded = tf.switch_case(e['branch'] - OTHER, [lambda: _rgb(e['bytes']), _bad])
+  return _turn(decoded, e['orientation'])
+
+
+def read_all(source, height: int, width: int) -> Arrays | None:
+  """A stream of images of one size, decoded into memory; None if one has another size.
+
+  Raises:
+    ConfigError: an image cannot be decoded.
+  """
+
+  def decoded(e):
+    fits = tf.reduce_all(e['shape'] == [height, width])
+    image = tf.cond(fits, lambda: whole(e), lambda: tf.zeros([height, width, 3], tf.uint8))
+    return tf.ensure_shape(image, [height, width, 3]), e['label'], fits | (e['branch'] == BAD)
+
+  count = len(source)
+  images, labels = np.empty((count, height, width, 3), np.uint8), np.empty(count, np.int32)
+  done = 0
+  parallel = stream.threads(source.settings)
+  blocks = sized(source.once(), source.settings).map(decoded, parallel).batch(1024).prefetch(1)
+  with stream.errors(source):
+    for block, label, fits in stream.with_threads(blocks, source.settings).as_numpy_iterator():
+      if not fits.all():
+        return None
+      images[done : done + len(block)], labels[done : done + len(block)] = block, label
+      done += len(block)
+  if done != count:
+    raise ConfigError(f'{done:,} images were read instead of {count:,}')
+  return Arrays(images, labels)
+
+
+# What is wrong.
+
+
+def header(contents: bytes) -> tuple[int, np.ndarray]:
+  """Kind, an index into `headers.KINDS`, and height and width of an encoded image as it is shown."""
+  head = np.zeros((1, headers.HEAD), np.uint8)
+  start = np.frombuffer(contents[: headers.HEAD], np.uint8)
+  head[0, : len(start)] = start
+  shape = np.zeros((1, 2), np.int32)
+  if contents[:3] == b'\xff\xd8\xff':
+    with contextlib.suppress(tf.errors.InvalidArgumentError):
+      shape[0] = tf.io.extract_jpeg_shape(contents).numpy()[:2]
+  kind, shape, orientation = headers.read(head, shape)
+  return int(kind[0]), headers.shown(shape, orientation)[0]
+
+
+def problem(contents: bytes, max_pixels: int) -> str:
+  """What is wrong with an encoded image, to follow its name; '' for one that can be decoded."""
+  if not contents:
+    return 'is empty'
+  kind, shape = header(contents)
+  found = headers.problems([kind], [shape], max_pixels)[0]
+  if found:
+    is_page = kind == headers.UNKNOWN and contents.lstrip()[:1] == b'<'
+    return found + (', but a page of HTML or XML' if is_page else '')
+  try:
+    _rgb(contents)
+  except tf.errors.OpError as error:
+    reason = error.message.split('}} ')[-1].split(' [Op:')[0].strip().splitlines()[-1]
+    return f'is a broken {headers.KINDS[kind]}: {reason}'
+  return ''
