@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from simclr_jax.data import augment, ops, pixels
+from simclr_jax.data import augment, crop, ops, pixels
 
 
 def picture(size=16, seed=0):

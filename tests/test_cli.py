@@ -79,7 +79,7 @@ def fails(capsys, *argv, code=2):
     ('decay_epochs=ten', "decay_epochs='ten' is not numbers: 1,2"),
     ('data.examples=7', 'data.examples=7, but the training split has 6000 images'),
     ('model.bn_groups=7', 'batch_size=256 is not divisible by model.bn_groups=7'),
-    ('data.source=imagenet', "data.source='imagenet' is not one of digits, npz, tfds"),
+    ('data.source=imagenet', "data.source='imagenet' is not one of arrays, digits, folder, tfds"),
     ('data.num_classes=5', 'data.num_classes=5, but the training labels go up to 9'),
     ('data.train_split=validation', 'the digits have the splits train and test'),
   ],

@@ -16,15 +16,15 @@ from simclr_jax.errors import ConfigError
 
 def load(config: ml_collections.ConfigDict, split: str) -> Arrays:
   """Reads images uint8 `[N, h, w, 3]` and, if there are any, labels `[N]` from 0 (-1: unknown)."""
-  names = f'{split}.npz or {split}_images.npy'
+  names = (f'{split}.npz', f'{split}_images.npy')
   if not config.dir:
-    raise ConfigError(f'data.dir is empty: set it to the folder that holds {names}')
+    raise ConfigError(f'data.dir is empty: set it to the folder that holds {" or ".join(names)}')
   folder = pathlib.Path(config.dir).expanduser()
-  for name in (f'{split}_images.npy', f'{split}.npz'):
+  for name in names:
     if (folder / name).is_file():
       return read(folder / name)
   raise ConfigError(
-    f'{folder} holds neither {names}: they are called so after data.train_split and data.test_split'
+    f'{folder} holds neither {" nor ".join(names)}: data.train_split and data.test_split say the names'
   )
 
 

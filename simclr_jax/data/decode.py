@@ -249,10 +249,12 @@ def _resize(image, crop, size, kernel):
 # Whole images.
 
 
-def sized(encoded: tf.data.Dataset, config: ml_collections.ConfigDict) -> tf.data.Dataset:
+def sized(
+  encoded: tf.data.Dataset, config: ml_collections.ConfigDict, skip: bool = False
+) -> tf.data.Dataset:
   """Encoded images and what `headers` says of each: `kind`, `shape` as shown, `orientation`, `branch`.
 
-  Those without a header are left out.
+  With `skip`, those that cannot be read or have no header are left out.
   """
 
   def look(head, jpeg_shape):
@@ -267,8 +269,12 @@ def sized(encoded: tf.data.Dataset, config: ml_collections.ConfigDict) -> tf.dat
       tensor.set_shape([None, *rest])
     return {**e, **dict(zip(('branch', 'kind', 'shape', 'orientation'), found))}
 
-  readable = encoded.ignore_errors().map(_with_header, stream.threads(config)).ignore_errors()
-  return readable.batch(BLOCK).map(looked).unbatch()
+  if skip:
+    encoded = encoded.ignore_errors()
+  headed = encoded.map(_with_header, stream.threads(config))
+  if skip:
+    headed = headed.ignore_errors()
+  return headed.batch(BLOCK).map(looked).unbatch()
 
 
 def whole(e: dict[str, tf.Tensor]) -> tf.Tensor:

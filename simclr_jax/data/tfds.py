@@ -295,14 +295,14 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
   """
   builder = _builder(config)
   info = builder.info
-  what = config.name or str(builder.data_dir)
+  what, features = config.name or str(builder.data_dir), dict(info.features)
   try:
     chosen = info.splits[split]
   except (KeyError, ValueError, AssertionError):
     raise ConfigError(f'{what} has no split {split!r}, only {", ".join(info.splits)}') from None
-  if not isinstance(info.features.get('image'), tfds.features.Image):
-    raise ConfigError(f'{what} has no images, only {", ".join(info.features)}')
-  label = info.features.get('label')
+  if not isinstance(features.get('image'), tfds.features.Image):
+    raise ConfigError(f'{what} has no images, only {", ".join(features)}')
+  label = features.get('label')
   labelled = isinstance(label, tfds.features.ClassLabel)
   classes = label.num_classes if labelled else 0
   parse = _parser(info.features, labelled)
@@ -324,7 +324,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
     raise ConfigError(f'{what} has no images in {split!r}')
   if config.skip_bad:
     found = check.without_bad(found)
-  h, w, _ = info.features['image'].shape
+  h, w, _ = features['image'].shape
   if h and w and on_device(config, len(found) * h * w * 3):
     return decode.read_all(found, h, w)
   return found
