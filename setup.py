@@ -26,6 +26,7 @@ setup(
     'matplotlib>=3.8',
     'ml-collections>=1.0',
     'numpy>=2.0',
+    'pillow',
     'optax>=0.2.5',
     'orbax-checkpoint>=0.12.1,<1.0',
     'scikit-learn>=1.5',

@@ -95,13 +95,25 @@ def _parse(argv):
   def workdir(p, text='the run to look at'):
     p.add_argument('--workdir', required=True, type=_path, metavar='RUN', help=text)
 
+  def where(p, required):
+    p.add_argument(
+      '--data',
+      required=required,
+      metavar='WHERE',
+      help='a folder of images; npz or npy files; a prepared TFDS data set, or its name; digits',
+    )
+
   p = verb(
     'pretrain', _pretrain, 'train an encoder without labels',
-    'Example:\n'
+    'Examples:\n'
+    '  simclr-jax pretrain --data=my_photographs\n'
     '  simclr-jax pretrain --config=simclr_cifar10 --workdir=runs/c10 \\\n'
     '      --config.epochs=200 --config.data.dir=$HOME/tensorflow_datasets\n\n'
+    'Without --config, a recipe is chosen by the number and size of the images and printed. Folders\n'
+    'are searched to any depth; sub-folders called train and test are the splits.\n\n'
     'Shipped recipes, with their variants:\n'
     '  simclr_digits\n'
+    '  simclr_images         224, 64, 32, cpu\n'
     '  simclr_cifar10        v1, v2\n'
     '  simclr_imagenet       v1, v2\n'
     '  simclr_losses         nt_xent, nt_logistic, margin_triplet, pairwise_margin; the middle two with _sh\n'
@@ -114,13 +126,26 @@ def _parse(argv):
     '--config.model.depth=50, --config.augment.view1="moco_v2 | solarize(p=0.2)".\n'
     'simclr_jax/defaults.py names them all.',
   )  # fmt: skip
+  where(p, False)
   p.add_argument(
-    '--config',
-    required=True,
-    metavar='RECIPE',
-    help='a shipped recipe, or the path of one; RECIPE:VARIANT',
+    '--config', metavar='RECIPE', help='a shipped recipe, or the path of one; RECIPE:VARIANT'
   )
-  workdir(p, 'where the run lives; if it holds one, it is resumed')
+  p.add_argument(
+    '--workdir',
+    type=_path,
+    metavar='RUN',
+    help='where the run lives; if it holds one, it is resumed (runs/NAME_OF_DATA)',
+  )
+
+  p = verb(
+    'check-data', _check_data, 'decode every image once and say what is there',
+    'Example:\n'
+    '  simclr-jax check-data --data=my_photographs --sheet=sheet.png\n\n'
+    'Formats, sizes, classes, duplicates, and what cannot be decoded. The exit code is 1 if anything\n'
+    'cannot.',
+  )  # fmt: skip
+  where(p, True)
+  p.add_argument('--sheet', type=_path, metavar='FILE', help='write a contact sheet to this .png')
 
   p = verb(
     'probe', _probe, 'train a linear classifier on the frozen features',
@@ -245,8 +270,50 @@ def _above_zero(text):
 
 def _pretrain(args, overrides):
   from simclr_jax import config, train
+  from simclr_jax.data import discover
 
-  return train.pretrain(config.load(args.config, overrides), args.workdir, args.command)
+  if not (args.data or args.config):
+    args.parser.error('say --data=WHERE, or --config=RECIPE, or both')
+  if not (args.data or args.workdir):
+    args.parser.error('say --workdir=RUN')
+  workdir = args.workdir or pathlib.Path('runs') / pathlib.Path(args.data.rstrip('/')).stem
+  found = discover.fields(args.data) if args.data else {}
+  if args.config:
+    recipe = config.load(args.config, {**found, **overrides})
+  elif (workdir / 'config.json').exists():
+    recipe = config.from_dict(config.read_run(workdir), {**found, **overrides})
+  else:
+    recipe = _suitable(found, overrides)
+  return train.pretrain(recipe, workdir, args.command)
+
+
+def _suitable(found, overrides):
+  """A recipe for the data, printed as the words that would name it."""
+  import jax
+
+  from simclr_jax import config, data
+  from simclr_jax.data import discover
+
+  images = data.load(config.load('simclr_images', {**found, **_data_only(overrides)}).data, 'train')
+  accelerators = 0 if jax.default_backend() == 'cpu' else jax.device_count()
+  name, chosen = discover.recipe(images, accelerators)
+  values = {**chosen, **{k: v for k, v in found.items() if v}}
+  words = [f'--config={name}', *(f'--config.{k}={v}' for k, v in values.items())]
+  print(f'{len(images):,} images, typically {discover.typical_side(images)} pixels: taking')
+  print(f'  {shlex.join(words)}', flush=True)
+  return config.load(name, {**chosen, **found, **overrides})
+
+
+def _data_only(overrides):
+  return {k: v for k, v in overrides.items() if k.startswith('data.')}
+
+
+def _check_data(args, overrides):
+  from simclr_jax import config
+  from simclr_jax.data import check, discover
+
+  found = {**discover.fields(args.data), 'data.on_device': 'no', **overrides}
+  return check.report(config.load('simclr_images', found).data, args.sheet)
 
 
 def _run_config(args, overrides):

@@ -218,7 +218,7 @@ def _check_workdir(config, workdir):
 
 def _write_config(config, workdir, command):
   values = config.to_dict()
-  if config.data.dir:
+  if config.data.dir and '://' not in config.data.dir:
     values['data']['dir'] = str(pathlib.Path(config.data.dir).expanduser().resolve())
   about = {'config': values, 'command': command, 'versions': checkpoint.versions()}
   new = workdir / 'config.json.new'

@@ -69,7 +69,10 @@ def load(config: ml_collections.ConfigDict, split: str):
     ConfigError: the data is missing, broken or not what the recipe says.
   """
   module = importlib.import_module(f'{__name__}.{config.source}')
-  found = module.load(config, config[f'{split}_split'])
+  name = config[f'{split}_split']
+  if not name:
+    raise ConfigError(f'data.{split}_split is empty: there are no {split} images')
+  found = module.load(config, name)
   if isinstance(found, Arrays):
     found = dataclasses.replace(found, resident=on_device(config, found.images.nbytes))
   return found

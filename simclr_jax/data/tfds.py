@@ -343,18 +343,28 @@ def _builder(config):
       raise ConfigError(
         f'{folder} is not the folder of a prepared data set: it has no dataset_info.json'
       ) from None
-    name = config.name.split('/')[0].split(':')[0]
-    close = difflib.get_close_matches(name, tfds.list_builders(), 3)
-    if name in close:
+    if known(config.name):
       raise ConfigError(
-        f'data.name={config.name!r}: {name} has no such version or config'
+        f'data.name={config.name!r}: TFDS has no such version or config of it'
       ) from None
-    hint = f', did you mean {" or ".join(close)}?' if close else ''
-    raise ConfigError(f'data.name={config.name!r} is not a TFDS data set{hint}') from None
+    raise ConfigError(
+      f'data.name={config.name!r} is not a TFDS data set{did_you_mean(config.name)}'
+    ) from None
   if not builder.is_prepared():
     prepare = f'tfds build {config.name}' + (f' --data_dir={folder}' if folder else '')
     raise ConfigError(f'{config.name} is not prepared in {builder.data_dir}; prepare it: {prepare}')
   return builder
+
+
+def known(name: str) -> bool:
+  """Whether TFDS has a data set of this name, which may be followed by `/config` and `:version`."""
+  return name.split('/')[0].split(':')[0] in tfds.list_builders()
+
+
+def did_you_mean(name: str) -> str:
+  """A question with the names that are nearly this one, or nothing."""
+  close = difflib.get_close_matches(name.split('/')[0], tfds.list_builders(), 3)
+  return f', did you mean {" or ".join(close)}?' if close else ''
 
 
 def _parser(features, labelled):

@@ -1,0 +1,425 @@
+"""How fast images become batches, against bare decoding and against all of SimCLR's views on the host.
+
+    python benchmarks/input_pipeline.py --data=DIR [--rounds=5]    # DIR: photographs in folders
+    python benchmarks/input_pipeline.py --data=DIR --memory        # 10,000 batches; 2 to 4 minutes
+    python benchmarks/input_pipeline.py --device                   # needs no data
+    python benchmarks/input_pipeline.py --augmentation [--topology=v5e:1x1]
+
+Prints a table of images/s on all cores, for two views of 224 pixels (median of rounds in which all take
+turns, so that a busy machine slows all), and what the host needs in memory:
+  a   JPEG decoding alone, by tf.data
+  b   this project's input: decoded once, the window that the views need, cut and augmented on the device
+  b'  the same, the two views resized on the host: data.resize_on=host
+  b"  as b, with MoCo v2's views
+  c   all of SimCLR v2's augmentation on the host, in tf.data, as its released code does
+  d   the same by torchvision in a torch DataLoader; by Pillow where torchvision is missing
+Targets: b/a at least 0.6, b/c at least 4.
+
+--memory: the host's memory while training batches go by. --device: training steps/s with images that
+are kept on the device, and with the same images streamed. --augmentation: FLOPs and bytes of the views
+and of a whole ResNet-50 step, as the compiler counts them; target: below 10 %. It compiles for the CPU,
+or for a TPU that is not there, which needs jax[tpu] and no TensorFlow.
+"""
+
+import argparse
+import multiprocessing
+import os
+import pathlib
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simclr_jax import config, data, methods, optim, sharding, train_state
+from simclr_jax.data import augment, feed
+
+# TensorFlow and torch are imported where they are used: one process cannot hold both.
+
+SIZE, BATCH = 224, 128
+SIMCLR, MOCO = ('simclr_v2', 'simclr_v2'), ('moco_v2', 'moco_v2')
+CORES = len(os.sched_getaffinity(0))
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('--data', help='a folder of photographs')
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--slow-images', type=int, default=256, help='a round, for c and d')
+  parser.add_argument('--only', choices=('torchvision', 'pillow'), help='d alone; used internally')
+  parser.add_argument('--memory', action='store_true')
+  parser.add_argument('--batches', type=int, default=10_000, help='of --memory')
+  parser.add_argument('--device', action='store_true')
+  parser.add_argument('--augmentation', action='store_true')
+  parser.add_argument('--topology', help='of a TPU to compile for, such as v5e:1x1')
+  args = parser.parse_args()
+  if args.augmentation:
+    return augmentation(args.topology)
+  if args.device:
+    return device(args.rounds)
+  if not args.data:
+    parser.error('--data is missing')
+  if args.only:
+    return per_image(args.only, args.data, args.slow_images)
+  if args.memory:
+    return memory(args.data, args.batches)
+  return throughput(args.data, args.rounds, args.slow_images)
+
+
+def settings(folder, **fields):
+  """The `data` part of a recipe for the images in a folder."""
+  fields = {'source': 'folder', 'dir': folder, 'train_split': '.', 'name': '', **fields}
+  return config.load('simclr_imagenet', {f'data.{k}': v for k, v in fields.items()}).data
+
+
+# Images a second.
+
+
+def throughput(folder, rounds, slow):
+  files = data.load(settings(folder), 'train')
+  resized = data.load(settings(folder, resize_on='host'), 'train')
+  few = files.sample(slow)
+  passes = {  # one pass over some of the files
+    'b   simclr_jax': (len(files), consumer(ours(files, SIMCLR))),
+    'a   decoding alone': (len(files), consumer(decoding(files))),
+    "b'  resize_on=host": (len(files), consumer(ours(resized, SIMCLR))),
+    'b"  MoCo v2': (len(files), consumer(ours(files, MOCO))),
+    'c   all on the host': (len(few), consumer(classical(few))),
+  }
+  child, name = start_child(folder, slow)
+  passes[f'd   {name}'] = len(few), lambda: ask(child)
+
+  before = peak()
+  seconds, cpu = {k: [] for k in passes}, {k: [] for k in passes}
+  for i in range(rounds + 1):
+    for name, (_, one_pass) in passes.items():
+      start, start_cpu = time.perf_counter(), time.process_time()
+      found = one_pass()
+      if i:  # the first round fills the page cache and compiles
+        seconds[name].append(found or time.perf_counter() - start)
+        cpu[name].append(time.process_time() - start_cpu)
+      elif name.startswith('b '):
+        after = peak()
+  child.stdin.close()
+
+  print(f'{CORES} cores, {len(files):,} files, {len(few)} for c and d; median of {rounds} rounds\n')
+  print(f'{"":24} images/s  a core  CPU ms an image')
+  for name, (count, _) in passes.items():
+    rate = count / np.median(seconds[name])
+    spent = '' if name[0] == 'd' else f'{1000 * np.median(cpu[name]) / count:16.2f}'
+    print(f'{name:24} {rate:8.0f} {rate / CORES:7.0f}{spent}')
+  print()
+  mine, *others = passes
+  for other in others:
+    scale = passes[mine][0] / passes[other][0]
+    ratio = scale * np.array(seconds[other]) / seconds[mine]
+    by_cpu = scale * np.median(cpu[other]) / np.median(cpu[mine])
+    target = {'a': '  (target: at least 0.6)', 'c': '  (target: at least 4)'}.get(other[0], '')
+    print(
+      f'{mine[:2]}/{other[:2]} {np.median(ratio):6.2f}  {ratio.min():.2f} to {ratio.max():.2f}'
+      + (f', by CPU time {by_cpu:.2f}' if other[0] != 'd' else '')
+      + target
+    )
+  print(f'\nhost memory: peak RSS {after:.0f} MiB after a pass of b, {before:.0f} before it')
+
+
+def consumer(dataset):
+  def one_pass():
+    for _ in dataset.as_numpy_iterator():
+      pass
+
+  return one_pass
+
+
+def peak():
+  """MiB that the process had in memory at most."""
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def decoding(files):
+  """Nothing but read and decoded: of an image only its shape is kept."""
+  from simclr_jax.data.stream import tf, threads, with_threads
+
+  paths = tf.data.Dataset.from_tensor_slices([files.name(i) for i in range(len(files))])
+
+  def decode(path):
+    return tf.shape(tf.io.decode_jpeg(tf.io.read_file(path), channels=3))
+
+  shapes = paths.map(decode, threads(files.settings))
+  return with_threads(shapes.batch(BATCH).prefetch(1), files.settings)
+
+
+def ours(files, pipelines):
+  """As `feed.for_training` builds it, but a single pass: nothing is read ahead for the next one."""
+  from simclr_jax.data import decode, stream
+
+  encoded = files.examples(0, BATCH, 0, np.arange(BATCH)).take(len(files))
+  canvases = decode.canvases(encoded, pipelines, SIZE, 0, files.settings)
+  return stream.with_threads(canvases.batch(BATCH).prefetch(1), files.settings)
+
+
+def classical(files):
+  """Both views wholly on the host, with the definitions of SimCLR's released code."""
+  from simclr_jax.data.stream import tf, threads, with_threads
+
+  uniform = tf.random.stateless_uniform
+
+  def maybe(p, seed, change, image):
+    return tf.cond(uniform([], seed) < p, lambda: change(image), lambda: image)
+
+  def cut(image, seed):
+    begin, length, _ = tf.image.stateless_sample_distorted_bounding_box(
+      tf.shape(image), tf.zeros([1, 0, 4]), seed, 0.1, (3 / 4, 4 / 3), (0.08, 1.0), 100, True
+    )
+    image = tf.slice(image, begin, length)
+    return tf.image.resize(tf.image.convert_image_dtype(image, tf.float32), [SIZE] * 2, 'bicubic')
+
+  def jitter(image, seeds):
+    brightness, contrast, saturation = (uniform([], seeds[i], 0.2, 1.8) for i in range(3))
+    turns = uniform([], seeds[3], -0.2, 0.2)
+    order = tf.random.experimental.stateless_shuffle(tf.range(4), seeds[4])
+    for i in range(4):
+      changes = [
+        lambda x=image: x * brightness,
+        lambda x=image: tf.image.adjust_contrast(x, contrast),
+        lambda x=image: tf.image.adjust_saturation(x, saturation),
+        lambda x=image: tf.image.adjust_hue(x, turns),
+      ]
+      image = tf.clip_by_value(tf.switch_case(order[i], changes), 0.0, 1.0)
+    return image
+
+  def blur(image, seed):
+    radius = SIZE // 10 // 2
+    x = tf.range(-radius, radius + 1, dtype=tf.float32)
+    weights = tf.nn.softmax(-(x**2) / (2 * uniform([], seed, 0.1, 2.0) ** 2))
+    rows = tf.tile(weights[:, None, None, None], [1, 1, 3, 1])
+    image = image[None]
+    for kernel in (rows, tf.transpose(rows, [1, 0, 2, 3])):
+      image = tf.nn.depthwise_conv2d(image, kernel, [1, 1, 1, 1], 'SAME')
+    return image[0]
+
+  def view(image, seed):
+    s = tf.unstack(tf.random.split(seed, 11))
+    image = cut(image, s[0])
+    image = maybe(0.5, s[1], lambda x: x[:, ::-1], image)
+    image = maybe(0.8, s[2], lambda x: jitter(x, s[3:8]), image)
+    gray = lambda x: tf.image.grayscale_to_rgb(tf.image.rgb_to_grayscale(x))  # noqa: E731
+    image = maybe(0.2, s[8], gray, image)
+    image = maybe(0.5, s[9], lambda x: blur(x, s[10]), image)
+    return tf.ensure_shape(tf.clip_by_value(image, 0.0, 1.0), [SIZE, SIZE, 3])
+
+  def views(i, path):
+    image = tf.io.decode_jpeg(tf.io.read_file(path), channels=3)
+    return tf.stack([view(image, tf.stack([i, v])) for v in range(2)])
+
+  paths = tf.data.Dataset.from_tensor_slices([files.name(i) for i in range(len(files))])
+  dataset = paths.enumerate().map(
+    lambda i, path: views(tf.cast(i, tf.int32), path), threads(files.settings)
+  )
+  return with_threads(dataset.batch(BATCH).prefetch(1), files.settings)
+
+
+# d, in a process of its own.
+
+
+def start_child(folder, count):
+  """The process that does d, ready for `ask`, and the name of what it uses."""
+  for library in ('torchvision', 'pillow'):
+    command = [sys.executable, __file__, f'--only={library}', f'--data={folder}']
+    child = subprocess.Popen(
+      [*command, f'--slow-images={count}'],
+      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if name := child.stdout.readline().strip():
+      return child, name
+  raise SystemExit('neither torchvision nor Pillow can be imported')
+
+
+def ask(child):
+  """Lets the child do one pass: its seconds."""
+  print(file=child.stdin, flush=True)
+  return float(child.stdout.readline())
+
+
+def per_image(library, folder, count):
+  """A pass for each line of the standard input; prints its seconds."""
+  paths = sorted(str(p) for p in pathlib.Path(folder).rglob('*.jp*g'))
+  paths = [paths[i] for i in data.choose(count, len(paths))]
+  if library == 'torchvision':
+    try:
+      import torch
+      import torchvision
+    except ImportError:
+      return
+    loader = torch.utils.data.DataLoader(
+      ByTorchvision(paths), BATCH, num_workers=CORES, persistent_workers=True,
+      multiprocessing_context='spawn',
+    )  # fmt: skip
+    print(f'torchvision {torchvision.__version__}', flush=True)
+  else:
+    pool = multiprocessing.get_context('spawn').Pool(CORES)
+    print('Pillow', flush=True)
+  for _ in sys.stdin:
+    start = time.perf_counter()
+    for _ in loader if library == 'torchvision' else pool.imap(by_pillow, paths, 8):
+      pass
+    print(time.perf_counter() - start, flush=True)
+
+
+class ByTorchvision:
+  """A data set for torch's DataLoader."""
+
+  def __init__(self, paths):
+    self.paths = paths
+
+  def __len__(self):
+    return len(self.paths)
+
+  def __getitem__(self, i):
+    import torch
+    from PIL import Image
+    from torchvision.transforms import v2 as t
+
+    if not hasattr(self, 'view'):  # once a worker
+      self.view = t.Compose([
+        t.RandomResizedCrop(SIZE, interpolation=t.InterpolationMode.BICUBIC),
+        t.RandomHorizontalFlip(),
+        t.RandomApply([t.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8),
+        t.RandomGrayscale(0.2),
+        t.RandomApply([t.GaussianBlur(SIZE // 10 | 1, (0.1, 2.0))], 0.5),
+        t.ToImage(),
+        t.ToDtype(torch.float32, scale=True),
+      ])  # fmt: skip
+    image = Image.open(self.paths[i]).convert('RGB')
+    return torch.stack([self.view(image), self.view(image)])
+
+
+def by_pillow(path):
+  """Two views of a file by Pillow alone, a little simpler than torchvision's."""
+  from PIL import Image, ImageEnhance, ImageFilter
+
+  source = Image.open(path).convert('RGB')
+
+  def turned(image, factor):
+    h, s, v = image.convert('HSV').split()
+    h = h.point([(i + round(256 * (factor - 1) / 4)) % 256 for i in range(256)])
+    return Image.merge('HSV', (h, s, v)).convert('RGB')
+
+  def view():
+    scale = random.uniform(0.08, 1) ** 0.5
+    aspect = random.uniform(3 / 4, 4 / 3) ** 0.5
+    w, h = source.width * min(scale * aspect, 1), source.height * min(scale / aspect, 1)
+    x, y = random.uniform(0, source.width - w), random.uniform(0, source.height - h)
+    image = source.resize((SIZE, SIZE), Image.Resampling.BICUBIC, (x, y, x + w, y + h))
+    if random.random() < 0.5:
+      image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if random.random() < 0.8:
+      changes = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color, turned]
+      for change in random.sample(changes, 4):
+        factor = random.uniform(0.2, 1.8)
+        image = turned(image, factor) if change is turned else change(image).enhance(factor)
+    if random.random() < 0.2:
+      image = image.convert('L').convert('RGB')
+    if random.random() < 0.5:
+      image = image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
+    return np.asarray(image, np.float32) / 255
+
+  return np.stack([view(), view()])
+
+
+# Memory.
+
+
+def memory(folder, batches, batch=16, size=32):
+  """Streams many batches of small pictures of many sizes to the device; prints the RSS as it goes."""
+  from PIL import Image
+
+  with tempfile.TemporaryDirectory() as small:
+    files = data.load(settings(folder), 'train').sample(1000)
+    for i in range(len(files)):
+      image = Image.open(files.name(i))
+      image.thumbnail([40 + i % 100] * 2)  # some larger than the canvas
+      image.convert('RGB').save(f'{small}/{i}.jpg')
+    found = data.load(settings(small, on_device='no'), 'train')
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    batch_at = feed.for_training(found, 0, batch, SIMCLR, size, mesh)
+    print(f'batches of {batch}, views of {size} pixels\nbatches  RSS MiB   batches/s')
+    start = time.perf_counter()
+    for i in range(batches + 1):
+      if i % (batches // 10) == 0:
+        rate = i / (time.perf_counter() - start)
+        print(f'{i:7} {rss():8.1f}  {rate:10.0f}', flush=True)
+        if i == batches // 10:
+          first = rss()
+      batch_at(i)
+    batch_at.close()
+    print(f'growth from batch {batches // 10:,} on: {rss() - first:.1f} MiB')
+
+
+def rss():
+  """MiB of the process in memory now."""
+  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
+  return pages * resource.getpagesize() / 2**20
+
+
+# Kept on the device or streamed.
+
+
+def device(rounds, steps=10):
+  from PIL import Image
+
+  images = np.random.default_rng(0).integers(0, 256, (2000, 4, 4, 3), np.uint8)
+  with tempfile.TemporaryDirectory() as folder:
+    for i, image in enumerate(images):
+      Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC).save(f'{folder}/{i}.jpg')
+    runs, seconds = {}, {}
+    for name, where in {'kept on the device': 'yes', 'streamed': 'no'}.items():
+      recipe = config.load(
+        'simclr_digits',
+        {
+          'data.source': 'folder', 'data.dir': folder, 'data.train_split': '.',
+          'data.num_classes': '0', 'data.on_device': where,
+          'model.width_multiplier': '0.25',
+        },
+      )  # fmt: skip
+      state, step = train_state.build(recipe, data.load(recipe.data, 'train'))
+      runs[name], seconds[name] = [step, state, 0], []
+    for i in range(rounds + 1):
+      for name, run in runs.items():
+        step, state, at = run
+        step.feed.wait(at)  # the batches that were got ready while the other one had its turn
+        for _ in range(2):
+          state, metrics = step(state, at)
+          at += 1
+        jax.block_until_ready(metrics)
+        start = time.perf_counter()
+        for _ in range(steps):
+          state, metrics = step(state, at)
+          at += 1
+        jax.block_until_ready(metrics)
+        if i:
+          seconds[name].append((time.perf_counter() - start) / steps)
+        run[1:] = state, at
+    for step, _, _ in runs.values():
+      step.feed.close()
+  for name, s in seconds.items():
+    print(f'{name:20} {1 / np.median(s):6.2f} steps/s')
+  kept, streamed = (np.array(s) for s in seconds.values())
+  ratio = streamed / kept
+  print(f'ratio {np.median(ratio):.2f} ({ratio.min():.2f} to {ratio.max():.2f})')
+
+
+# What the augmentation costs within a step.
+
+
+def augmentation(topology):
+  pass
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,50 @@
+"""SimCLR on your own images: what `simclr-jax pretrain --data=DIR` takes if no recipe is named.
+
+  simclr-jax pretrain --config=simclr_images:224 --data=DIR --workdir=runs/mine
+
+Variants by the size of the views: `:224` is a ResNet-50 as in Chen et al. 2020a with the square root rule for
+batches far below 4096 (appendix B.1), `:64` and `:32` a ResNet-18 as that paper has it for CIFAR-10
+(B.9). Hardware: one accelerator. `:cpu` is a small network on 96 pixels, for a quarter of an hour or so on
+two cores. `--data` also chooses epochs and batch size by the number of images; here they are for 50,000.
+No published result: it depends on the images.
+"""
+
+import ml_collections
+
+from simclr_jax import defaults
+
+
+def get_config(variant: str = '224') -> ml_collections.ConfigDict:
+  if variant not in ('224', '64', '32', 'cpu'):
+    raise ValueError(f'the variant {variant!r} is not 224, 64, 32 or cpu')
+  config = defaults.recipe('simclr')
+  config.batch_size = 512
+  config.epochs = 1000
+  config.data.source = 'folder'
+  config.augment.view1 = 'simclr_v2'
+  config.loss_scale = 2.0  # the released code sums the two directions that the paper averages
+  config.warmup_epochs = config.get_ref('epochs').to_float() * 0.1
+
+  if variant == '224':
+    config.temperature = 0.1
+    config.learning_rate = 0.075
+    config.learning_rate_scaling = 'sqrt'
+  elif variant == 'cpu':
+    config.image_size = 96
+    config.batch_size = 128
+    config.epochs = 20
+    config.model.depth = 8
+    config.model.width_multiplier = 0.5
+    config.model.head_dim = 64
+    config.temperature = 0.2
+    config.learning_rate = 2.0
+    config.knn_every_epochs = 5
+    config.knn_images = 4000
+  else:
+    config.image_size = int(variant)
+    config.model.depth = 18
+    config.model.stem = 'cifar' if variant == '32' else 'strided'
+    config.augment.view1 = 'simclr_cifar10_v1'
+    config.temperature = 0.5
+    config.learning_rate = 1.0
+  return config
