@@ -35,9 +35,11 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from simclr_jax import config, data, methods, optim, sharding, train_state
 from simclr_jax.data import augment, feed
+from simclr_jax.errors import ConfigError
 
 # TensorFlow and torch are imported where they are used: one process cannot hold both.
 
@@ -418,7 +420,87 @@ def device(rounds, steps=10):
 
 
 def augmentation(topology):
-  pass
+  """Prints FLOPs and bytes of one ResNet-50 step of 128 images on one device, and of the views in it.
+
+  As compiled, which on a TPU means: what its fusions read and write. Before compilation every op counts
+  as if it read and wrote memory; that is printed for comparison. The analyses count the body of a loop
+  once, and the jitter is a loop of four, so its row is taken four times.
+  """
+  if topology:
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices[:1]
+  else:
+    devices = jax.devices('cpu')[:1]
+  mesh = sharding.make_mesh(devices)
+  place = NamedSharding(mesh, PartitionSpec())
+
+  def cost(function, *args):
+    """GFLOP and GB, before compiling and after."""
+    lowered = jax.jit(function, in_shardings=place, out_shardings=place).lower(*args)
+    found = [lowered.compile().cost_analysis()]
+    found.insert(0, found[0] if topology else lowered.cost_analysis())
+    return np.array([[c['flops'], c['bytes accessed']] for c in found]) / 1e9
+
+  recipe = config.load(
+    'simclr_imagenet',
+    {'batch_size': str(BATCH), 'augment.view1': SIMCLR[0], 'dtype': 'bfloat16'},
+  )
+  recipe = config.with_examples(recipe, 1_281_167)
+  number = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
+  rows = {name: number for name in ('index', 'label', 'epoch', 'position')}
+  rows['images'] = jax.ShapeDtypeStruct((BATCH, *canvas(), 3), jnp.uint8)
+  rows['crops'] = jax.ShapeDtypeStruct((BATCH, 2, 2, 4), jnp.float32)
+
+  def views(pipeline):
+    def of(r):
+      return augment.views(
+        r['images'], r['epoch'], r['position'], (pipeline,) * 2, 0, SIZE, r['crops']
+      )
+
+    return cost(of, rows)
+
+  method = methods.build(recipe)
+  rate = optim.schedule(recipe, recipe.data.examples)
+  optimizer = optim.build(recipe, rate)
+
+  def step(state, rows):
+    return train_state.train_step(method, optimizer, rate, recipe, state, {}, rows)
+
+  state = jax.eval_shape(lambda: train_state.create(method, optimizer, 0, SIZE))
+
+  def show(name, found, unit=''):
+    (before_flops, before_bytes), (flops, read) = found
+    before = '' if topology else f'{before_flops:14.1f}{unit:2}{before_bytes:7.1f}{unit}'
+    print(f'{name:27}{flops:8.1f}{unit:2}{read:7.1f}{unit:2}{before}', flush=True)
+
+  print(f'{BATCH} images, two views, one {devices[0].device_kind}\n')
+  print(f'{"":27}   GFLOP       GB' + ('' if topology else '   uncompiled: GFLOP    GB'))
+  ops = augment.PIPELINES[SIMCLR[0]].split(' | ')
+  total, last, products = 0, 0, 0
+  for i, op in enumerate(ops):
+    found = views(' | '.join(ops[: i + 1]))
+    extra = (found - last) * (4 if 'jitter' in op else 1)
+    show(op, extra)
+    total, last = total + extra, found
+    products += extra * ('crop' in op or 'blur' in op)
+  with jax.set_mesh(mesh):
+    whole = cost(step, state, rows) + total - last
+  show('views', total)
+  show('whole step', whole)
+  show('views / step', 100 * total / whole, ' %')
+  # A TPU multiplies in bfloat16, and crop and blur ask for the highest precision: six passes.
+  passes = 100 * (total + 5 * products) / (whole + 5 * products)
+  print(f'FLOPs with six passes for the products of crop and blur: {passes[1, 0]:.1f} %')
+  print('target: below 10 %')
+
+
+def canvas():
+  try:
+    from simclr_jax.data import decode
+  except ConfigError:  # no TensorFlow beside jax[tpu]
+    return 512, 512
+  return decode.canvas_shape(SIZE, 2, 'device')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Is a run healthy? Figures of its embeddings, and plain words when something is off."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,9 +111,24 @@ def findings(config: Any, records: Sequence[Mapping[str, float]]) -> dict[str, s
       f'The queue is {last["queue_filled"]:.0%} full. Until it is, the loss may rise: real keys '
       'replace the noise it starts with, which makes the task harder. This is normal.'
     )
+  waiting = data_wait(records)
+  if waiting > 0.1:
+    found['data_wait'] = (
+      f'The devices wait for images {waiting:.0%} of the time. More cores would help, or images that '
+      'are stored smaller; data.resize_on=device and data.scaled_decoding=true save work.'
+    )
   if abs(last.get('queue_norm', 1.0) - 1) > 0.01:
     found['queue_norm'] = f'Keys in the queue have length {last["queue_norm"]:.3f} instead of 1.'
   return found
+
+
+def data_wait(records: Sequence[Mapping[str, float]]) -> float:
+  """The share of the time that the devices lately waited for images: the median of 20 records.
+
+  The first record, in which the program was compiled, does not count.
+  """
+  waits = [r['data_wait'] for r in records[1:] if r.get('data_wait') is not None][-20:]
+  return statistics.median(waits) if waits else 0.0
 
 
 def _of_recipe(config):

@@ -57,6 +57,10 @@ CASES = {
   # The last record of a run often lacks the figures of the embeddings.
   'collapse': (recipe(), [{**FINE, 'step': 500, 'z_std': 0.01}, {'step': 507, 'loss': 5.0}]),
   'not_finite': (recipe(), [{**FINE, 'step': 500}, {'step': 501, 'loss': None, 'z_std': None}]),
+  'data_wait': (
+    recipe(),
+    [{**FINE, 'step': s, 'data_wait': 0.0 if s < 3 else 0.4} for s in range(9)],
+  ),
   'stuck': (recipe(), [{**FINE, 'step': s, 'loss': 8.3} for s in range(100, 500, 100)]),
   'queue_filling': (recipe(), [{**FINE, 'step': 5, 'queue_filled': 0.5}]),
   'queue_norm': (recipe(), [{**FINE, 'step': 5, 'queue_norm': 0.5}]),

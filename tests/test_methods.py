@@ -50,6 +50,7 @@ VARIANTS = {
   'simclr_digits': ('',),
   'simclr_cifar10': ('v1', 'v2'),
   'simclr_imagenet': ('v1', 'v2'),
+  'simclr_images': ('224', '64', '32', 'cpu'),
   'simclr_losses': ('nt_xent', 'nt_logistic', 'nt_logistic_sh', 'margin_triplet', 'margin_triplet_sh',
                     'pairwise_margin'),
   'moco_imagenet': ('v1', 'v2'),

@@ -83,7 +83,8 @@ class Files:
   def _table(self):
     # Names need not be valid UTF-8.
     root = os.fsencode(posixpath.join(self.root, ''))
-    return tf.constant([root + os.fsencode(p) for p in self.paths]), tf.constant(self.labels)
+    with tf.init_scope():  # also when it is first wanted inside a tf.data function
+      return tf.constant([root + os.fsencode(p) for p in self.paths]), tf.constant(self.labels)
 
   def examples(self, seed: int, batch_size: int, first: int, local: np.ndarray) -> tf.data.Dataset:
     """The endless sequence of `order.rows`, from step `first` on.

@@ -67,6 +67,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
   parts += [
     '<h2>Training</h2>',
     _figure(figures.curves(records), 'Training curves') if records else '<p>No metrics yet.</p>',
+    *_speed(records),
     '<h2>Is it healthy?</h2>',
     *_health(config, records),
     '<h2>What the encoder sees</h2>',
@@ -104,6 +105,18 @@ def _table(result):
   )
   title = html.escape(f'{result["title"]} (step {result["step"]:,})')
   return f'<h2>{title}</h2><table class="evaluation"><tr><th></th>{head}</tr>{rows}</table>'
+
+
+def _speed(records):
+  """Who the training waits for."""
+  waits = [r for r in records[1:] if r.get('data_wait') is not None]
+  if waits:
+    share = health.data_wait(records)
+    who = 'reading and decoding on the host' if share > 0.1 else 'computing on the device'
+    yield (
+      f'<p>{waits[-1]["examples_per_second"]:,.0f} images a second; the device waits for images '
+      f'{share:.1%} of the time: the bottleneck is {who}.</p>'
+    )
 
 
 def _health(config, records):

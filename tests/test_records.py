@@ -1,0 +1,655 @@
+"""Data sets of TFDS that the tests write themselves: order, hosts, resume, damage, evaluation."""
+
+import functools
+import hashlib
+import io
+import pathlib
+import struct
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from simclr_jax import config, data, train
+from simclr_jax.data import augment, feed, folder, order
+from simclr_jax.errors import ConfigError
+from simclr_jax.evaluate import features
+
+tf = pytest.importorskip('tensorflow')
+tfds = pytest.importorskip('tensorflow_datasets')
+from simclr_jax.data import decode, stream  # noqa: E402  (needs TensorFlow)
+
+SHARDS = (5, 3, 8, 1, 6)
+CLASSES = 4
+
+
+@functools.cache
+def jpeg(i, height=0, width=0):
+  """A smooth picture with all its chroma, so that a window of it is cut out of it exactly."""
+  rng = np.random.default_rng(i)
+  coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+  picture = coarse.resize((width or 40, height or 24 + i % 3), Image.Resampling.BICUBIC)
+  file = io.BytesIO()
+  picture.save(file, 'JPEG', quality=95, subsampling=0)
+  return file.getvalue()
+
+
+IMAGES = [jpeg(i) for i in range(sum(SHARDS))]
+LABELS = [i * (i + 1) // 2 % CLASSES for i in range(len(IMAGES))]
+
+
+def settings(dir, source='tfds', **values):  # noqa: A002
+  c = config.load('simclr_digits', TINY).data
+  with c.unlocked():
+    c.update({'source': source, 'dir': str(dir), **values})
+  return c
+
+
+def write(
+  where, images=IMAGES, shards=SHARDS, kind='tfrecord', shape=(None, None, 3), labels=LABELS
+):
+  """A prepared data set; the records' bytes are put together here, not by TFDS."""
+  where.mkdir(parents=True)
+  records = []
+  for image, label in zip(images, labels):
+    feature = {
+      'image': tf.train.Feature(bytes_list=tf.train.BytesList(value=[image])),
+      'label': tf.train.Feature(int64_list=tf.train.Int64List(value=[label])),
+    }
+    example = tf.train.Example(features=tf.train.Features(feature=feature))
+    records.append(example.SerializeToString())
+  ends = np.cumsum([0, *shards])
+  assert ends[-1] == len(records)
+  for i, (start, end) in enumerate(zip(ends, ends[1:])):
+    path = str(where / f'mine-train.{kind}-{i:05d}-of-{len(shards):05d}')
+    if kind == 'array_record':
+      module = pytest.importorskip('array_record.python.array_record_module')
+      writer = module.ArrayRecordWriter(path, 'group_size:1,uncompressed')
+    else:
+      writer = tf.io.TFRecordWriter(path)
+    for record in records[start:end]:
+      writer.write(record)
+    writer.close()
+  tfds.folder_dataset.write_metadata(
+    data_dir=where,
+    features=tfds.features.FeaturesDict({
+      'image': tfds.features.Image(shape=shape, encoding_format='jpeg'),
+      'label': tfds.features.ClassLabel(num_classes=CLASSES),
+    }),
+    split_infos=[
+      tfds.core.SplitInfo(name='train', shard_lengths=list(shards), num_bytes=sum(map(len, records)))
+    ],
+    filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+    check_data=False,
+  )  # fmt: skip
+  return where
+
+
+def tfds_writes(root, name, parts, examples, kind='tfrecord'):
+  """A data set as TFDS itself writes it, four examples a file."""
+  where = root / name / '1.2.0'
+  where.mkdir(parents=True)
+  identity = tfds.core.dataset_info.DatasetIdentity(
+    name=name, version=tfds.core.Version('1.2.0'), data_dir=str(where), module_name=''
+  )
+  info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(parts))
+  writer = tfds.core.SequentialWriter(info, 4, file_format=kind)
+  writer.initialize_splits(list(examples))
+  writer.add_examples(examples)
+  writer.close_all()
+  return where
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+  """The same images as TFRecord, as ArrayRecord and as a folder of files."""
+  root = tmp_path_factory.mktemp('records')
+  write(root / 'tfrecord')
+  write(root / 'array_record', kind='array_record')
+  for i, (image, label) in enumerate(zip(IMAGES, LABELS)):
+    path = root / 'files' / 'train' / f'class{label}' / f'{i:02d}.jpg'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(image)
+  return root
+
+
+@pytest.fixture(scope='module')
+def load(place):
+  """A data set of `place` by its kind."""
+
+  @functools.cache
+  def of_kind(kind):
+    if kind == 'files':
+      return data.load(settings(place / kind, 'folder'), 'train')
+    return data.load(settings(place / kind), 'train')
+
+  return of_kind
+
+
+def which(source, element):
+  """Which of IMAGES an element is, after checking that its index and label say the same."""
+  i = IMAGES.index(element['bytes'])
+  assert element['label'] == LABELS[i]
+  if isinstance(source, folder.Files):
+    assert pathlib.Path(source.name(element['index'])).stem == f'{i:02d}'
+  else:
+    assert element['index'] == i
+  return i
+
+
+def take(source, count, batch_size=4, first=0, local=None, seed=0):
+  """`count` elements that a host with the rows `local` of each batch reads, from a step on."""
+  local = np.arange(batch_size) if local is None else local
+  examples = source.examples(seed, batch_size, first, local).take(count)
+  return list(stream.with_threads(examples, source.settings).as_numpy_iterator())
+
+
+def places(elements):
+  return [(e['epoch'], e['position'], e['index']) for e in elements]
+
+
+def hosts(batch_size, count):
+  return np.split(np.arange(batch_size), count)
+
+
+# What is in a data set.
+
+
+@pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
+def test_what_tfds_wrote_itself_is_read(tmp_path, kind):
+  """Breaks if names, versions, other features, shards or the order differ from TFDS's own reader."""
+  if kind == 'array_record':
+    pytest.importorskip('array_record')
+  pictures = [np.array(Image.open(io.BytesIO(x))) for x in IMAGES[:9]]
+  examples = [
+    {'id': f'{i}', 'image': x, 'label': LABELS[i], 'box': {'area': i}}
+    for i, x in enumerate(pictures)
+  ]
+  where = tfds_writes(
+    tmp_path, 'own',
+    {
+      'id': tfds.features.Text(),
+      'image': tfds.features.Image(encoding_format='png'),
+      'label': tfds.features.ClassLabel(names=[f'class {i}' for i in range(CLASSES)]),
+      'box': {'area': np.int64},
+    },
+    {'train': examples, 'test': examples[:3]}, kind,
+  )  # fmt: skip
+  assert len(list(where.glob('*own-train*-of-*'))) == 3
+  builder = tfds.builder_from_directory(where)
+  for name, split in (('own', 'train'), ('own:1.2.0', 'train[2:7]'), ('', 'test')):
+    got = data.load(settings(tmp_path if name else where, name=name, train_split=split), 'train')
+    undecoded = {'image': tfds.decode.SkipDecoding()}
+    expected = list(builder.as_dataset(split, decoders=undecoded, shuffle_files=False))
+    elements = list(got.once().as_numpy_iterator())
+    assert len(got) == len(elements) == len(expected)
+    assert got.labelled and got.classes == CLASSES
+    for i, (e, theirs) in enumerate(zip(elements, expected)):
+      assert e['bytes'] == theirs['image'].numpy() and e['label'] == int(theirs['label'])
+      assert e['index'] == e['position'] == i and e['epoch'] == 0
+
+
+def test_gray_images_of_one_size_are_read_into_memory(tmp_path):
+  """Breaks if MNIST's kind of data set loses its third dimension, its order or its labels."""
+  pictures = np.random.default_rng(0).integers(0, 256, (11, 12, 10, 1), dtype=np.uint8)
+  parts = {'image': tfds.features.Image(shape=(12, 10, 1))}
+  tfds_writes(tmp_path, 'gray', parts, {'train': [{'image': x} for x in pictures]})
+  got = data.load(settings(tmp_path, name='gray'), 'train')
+  assert isinstance(got, data.Arrays) and not got.labelled and (got.labels == -1).all()
+  np.testing.assert_array_equal(got.images, np.repeat(pictures, 3, -1))
+
+
+@pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
+@pytest.mark.parametrize(
+  'split, start, end',
+  [('train[:50%]', 0, 12), ('train[4:17]', 4, 17), ('train[-3:]', 20, 23), ('train[5:8]', 5, 8)],
+)
+def test_a_part_of_a_split(place, kind, split, start, end):
+  """Breaks if a slice that begins or ends inside a shard gives other images, or wrong names."""
+  got = data.load(settings(place / kind, train_split=split), 'train')
+  elements = list(got.once().as_numpy_iterator())
+  assert [e['bytes'] for e in elements] == IMAGES[start:end]
+  assert [e['index'] for e in elements] == list(range(end - start))
+  pass_ = take(got, end - start)
+  assert sorted(e['bytes'] for e in pass_) == sorted(IMAGES[start:end])
+  assert all(e['bytes'] == IMAGES[start + e['index']] for e in pass_)
+  for index in (0, end - start - 1):
+    if kind == 'array_record':
+      assert got.name(index).startswith('record ') and str(place / kind) in got.name(index)
+      continue
+    _, number, _, path = got.name(index).split()
+    record = list(tf.data.TFRecordDataset(path))[int(number)].numpy()
+    assert IMAGES[start + index] in record
+
+
+def test_samples_and_choices(load):
+  """Breaks if the images that a part consists of have other indices or labels than their own."""
+  for kind in ('tfrecord', 'array_record', 'files'):
+    source = load(kind)
+    whole = list(source.once().as_numpy_iterator())
+    keep = np.array([0, 4, 5, 7, 16, 22])
+    for part, indices in ((source.only(keep), keep), (source.sample(100), range(len(source)))):
+      elements = list(part.once().as_numpy_iterator())
+      assert [e['bytes'] for e in elements] == [whole[i]['bytes'] for i in indices]
+      assert [e['label'] for e in elements] == [whole[i]['label'] for i in indices]
+      assert [e['index'] for e in elements] == list(range(len(part)))
+      assert [part.name(i) for i in range(len(part))] == [source.name(i) for i in indices]
+    few = source.only(keep).sample(3)
+    assert len(few) == 3 and few.labelled and few.classes == CLASSES
+    assert {e['bytes'] for e in few.once().as_numpy_iterator()} < {whole[i]['bytes'] for i in keep}
+    assert sorted(e['index'] for e in take(few, 3, batch_size=1)) == [0, 1, 2]
+
+
+# Order: passes, seeds, resume, hosts.
+
+
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_every_record_once_a_pass_on_all_hosts_together(load, count):
+  """Breaks if hosts share a record, leave one out, or drift apart at the end of a pass."""
+  source, passes = load('tfrecord'), 4
+  of_hosts = [take(source, 24 * passes // count, local=rows) for rows in hosts(4, count)]
+  together = [(e['epoch'], e['position'], which(source, e)) for h in of_hosts for e in h]
+  orders = []
+  for epoch in range(passes - 1):
+    mine = sorted((p, i) for e, p, i in together if e == epoch)
+    assert [p for p, _ in mine] == list(range(len(IMAGES)))
+    assert sorted(i for _, i in mine) == list(range(len(IMAGES)))
+    orders.append([i for _, i in mine])
+  assert orders[0] != orders[1] != orders[2] != list(range(len(IMAGES)))
+  if count > 1:  # a host does not read the same files for ever
+    first = [[which(source, e) for e in of_hosts[0] if e['epoch'] == k] for k in range(2)]
+    assert set(first[0]) != set(first[1])
+
+
+@pytest.mark.parametrize('kind', ['tfrecord', 'array_record', 'files'])
+def test_any_step_is_found_again(load, kind):
+  """Breaks if what follows a restart depends on where it began, or two runs or seeds agree."""
+  source, rows = load(kind), np.arange(2, 4)
+  whole = take(source, 80, local=rows)
+  assert all(which(source, e) < len(IMAGES) for e in whole)
+  for first in (
+    1,
+    5,
+    6,
+    11,
+    12,
+    13,
+    30,
+  ):  # a pass of this host is 11 or 12 images: 5 1/2 or 6 steps
+    rest = take(source, 80 - 2 * first, first=first, local=rows)
+    assert places(rest) == places(whole[2 * first :]), first
+    assert [e['bytes'] for e in rest] == [e['bytes'] for e in whole[2 * first :]]
+  other = take(source, 24, local=rows, seed=1)
+  assert places(other) != places(whole[:24])
+  assert [e['index'] for e in whole[:12]] != [e['index'] for e in whole[12:24]]
+
+
+def test_the_order_of_records_is_mixed(place):
+  """Breaks if neighbours in a file stay neighbours, or a small shuffle buffer loses records."""
+  for buffer in (1000, 4, 1):
+    source = data.load(settings(place / 'tfrecord', shuffle_buffer=buffer), 'train')
+    for seed in (0, 2**32 - 1):
+      index = np.array([e['index'] for e in take(source, len(IMAGES), batch_size=1, seed=seed)])
+      assert sorted(index) == list(range(len(IMAGES)))
+      assert (np.diff(index) != 1).sum() > {1000: 15, 4: 8, 1: 0}[buffer]
+
+
+@pytest.mark.parametrize('kind', ['array_record', 'files'])
+@pytest.mark.parametrize('count', [1, 2, 4])
+def test_batches_do_not_depend_on_the_number_of_hosts(load, kind, count):
+  """Breaks if the rows of all hosts, put together, are not the batches of `order.rows`."""
+  source, size, steps = load(kind), 8, 7
+  parts = [take(source, steps * size // count, size, 3, rows, 5) for rows in hosts(size, count)]
+  for step in range(steps):
+    n = size // count
+    batch = [e for part in parts for e in part[step * n : (step + 1) * n]]
+    expected = order.rows(5, 3 + step, size, len(IMAGES))
+    for key in ('index', 'epoch', 'position'):
+      np.testing.assert_array_equal([e[key] for e in batch], expected[key])
+    for e in batch:
+      which(source, e)
+
+
+def test_pixels_do_not_depend_on_the_number_of_hosts(load):
+  """Breaks if what is decoded or cut depends on the block, the host or the place in a batch."""
+  source, size, steps = load('files'), 32, 4
+  pipelines = ('simclr_crop(0.08, 1)', 'torch_crop(0.2, 1)')
+
+  def digests(rows, first):
+    encoded = source.examples(7, size, first, rows)
+    canvases = decode.canvases(encoded, pipelines, 16, 7, source.settings).batch(len(rows))
+    batches = stream.with_threads(canvases.take(steps - first), source.settings)
+    return [
+      [hashlib.sha256(x.tobytes() + c.tobytes()).hexdigest() for x, c in zip(b['images'], b['crops'])]
+      for b in batches.as_numpy_iterator()
+    ]  # fmt: skip
+
+  alone = digests(np.arange(size), 0)
+  assert len({d for batch in alone for d in batch}) > size * steps * 0.9
+  assert digests(np.arange(size), 2) == alone[2:]
+  for count in (2, 4):
+    parts = [digests(rows, 0) for rows in hosts(size, count)]
+    assert [sum(batch, []) for batch in zip(*parts)] == alone
+
+
+# Damage.
+
+
+def read(source):
+  """The first batches of a training, or what it says instead."""
+  if isinstance(source, data.Arrays):
+    return
+  mesh = jax.make_mesh((1,), ('data',), devices=jax.devices()[:1])
+  batches = feed.for_training(source, 0, 8, ('resize', 'resize'), 16, mesh)
+  try:
+    for step in range(2 * len(source) // 8):
+      batches(step)
+  finally:
+    batches.close()
+
+
+def sentence(call):
+  with pytest.raises(ConfigError) as error:
+    call()
+  text = str(error.value)
+  assert '\n' not in text and len(text) < 500 and '{{' not in text, text
+  return text
+
+
+def frame(content, number):
+  """Where a record of a TFRecord file begins: length (8 bytes), CRC, the bytes, CRC."""
+  at = 0
+  for _ in range(number):
+    at += 8 + 4 + struct.unpack('<Q', content[at : at + 8])[0] + 4
+  return at
+
+
+def damage(path, how):
+  content = path.read_bytes()
+  if how == 'flipped':
+    at = frame(content, 1) + 60
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+  elif how == 'missing':
+    path.unlink()
+  else:
+    cut = {'between': 0, 'header': 7, 'middle': 100}
+    content = content[: frame(content, 2) + cut[how]] if how in cut else b''
+    path.write_bytes(b'<!DOCTYPE html><html>404</html>' if how == 'page' else content)
+
+
+TFRECORD = [
+  ('flipped', 'is damaged after 1 of its 3 records: corrupted record'),
+  ('between', 'has 2 of its 3 records'),
+  ('header', 'has 2 of its 3 records'),
+  ('middle', 'is damaged after 2 of its 3 records: truncated record'),
+  ('empty', 'has 0 of its 3 records'),
+  ('page', 'is damaged after 0 of its 3 records'),
+  ('missing', 'is missing: prepare'),
+]
+
+
+@pytest.mark.parametrize('size', [0, 24], ids=['stream', 'memory'])
+@pytest.mark.parametrize('how, expected', TFRECORD)
+def test_a_damaged_tfrecord_file_is_named(tmp_path, how, expected, size):
+  """Breaks if records get lost without a word, or the message says not in which file."""
+  images = [jpeg(i, size, size) for i in range(8)]
+  where = write(
+    tmp_path / 'mine', images, (5, 3), shape=(size or None, size or None, 3), labels=LABELS[:8]
+  )
+  bad = where / 'mine-train.tfrecord-00001-of-00002'
+  damage(bad, how)
+  text = sentence(lambda: read(data.load(settings(where), 'train')))
+  assert text.startswith(f'{bad} {expected}'), text
+
+
+ARRAY_RECORD = ['flipped', 'middle', 'empty', 'page', 'missing']
+
+
+def damage_array_record(path, how):
+  content = path.read_bytes()
+  if how == 'flipped':
+    at = content.index(IMAGES[6]) + 40
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+  elif how == 'middle':
+    path.write_bytes(content[: len(content) // 2])
+  else:
+    damage(path, how)
+
+
+@pytest.mark.parametrize('how', ARRAY_RECORD)
+def test_a_damaged_array_record_file_is_an_error(tmp_path, how):
+  """Breaks if an ArrayRecord file that is cut, empty or gone gives a traceback or fewer images."""
+  where = write(tmp_path / 'mine', IMAGES[:8], (5, 3), 'array_record', labels=LABELS[:8])
+  damage_array_record(where / 'mine-train.array_record-00001-of-00002', how)
+  text = sentence(lambda: read(data.load(settings(where), 'train')))
+  assert str(where) in text and 'cannot be read' in text, text
+
+
+@pytest.mark.parametrize('skip_bad', [1, 100])
+@pytest.mark.parametrize(
+  'kind, how',
+  [('tfrecord', 'flipped'), ('tfrecord', 'between'), ('array_record', 'flipped')],
+)
+def test_a_damaged_file_is_no_bad_image(tmp_path, kind, how, skip_bad):
+  """Breaks if `data.skip_bad` leaves out good images because of a damaged file beside them."""
+  where = write(tmp_path / 'mine', IMAGES[:8], (5, 3), kind, labels=LABELS[:8])
+  bad = where / f'mine-train.{kind}-00001-of-00002'
+  (damage if kind == 'tfrecord' else damage_array_record)(bad, how)
+  text = sentence(lambda: len(data.load(settings(where, skip_bad=skip_bad), 'train')))
+  assert str(bad if kind == 'tfrecord' else where) in text and '8 of 8' not in text, text
+
+
+BAD = [
+  (b'', 'is empty'),
+  (b'<html>not found</html>', 'is not a JPEG, PNG, WebP, BMP or GIF image, but a page of HTML'),
+  (IMAGES[6][: len(IMAGES[6]) // 2], 'is a broken JPEG'),
+]
+
+
+@pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
+@pytest.mark.parametrize('contents, expected', BAD, ids=['empty', 'page', 'truncated'])
+def test_a_bad_image_in_a_good_record(tmp_path, kind, contents, expected):
+  """Breaks if the message names another record, or leaving one out shifts labels or indices."""
+  images = [*IMAGES[:6], contents, *IMAGES[7:12]]
+  where = write(tmp_path / 'mine', images, (5, 7), kind, labels=LABELS[:12])
+  text = sentence(lambda: read(data.load(settings(where), 'train')))
+  file = where / 'mine-train.tfrecord-00001-of-00002'
+  name = f'record 1 of {file}' if kind == 'tfrecord' else f'record 6 of the split in {where}'
+  assert text.startswith(f'{name} {expected}') and '--config.data.skip_bad=N' in text, text
+
+  left = data.load(settings(where, skip_bad=1), 'train')
+  assert len(left) == 11
+  good, labels = [*IMAGES[:6], *IMAGES[7:12]], [*LABELS[:6], *LABELS[7:12]]
+  elements = list(left.once().as_numpy_iterator())
+  assert [e['bytes'] for e in elements] == good and [e['label'] for e in elements] == labels
+  assert [e['index'] for e in elements] == list(range(11))
+  assert left.name(6) == name.replace('record 1', 'record 2').replace('record 6', 'record 7')
+  of_hosts = [take(left, 24, local=rows) for rows in hosts(4, 2)]
+  both = [e for h in of_hosts for e in h]
+  for epoch in range(3):
+    assert sorted(e['index'] for e in both if e['epoch'] == epoch) == list(range(11))
+  assert all(e['bytes'] == good[e['index']] and e['label'] == labels[e['index']] for e in both)
+  rest = take(left, 24 - 14, first=7, local=np.arange(2))
+  assert places(rest) == places(of_hosts[0][14:])
+  read(left)
+
+
+@pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
+def test_more_bad_images_than_allowed(tmp_path, kind):
+  """Breaks if the limit does not hold, or the message lacks the count or the first of them."""
+  images = [*IMAGES[:3], b'x', *IMAGES[4:7], b'']
+  where = write(tmp_path / 'mine', images, (5, 3), kind, labels=LABELS[:8])
+  text = sentence(lambda: data.load(settings(where, skip_bad=1), 'train'))
+  assert (
+    text.startswith('2 of 8 images cannot be decoded, more than data.skip_bad=1')
+    and 'record 3' in text
+  )
+  assert len(data.load(settings(where, skip_bad=2), 'train')) == 6
+
+
+def test_no_good_image_is_an_error(tmp_path):
+  """Breaks if a large `data.skip_bad` leaves nothing, and the training waits for ever."""
+  where = write(tmp_path / 'mine', [b'x'] * 8, (5, 3), labels=LABELS[:8])
+  text = sentence(lambda: len(data.load(settings(where, skip_bad=100), 'train')))
+  assert str(where) in text
+
+
+# What is asked for.
+
+
+@pytest.fixture(scope='module')
+def named(place, tmp_path_factory):
+  """A `data_dir` of TFDS with one data set in it."""
+  root = tmp_path_factory.mktemp('named')
+  write(root / 'mine' / '1.0.0')
+  (root / 'a space').mkdir()
+  return root
+
+
+@pytest.mark.parametrize(
+  'values, split, expected',
+  [
+    (dict(name='cifar1'), 'train', "data.name='cifar1' is not a TFDS data set, did you mean cifar10"),
+    (dict(name='qwertzuiop'), 'train', "data.name='qwertzuiop' is not a TFDS data set"),
+    (dict(name='mnist'), 'train', 'prepare it: tfds build mnist --data_dir={dir}'),
+    (dict(name='mnist:9.9.9'), 'train', "data.name='mnist:9.9.9': mnist has no such version or config"),
+    (dict(name='mine'), 'valid', "mine has no split 'valid', only train"),
+    (dict(name='mine'), '', "mine has no split '', only train"),
+    (dict(name='mine'), 'train[5:', "mine has no split 'train[5:'"),
+    (dict(name='mine'), 'train[:1000%]', "mine has no split 'train[:1000%]'"),
+    (dict(name='mine'), 'train[9:5]', "mine has no images in 'train[9:5]'"),
+    (dict(name='', dir=''), 'train', 'data.name and data.dir are empty'),
+    (dict(name=''), 'train', '{dir} is not the folder of a prepared data set'),
+    (dict(name='', dir='/nowhere'), 'train', '/nowhere is not the folder of a prepared data set'),
+  ],
+)  # fmt: skip
+def test_wrong_requests_are_one_sentence(named, values, split, expected):
+  """Breaks if a typing error dumps TFDS's catalogue or a traceback, or the mend is not named."""
+  c = settings(**{'dir': named, 'train_split': split, **values})
+  text = sentence(lambda: data.load(c, 'train'))
+  assert expected.format(dir=named) in text, text
+
+
+def test_the_command_that_prepares_can_be_pasted(named):
+  """Breaks if a folder with a space in its name makes two words of the printed command."""
+  text = sentence(lambda: data.load(settings(named / 'a space', name='mnist'), 'train'))
+  assert text.endswith(f"tfds build mnist --data_dir='{named / 'a space'}'"), text
+
+
+def test_a_data_set_without_images(tmp_path):
+  """Breaks if a data set of texts fails later, or with a traceback."""
+  tfds_writes(tmp_path, 'texts', {'text': tfds.features.Text()}, {'train': [{'text': 'a'}]})
+  text = sentence(lambda: data.load(settings(tmp_path, name='texts'), 'train'))
+  assert 'texts has no images, only text' in text
+
+
+def test_other_file_formats_are_refused(tmp_path):
+  """Breaks if Riegeli or Parquet is read as if it were TFRecord."""
+  where = write(tmp_path / 'mine')
+  about = where / 'dataset_info.json'
+  about.write_text(about.read_text().replace('"tfrecord"', '"riegeli"'))
+  for path in where.glob('*.tfrecord-*'):
+    path.rename(str(path).replace('tfrecord', 'riegeli'))
+  text = sentence(lambda: read(data.load(settings(where), 'train')))
+  assert 'riegeli' in text and 'damaged' not in text, text
+
+
+def test_a_damaged_description(tmp_path):
+  """Breaks if half a dataset_info.json or features.json gives a traceback."""
+  for name in ('dataset_info.json', 'features.json'):
+    where = write(tmp_path / name / 'mine')
+    path = where / name
+    path.write_text(path.read_text()[:100])
+    assert str(where) in sentence(lambda w=where: data.load(settings(w), 'train'))
+
+
+def test_a_batch_larger_than_the_data_set(place, tmp_path):
+  """Breaks if a batch has the same image twice, or the training waits for one that never comes."""
+  recipe = config.load(
+    'simclr_digits',
+    {**TINY, 'data.source': 'tfds', 'data.dir': str(place / 'tfrecord'), 'data.num_classes': '0'},
+  )
+  text = sentence(lambda: train.pretrain(recipe, tmp_path / 'run'))
+  assert 'batch_size=32 is larger than the data set, 23 images' in text
+
+
+# Evaluation.
+
+
+@pytest.fixture(scope='module')
+def encoder():
+  recipe = config.load('simclr_digits', TINY)
+  return features.untrained(config.architecture(recipe))
+
+
+@pytest.fixture(scope='module')
+def one_by_one(encoder):
+  """h of each of IMAGES, decoded whole and embedded alone."""
+  forward = jax.jit(features.make_forward(encoder.architecture))
+  view = functools.partial(augment.eval_view, pipeline=encoder.architecture['eval_view'], size=32)
+  pixels = [tf.io.decode_jpeg(x, 3).numpy() for x in IMAGES]
+  return np.concatenate([forward(encoder.variables, view(x)[None]) for x in pixels])
+
+
+@pytest.mark.parametrize('kind', ['tfrecord', 'array_record', 'files'])
+def test_every_image_is_embedded_once_and_in_order(load, encoder, one_by_one, kind):
+  """Breaks if the last, partial batch on eight devices is dropped, repeated or filled with features."""
+  source = load(kind)
+  of_index = [which(source, e) for e in source.once().as_numpy_iterator()]
+  assert sorted(of_index) == list(range(len(IMAGES)))
+  for size in (16, 1):  # 23 images: 16 and 7, or by eights
+    done = []
+    h, labels = encoder.embed(source, size, done.append)
+    np.testing.assert_allclose(h, one_by_one[of_index], rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(labels, np.array(LABELS)[of_index])
+    assert done[-1] == len(IMAGES)
+  three = source.only(np.array([1, 9, 22]))
+  h, labels = encoder.embed(three, 64)
+  np.testing.assert_allclose(h, one_by_one[of_index][[1, 9, 22]], rtol=0, atol=1e-5)
+  np.testing.assert_array_equal(labels, np.array(LABELS)[of_index][[1, 9, 22]])
+
+
+def test_arrays_are_embedded_once_and_in_order(encoder):
+  """Breaks if images in memory come back in another order, or with the filling of the last batch."""
+  images = np.random.default_rng(0).integers(0, 256, (19, 32, 32, 3), dtype=np.uint8)
+  labels = np.arange(19, dtype=np.int32) % 3
+  forward = jax.jit(features.make_forward(encoder.architecture))
+  alone = [forward(encoder.variables, x[None] / np.float32(255)) for x in images]
+  for size in (8, 16, 256):
+    h, got = encoder.embed(data.Arrays(images, labels), size)
+    np.testing.assert_allclose(h, np.concatenate(alone), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(got, labels)
+  with pytest.raises(ValueError, match='no images'):
+    encoder.embed(data.Arrays(images[:0], labels[:0]))
+
+
+def test_images_that_vanish_before_an_evaluation(tmp_path, encoder):
+  """Breaks if an evaluation averages over fewer images than there are."""
+  where = write(tmp_path / 'mine', IMAGES[:8], (5, 3), labels=LABELS[:8])
+  source = data.load(settings(where), 'train')
+  bad = where / 'mine-train.tfrecord-00001-of-00002'
+  damage(bad, 'between')
+  assert f'{bad} has 2 of its 3 records' in sentence(lambda: encoder.embed(source))
+
+  for i in range(5):
+    (tmp_path / 'files').mkdir(exist_ok=True)
+    (tmp_path / 'files' / f'{i}.jpg').write_bytes(IMAGES[i])
+  source = data.load(settings(tmp_path / 'files', 'folder', train_split='.'), 'train')
+  (tmp_path / 'files' / '3.jpg').unlink()
+  assert sentence(lambda: encoder.embed(source)).startswith(
+    f'{tmp_path}/files/3.jpg cannot be read'
+  )
+
+
+def test_parts_of_an_evaluation_cover_everything_once(load):
+  """Breaks if hosts leave images between their parts, or look at some twice."""
+  for kind in ('tfrecord', 'array_record', 'files'):
+    source = load(kind)
+    for parts in (2, 3, 8):
+      found = [
+        [e['index'] for e in source.once(p, parts).as_numpy_iterator()] for p in range(parts)
+      ]
+      assert sum(found, []) == list(range(len(IMAGES)))
+      assert max(map(len, found)) - min(map(len, found)) <= 1
