@@ -119,7 +119,10 @@ def test_every_op_is_declared():
   for name, definition in ops.OPS.items():
     parameters = list(inspect.signature(definition.function).parameters.values())
     given = ['key', 'height', 'width', 'size'] if definition.sized else ['key', 'image', 'size']
-    given, parameters = [p.name for p in parameters[: len(given)]] == given, parameters[len(given) :]
+    given, parameters = (
+      [p.name for p in parameters[: len(given)]] == given,
+      parameters[len(given) :],
+    )
     assert given, name
     assert [p.name for p in parameters] == list(definition.allowed), name
     assert definition.function.__doc__, name

@@ -22,13 +22,14 @@ def fields(what: str) -> dict[str, str]:
     ConfigError: it is none of these.
   """
   if what == 'digits':
-    return _fields('digits', '', TRAIN, TEST)
+    return _fields('digits', '', 'train', 'test')
   path = pathlib.Path(what).expanduser()
   if '://' in what or path.is_dir():
     return _folder(what.rstrip('/') if '://' in what else str(path))
   if path.suffix in ('.npz', '.npy') and path.is_file():
     name = path.stem.removesuffix('_images')
-    return _fields('arrays', str(path.parent), [name], [t for t in TEST if t != name])
+    beside = [p.name.removesuffix(path.name[len(name) :]) for p in path.parent.iterdir()]
+    return {**_choose('arrays', str(path.parent), beside), 'data.train_split': name}
   if path.exists():
     raise ConfigError(f'--data={what} is neither a folder nor an npz or npy file')
   from simclr_jax.data import tfds
@@ -38,26 +39,32 @@ def fields(what: str) -> dict[str, str]:
       f'--data={what}: there is no such folder or file, and no TFDS data set of that name'
       + tfds.did_you_mean(what)
     )
-  return {**_fields('tfds', '', ['train'], ['test']), 'data.name': what}
+  return {**_choose('tfds', '', tfds.split_names(what, '')), 'data.name': what}
 
 
 def _folder(path):
+  from simclr_jax.data import tfds
   from simclr_jax.data.stream import tf
 
   names = [n.rstrip('/') for n in tf.io.gfile.listdir(path)] if tf.io.gfile.isdir(path) else []
-  prepared = (
-    [path] if 'dataset_info.json' in names else tf.io.gfile.glob(f'{path}/*/dataset_info.json')
-  )
-  if prepared:
-    newest = sorted(prepared)[-1].removesuffix('/dataset_info.json')
-    return _fields('tfds', newest, ['train'], ['test'])
-  held = [
-    n.removesuffix('.npz').removesuffix('_images.npy') for n in names if n[-4:] in ('.npz', '.npy')
-  ]
-  if any(n in TRAIN for n in held):
-    return _fields('arrays', path, [n for n in TRAIN if n in held], [n for n in TEST if n in held])
-  train = [n for n in TRAIN if n in names]
-  return _fields('folder', path, train or ['.'], [n for n in TEST if train and n in names])
+  infos = [f'{path}/{n}' for n in names if n == 'dataset_info.json']
+  infos = infos or tf.io.gfile.glob(f'{path}/*/dataset_info.json')
+  if infos:
+    newest = sorted(infos)[-1].removesuffix('/dataset_info.json')
+    return _choose('tfds', newest, tfds.split_names('', newest))
+  for suffix in ('.npz', '_images.npy'):
+    held = [n.removesuffix(suffix) for n in names if n.endswith(suffix)]
+    if any(n in TRAIN for n in held):
+      return _choose('arrays', path, held)
+  if not any(n in TRAIN for n in names):
+    return _fields('folder', path, '.', '')
+  return _choose('folder', path, names)
+
+
+def _choose(source, folder, names):
+  """Of the names of splits, those that are for training and for tests."""
+  train = next((n for n in TRAIN if n in names), TRAIN[0])
+  return _fields(source, folder, train, next((n for n in TEST if n in names), ''))
 
 
 def _fields(source, folder, train, test):
@@ -65,8 +72,8 @@ def _fields(source, folder, train, test):
     'data.source': source,
     'data.name': '',
     'data.dir': folder,
-    'data.train_split': train[0],
-    'data.test_split': test[0] if test else '',
+    'data.train_split': train,
+    'data.test_split': test,
   }
 
 
@@ -103,5 +110,5 @@ def typical_side(dataset) -> int:
 
   few = dataset.sample(256)
   sizes = decode.sized(few.once(), few.settings, skip=True).map(lambda e: e['shape'])
-  sizes = list(stream.with_threads(sizes, few.settings).as_numpy_iterator())
-  return int(np.median(np.min(sizes, axis=1))) if sizes else 224
+  sides = [min(size) for size in stream.with_threads(sizes, few.settings).as_numpy_iterator()]
+  return int(np.median([side for side in sides if side] or [224]))

@@ -356,6 +356,15 @@ def _builder(config):
   return builder
 
 
+def split_names(name: str, folder: str) -> list[str]:
+  """Of a prepared data set, by its name or its folder; otherwise the usual ones."""
+  try:
+    builder = tfds.builder(name) if name else tfds.builder_from_directory(folder)
+    return list(builder.info.splits) or ['train', 'test']
+  except Exception:  # whatever is wrong will be said when it is loaded
+    return ['train', 'test']
+
+
 def known(name: str) -> bool:
   """Whether TFDS has a data set of this name, which may be followed by `/config` and `:version`."""
   return name.split('/')[0].split(':')[0] in tfds.list_builders()
