@@ -276,7 +276,7 @@ def _pretrain(args, overrides):
     args.parser.error('say --data=WHERE, or --config=RECIPE, or both')
   if not (args.data or args.workdir):
     args.parser.error('say --workdir=RUN')
-  workdir = args.workdir or pathlib.Path('runs') / pathlib.Path(args.data.rstrip('/')).stem
+  workdir = args.workdir or pathlib.Path('runs', _path(args.data).resolve().name.split('.')[0])
   found = discover.fields(args.data) if args.data else {}
   if args.config:
     recipe = config.load(args.config, {**found, **overrides})

@@ -48,7 +48,8 @@ def _folder(path):
 
   names = [n.rstrip('/') for n in tf.io.gfile.listdir(path)] if tf.io.gfile.isdir(path) else []
   infos = [f'{path}/{n}' for n in names if n == 'dataset_info.json']
-  infos = infos or tf.io.gfile.glob(f'{path}/*/dataset_info.json')
+  if names and not infos:
+    infos = tf.io.gfile.glob(f'{path}/*/dataset_info.json')
   if infos:
     newest = sorted(infos)[-1].removesuffix('/dataset_info.json')
     return _choose('tfds', newest, tfds.split_names('', newest))

@@ -127,8 +127,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Files | Arrays:
   base = stream.expand(config.dir)
   root = base if split == '.' else posixpath.join(base, split)
   if not tf.io.gfile.isdir(root):
-    what = 'is not a folder' if tf.io.gfile.exists(root) else 'does not exist'
-    raise ConfigError(f'{root} {what}: data.dir and the split name a folder of images')
+    raise ConfigError(f'{root} {_why_not(root)}: data.dir and the split name a folder of images')
   paths, others = list_images(root)
   if not paths:
     seen = ', '.join(f'{n:,} {suffix or "without suffix"}' for suffix, n in others.most_common(3))
@@ -140,6 +139,13 @@ def load(config: ml_collections.ConfigDict, split: str) -> Files | Arrays:
   if config.skip_bad:
     files = check.without_bad(files)
   return _in_memory(files) or files
+
+
+def _why_not(root):
+  try:
+    return 'is not a folder' if tf.io.gfile.exists(root) else 'does not exist'
+  except tf.errors.OpError as error:
+    return f'cannot be reached ({error.message.splitlines()[0]})'
 
 
 def list_images(root: str) -> tuple[list[str], collections.Counter]:
