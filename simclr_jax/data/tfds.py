@@ -305,7 +305,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
   label = features.get('label')
   labelled = isinstance(label, tfds.features.ClassLabel)
   classes = label.num_classes if labelled else 0
-  parse = _parser(info.features, labelled)
+  parse = _parser(labelled)
   if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
     source = builder.as_data_source(split).data_source
     places = np.arange(len(source), dtype=np.int64)
@@ -326,7 +326,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
     found = check.without_bad(found)
   h, w, _ = features['image'].shape
   if h and w and on_device(config, len(found) * h * w * 3):
-    return decode.read_all(found, h, w)
+    return decode.read_all(found, h, w, promised=True)
   return found
 
 
@@ -376,13 +376,14 @@ def did_you_mean(name: str) -> str:
   return f', did you mean {" or ".join(close)}?' if close else ''
 
 
-def _parser(features, labelled):
-  wanted = {'image': True, **({'label': True} if labelled else {})}
-  part = tfds.decode.PartialDecoding(wanted).extract_features(features)
-  skip = {'image': tfds.decode.SkipDecoding()}
+def _parser(labelled):
+  """Serialized record -> (encoded image, label), as TFDS writes an `Image` and a `ClassLabel`."""
+  spec = {'image': tf.io.FixedLenFeature([], tf.string)}
+  if labelled:
+    spec['label'] = tf.io.FixedLenFeature([], tf.int64)
 
   def parse(serialized):
-    e = part.deserialize_example(serialized, decoders=skip)
+    e = tf.io.parse_single_example(serialized, spec)
     return e['image'], tf.cast(e.get('label', -1), tf.int32)
 
   return parse
