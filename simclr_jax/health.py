@@ -32,6 +32,7 @@ MEANING = {
   'queue_age': 'age of the oldest key in the queue, in steps',
   'queue_filled': 'share of the queue that holds keys instead of the noise it starts with',
   'queue_norm': 'mean length of the keys: 1',
+  'data_wait': 'share of the time in which the devices wait for images from the host',
   'learning_rate': 'of this step',
   'grad_norm': 'length of the whole gradient',
   'param_norm': 'length of all parameters',
