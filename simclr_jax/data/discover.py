@@ -94,7 +94,7 @@ def recipe(dataset, accelerators: int) -> tuple[str, dict[str, str]]:
     variant = 'cpu'
     chosen = {'epochs': np.clip(60_000 // count, 1, 200)}
     if side <= 48:
-      chosen |= {'image_size': 32, 'model.stem': 'strided', 'augment.view1': 'simclr_cifar10_v2'}
+      chosen |= {'image_size': 32, 'model.stem': 'strided'}
     most = 128
   together = max(accelerators, 1)
   while most > together and most > count // 2:
