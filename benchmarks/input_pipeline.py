@@ -430,8 +430,9 @@ def device(rounds, steps=5):
 def augmentation(topology):
   """Prints FLOPs and bytes of one ResNet-50 step of 128 images on one device, and of the views in it.
 
-  Bytes are those that the compiled program's fusions read and write. Before compilation every op counts
-  as if it read and wrote memory: printed for the CPU, for comparison.
+  Bytes are those that the compiled program's fusions read and write, on a TPU also in memory on the chip,
+  where the jitter's loop lives. Before compilation every op counts as if it read and wrote memory: printed
+  for the CPU, for comparison.
   """
   if topology:
     from jax.experimental import topologies

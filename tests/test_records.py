@@ -497,6 +497,32 @@ def test_more_bad_images_than_allowed(tmp_path, kind):
   assert len(data.load(settings(where, skip_bad=2), 'train')) == 6
 
 
+@pytest.mark.parametrize('contents', [jpeg(6, 30, 30), b'<html>404</html>'], ids=['size', 'page'])
+def test_a_promised_size_that_is_not_kept(tmp_path, contents):
+  """Breaks if an image of another size than the data set's stops the reading without its name."""
+  images = [contents if i == 6 else jpeg(i, 24, 24) for i in range(8)]
+  where = write(tmp_path / 'mine', images, (5, 3), shape=(24, 24, 3), labels=LABELS[:8])
+  text = sentence(lambda: data.load(settings(where), 'train'))
+  assert text.startswith(f'record 1 of {where}/mine-train.tfrecord-00001-of-00002 '), text
+
+
+def test_turned_images_do_not_depend_on_where_they_are_kept(tmp_path):
+  """Breaks if EXIF's orientation counts for images that are streamed, but not for those in memory."""
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  images = []
+  for i in range(8):
+    file = io.BytesIO()
+    Image.open(io.BytesIO(jpeg(i, 24, 24))).save(file, 'JPEG', quality=95, exif=exif)
+    images.append(file.getvalue())
+  where = write(tmp_path / 'mine', images, (5, 3), shape=(24, 24, 3), labels=LABELS[:8])
+  kept, streamed = (
+    features.pictures(data.load(settings(where, on_device=x), 'train'), 'resize', 24)[0]
+    for x in ('yes', 'no')
+  )
+  np.testing.assert_allclose(kept, streamed, atol=1e-6)
+
+
 def test_no_good_image_is_an_error(tmp_path):
   """Breaks if a large `data.skip_bad` leaves nothing, and the training waits for ever."""
   where = write(tmp_path / 'mine', [b'x'] * 8, (5, 3), labels=LABELS[:8])

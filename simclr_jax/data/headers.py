@@ -6,8 +6,8 @@ For many files at a time, in numpy, and without TensorFlow: nothing is decoded b
 import numpy as np
 
 HEAD = 2048  # bytes of a file that are looked at
-KINDS = ('unknown', 'JPEG', 'PNG', 'GIF', 'BMP', 'WebP', 'animated WebP')
-UNKNOWN, JPEG, PNG, GIF, BMP, WEBP, ANIMATED_WEBP = range(7)
+KINDS = ('unknown', 'JPEG', 'PNG', 'GIF', 'BMP', 'WebP', 'BMP with a palette', 'animated WebP')
+UNKNOWN, JPEG, PNG, GIF, BMP, WEBP, PALETTE_BMP, ANIMATED_WEBP = range(8)
 
 
 def read(head: np.ndarray, jpeg_shape: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -43,6 +43,9 @@ def read(head: np.ndarray, jpeg_shape: np.ndarray) -> tuple[np.ndarray, np.ndarr
   rows = find(BMP, b'BM')
   height = value(rows, 22, 4)  # negative: rows from top to bottom
   shape[rows] = np.stack([np.minimum(height, 2**32 - height), value(rows, 18, 4)], 1)
+  ramp = np.arange(256, dtype=np.uint8)[:, None]  # the palette of gray images
+  gray = (head[rows, 54 : 54 + 1024].reshape(-1, 256, 4)[..., :3] == ramp).all((1, 2))
+  kind[rows[(value(rows, 28, 2) <= 8) & ~gray]] = PALETTE_BMP
   rows = find(WEBP, b'WEBPVP8 ', 8)  # lossy
   shape[rows] = np.stack([value(rows, 28, 2), value(rows, 26, 2)], 1) & 0x3FFF
   rows = find(WEBP, b'WEBPVP8L', 8)  # lossless
@@ -83,8 +86,9 @@ def problems(kind: np.ndarray, shape: np.ndarray, max_pixels: int) -> list[str]:
   for k, (h, w) in zip(kind, shape):
     if k == UNKNOWN:
       found.append('is not a JPEG, PNG, WebP, BMP or GIF image')
-    elif k == ANIMATED_WEBP:  # TensorFlow 2.21 corrupts its memory
-      found.append('is an animated WebP, which cannot be decoded')
+    elif k in (PALETTE_BMP, ANIMATED_WEBP):
+      # TensorFlow 2.21 takes numbers in a palette for colours, and corrupts its memory on the other.
+      found.append(f'is {"an" if k == ANIMATED_WEBP else "a"} {KINDS[k]}, which cannot be decoded')
     elif h * w > max_pixels:
       found.append(f'has {w:,} x {h:,} pixels, more than data.max_pixels={max_pixels:,}')
     elif h * w == 0:
