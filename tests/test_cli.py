@@ -105,8 +105,8 @@ def test_a_wrong_field_is_one_sentence(capsys, tmp_path, override, expected):
       'unexpected argument',
     ),
     (['pretrain', '--config=simclr_digits', '--workdir=x', '--config.seed'], 'needs a value'),
-    (['pretrain', '--workdir=x'], 'required: --config'),
-    (['pretrain', '--config=simclr_digits'], 'required: --workdir'),
+    (['pretrain', '--workdir=x'], 'say --data=WHERE, or --config=RECIPE'),
+    (['pretrain', '--config=simclr_digits'], 'say --workdir=RUN'),
     (['pretend'], 'invalid choice'),
     ([], 'required: VERB'),
     (['knn', '--workdir=/nowhere'], 'is not the workdir of a run'),
@@ -144,7 +144,7 @@ def test_workdir_of_a_run(run):
   records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
   assert [r['step'] for r in records if 'loss' in r] == [1, 2, 3, 4]
   wanted = {'loss', 'contrastive_acc', 'contrastive_acc_n', 'probe_acc', 'learning_rate', 'grad_norm',
-            'examples_per_second', 'epoch', 'batch_hash', 'chance_loss', 'z_std', 'rank', 'alignment', 'uniformity', 'param_norm'}  # fmt: skip
+            'examples_per_second', 'data_wait', 'epoch', 'batch_hash', 'chance_loss', 'z_std', 'rank', 'alignment', 'uniformity', 'param_norm'}  # fmt: skip
   assert wanted <= set(records[0])
   assert 0 <= records[-1]['knn_acc'] <= 1
 
@@ -303,7 +303,7 @@ def test_without_a_test_split(capsys, tmp_path):
     run = folder / 'a run'
     assert cli.main(['pretrain', '--config=simclr_digits', f'--workdir={run}', *words]) == 0
     assert cli.main(['report', f'--workdir={run}']) == 0
-    expected = 'needs labels' if labels is None else 'test.npz does not exist'
+    expected = 'needs labels' if labels is None else 'holds neither test.npz nor test_images.npy'
     if labels is None:
       np.savez(folder / 'test.npz', images=images)
     assert expected in fails(capsys, 'knn', f'--workdir={run}')

@@ -70,7 +70,8 @@ def records(workdir):
   """metrics.jsonl without the timings."""
   path = workdir / 'metrics.jsonl'
   lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-  return [{k: v for k, v in r.items() if not k.endswith('_per_second')} for r in lines]
+  timings = ('steps_per_second', 'examples_per_second', 'data_wait')
+  return [{k: v for k, v in r.items() if k not in timings} for r in lines]
 
 
 def leaves(workdir, step=STEPS):

@@ -16,7 +16,7 @@ VIEW = 'simclr_crop(0.2, 1) | simclr_jitter(1, p=0.8) | grayscale(p=0.5) | simcl
 
 @pytest.fixture(scope='module')
 def recipe():
-  return config.load('simclr_digits', {**TINY, 'augment.view1': VIEW})
+  return config.load('simclr_digits', {**TINY, 'augment.view1': VIEW, 'learning_rate': '0.001'})
 
 
 @pytest.fixture(scope='module')

@@ -1,0 +1,767 @@
+"""Folders of images as they are found: every format, turned, tiny, huge, misnamed, broken. Pillow knows."""
+
+import io
+import json
+import logging
+import os
+import pathlib
+import shutil
+import struct
+import zlib
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image, ImageOps
+
+from simclr_jax import cli, config, data, sharding
+from simclr_jax.data import augment, crop, feed, folder
+from simclr_jax.errors import ConfigError
+from simclr_jax.evaluate import features
+
+tf = pytest.importorskip('tensorflow')
+from simclr_jax.data import check, decode  # noqa: E402  (needs TensorFlow)
+
+SIZE = 24  # of views; their canvas is 64
+PIPELINES = ('simclr_crop(0.08, 1)', 'torch_crop(0.2, 1)')
+resize = jax.jit(crop.crop_and_resize, static_argnums=(2, 3))
+
+
+def picture(height, width, seed=0):
+  """Smooth, so that neighbouring pixels are alike; coloured, so that no two channels are."""
+  rng = np.random.default_rng(seed)
+  coarse = rng.integers(0, 256, (2 + height // 40, 2 + width // 40, 3), dtype=np.uint8)
+  return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encoded(image, kind, **options):
+  file = io.BytesIO()
+  image.save(file, kind, **options)
+  return file.getvalue()
+
+
+def exif(orientation, order='<'):
+  """An EXIF block with the tag alone, put together by hand; `order` is that of its bytes."""
+  mark = b'II' if order == '<' else b'MM'
+  entry = struct.pack(order + 'HHIHH', 0x0112, 3, 1, orientation, 0)
+  return b'Exif\0\0' + mark + struct.pack(order + 'HIH', 42, 8, 1) + entry + struct.pack('I', 0)
+
+
+def shown(contents):
+  """An image as Pillow shows it: int `[h, w, 3]`."""
+  image = Image.open(io.BytesIO(contents))
+  if image.mode.startswith('I'):  # 16 bits, which Pillow does not convert: the upper 8
+    return np.repeat((np.asarray(image).astype(int) >> 8)[..., None], 3, -1)
+  return np.asarray(ImageOps.exif_transpose(image).convert('RGB')).astype(int)
+
+
+def settings(where, **values):
+  c = config.load('simclr_digits', TINY).data
+  with c.unlocked():
+    c.update(
+      {'source': 'folder', 'dir': str(where), 'train_split': '.', 'test_split': '', **values}
+    )
+  return c
+
+
+def fill(where, files):
+  """Writes files, name -> bytes, and returns the folder."""
+  for name, contents in files.items():
+    path = os.path.join(os.fsencode(where), os.fsencode(name))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, 'wb') as file:
+      file.write(contents)
+  return where
+
+
+def sentence(call):
+  with pytest.raises(ConfigError) as error:
+    call()
+  text = str(error.value)
+  del error  # its traceback and this frame would keep each other, and a pipeline, alive
+  assert '\n' not in text and len(text) < 500 and '{{' not in text, text
+  return text
+
+
+def chunk(name, contents):
+  body = name + contents
+  return struct.pack('>I', len(contents)) + body + struct.pack('>I', zlib.crc32(body))
+
+
+def deep_png(pixels):
+  """A PNG of 16 bits a channel, which Pillow does not write in colour."""
+  height, width = pixels.shape[:2]
+  header = struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0)
+  rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in pixels)
+  parts = [chunk(b'IHDR', header), chunk(b'IDAT', zlib.compress(rows)), chunk(b'IEND', b'')]
+  return b'\x89PNG\r\n\x1a\n' + b''.join(parts)
+
+
+def bmp(width, height, bits, rows, palette=b''):
+  header = struct.pack('<IiiHHIIiiII', 40, width, height, 1, bits, 0, 0, 0, 0, len(palette) // 4, 0)
+  start = 14 + len(header) + len(palette)
+  return struct.pack('<2sIHHI', b'BM', start + len(rows), 0, 0, start) + header + palette + rows
+
+
+RGB = picture(45, 67)
+GRAY, ALPHA = RGB.convert('L'), RGB.copy()
+ALPHA.putalpha(ImageOps.invert(GRAY))
+DEEP = Image.fromarray(np.asarray(GRAY).astype(np.uint16) * 257 - np.uint16(99))
+OTHER = picture(45, 67, 1)
+FORMATS = {
+  'baseline.jpg': encoded(RGB, 'JPEG', quality=90),
+  'full chroma.jpg': encoded(RGB, 'JPEG', quality=90, subsampling=0),
+  'progressive.jpg': encoded(RGB, 'JPEG', quality=90, progressive=True),
+  'gray.jpg': encoded(GRAY, 'JPEG', quality=90),
+  'cmyk.jpg': encoded(RGB.convert('CMYK'), 'JPEG', quality=90),
+  'rgb inside.jpg': encoded(RGB, 'JPEG', quality=90, keep_rgb=True),
+  'two pictures.jpg': encoded(RGB, 'MPO', save_all=True, append_images=[OTHER]),
+  'rgb.png': encoded(RGB, 'PNG'),
+  'gray.png': encoded(GRAY, 'PNG'),
+  'gray and alpha.png': encoded(ALPHA.convert('LA'), 'PNG'),
+  'alpha.png': encoded(ALPHA, 'PNG'),
+  'palette.png': encoded(RGB.quantize(60), 'PNG'),
+  'small palette.png': encoded(RGB.quantize(5), 'PNG'),
+  '16 bits.png': encoded(DEEP, 'PNG'),
+  '16 bits, colour.png': deep_png(np.asarray(RGB).astype(int) * 257 // 2 + 99),
+  '1 bit.png': encoded(GRAY.convert('1'), 'PNG'),
+  'animated.png': encoded(RGB, 'PNG', save_all=True, append_images=[OTHER]),
+  'still.gif': encoded(RGB, 'GIF'),
+  'animated.gif': encoded(RGB, 'GIF', save_all=True, append_images=[OTHER]),
+  'transparent.gif': encoded(ALPHA, 'GIF'),
+  'rgb.bmp': encoded(RGB, 'BMP'),
+  'gray.bmp': encoded(GRAY, 'BMP'),
+  'alpha.bmp': encoded(ALPHA, 'BMP'),
+  'top first.bmp': bmp(64, -32, 24, np.asarray(picture(32, 64))[..., ::-1].tobytes()),
+  'lossy.webp': encoded(RGB, 'WEBP', quality=80),
+  'lossless.webp': encoded(RGB, 'WEBP', lossless=True),
+  'lossy alpha.webp': encoded(ALPHA, 'WEBP', quality=80),
+  'lossless alpha.webp': encoded(ALPHA, 'WEBP', lossless=True, exact=True),
+}
+TURNED = {
+  f'turned {o}{name}.jpg': encoded(picture(41, 67), 'JPEG', quality=90, exif=exif(o, order))
+  for o in range(10)  # 0 and 9 mean nothing
+  for order, name in (('<', ' little'), ('>', ' big'))
+}
+
+
+def tolerance(contents):
+  """Levels by which two decoders may differ: JPEG leaves rounding and the upsampling of chroma free."""
+  return 6 if contents[:2] == b'\xff\xd8' else 0
+
+
+# Pixels.
+
+
+@pytest.mark.parametrize('files', [FORMATS, TURNED], ids=['formats', 'turned'])
+def test_whole_images_are_those_of_pillow(tmp_path, files):
+  """Breaks if a format, an orientation, a palette, alpha or 16 bits are read otherwise than shown."""
+  c = settings(fill(tmp_path, files), on_device='no', scaled_decoding=False)
+  source = data.load(c, 'train')
+  assert isinstance(source, folder.Files) and sorted(files, key=os.fsencode) == source.paths
+  images = decode.sized(source.once(), source.settings).map(
+    lambda e: (e['index'], e['shape'], decode.whole(e))
+  )
+  for index, shape, image in images.as_numpy_iterator():
+    name = source.paths[index]
+    expected = shown(files[name])
+    assert image.shape == expected.shape == (*shape, 3), name
+    assert np.abs(image - expected).max() <= tolerance(files[name]), name
+  pictures, _ = features.pictures(source, 'center_crop(1)', 16)
+  for i in (0, 9, len(source) - 1):
+    theirs = shown(files[source.paths[i]])
+    box = crop.tensorflow_center(*theirs.shape[:2], 1.0)
+    ours = np.clip(resize(np.float32(theirs), box, 16, 'bicubic'), 0, 255) / 255
+    np.testing.assert_allclose(
+      pictures[i], ours, atol=(tolerance(files[source.paths[i]]) + 1) / 255
+    )
+
+
+@pytest.mark.parametrize('bits', [8, 4, 1])
+def test_a_bmp_with_a_palette_shows_its_colours(tmp_path, bits):
+  """Breaks if the numbers of the colours are taken for gray levels: then refusing it is better."""
+  contents = encoded(RGB.quantize(200) if bits == 8 else GRAY.convert('1'), 'BMP')
+  if bits == 4:  # Pillow writes no such file: two pixels a byte, rows of 36 bytes
+    rng = np.random.default_rng(0)
+    contents = bmp(67, 45, 4, rng.bytes(45 * 36), palette=rng.bytes(16 * 4))
+  expected = shown(contents)
+  source = data.load(settings(fill(tmp_path, {'0.bmp': contents}), on_device='no'), 'train')
+  if source.find_problem([0]):
+    assert '0.bmp is a' in source.find_problem([0])
+    return
+  views, _ = features.pictures(source, 'resize', 45)
+  theirs = resize(np.float32(expected), crop.whole(45, 67), 45, 'triangle')
+  np.testing.assert_allclose(255 * views[0], theirs, atol=1)
+
+
+def test_a_gif_whose_frame_is_not_its_size(tmp_path):
+  """Breaks if views are cut where the header promises pixels that the frame does not have: NaN."""
+  gif = FORMATS['still.gif']
+  for i, screen in enumerate([(80, 60), (30, 20), (2000, 2000)]):
+    fill(tmp_path, {f'{i}.gif': gif[:6] + struct.pack('<HH', *screen) + gif[10:]})
+  source = data.load(settings(tmp_path), 'train')
+  refused = [source.find_problem([i]) for i in range(3)]
+  if all(refused):
+    assert all(text.startswith(f'{tmp_path}/{i}.gif is a ') for i, text in enumerate(refused))
+    assert 'gif is a ' in sentence(lambda: features.pictures(source, 'resize', 45))
+    return
+  views, _ = features.pictures(source, 'resize', 45)
+  for i, view in enumerate(views):
+    expected = shown((tmp_path / f'{i}.gif').read_bytes())
+    theirs = resize(np.float32(expected), crop.whole(*expected.shape[:2]), 45, 'triangle')
+    np.testing.assert_allclose(255 * view, theirs, atol=1)
+
+
+def canvases(contents, epochs=1, pipelines=PIPELINES, seed=0, **values):
+  """`decode.canvases` of all images at all of the epochs, and where `augment.places` would cut."""
+  n = len(contents)
+  epoch, position = np.divmod(np.arange(n * epochs, dtype=np.int32), n)
+  elements = {'bytes': contents * epochs, 'epoch': epoch, 'position': position}
+  found = decode.canvases(
+    tf.data.Dataset.from_tensor_slices(elements), pipelines, SIZE, seed, settings('', **values)
+  )
+  height, width = np.array([shown(x).shape[:2] for x in contents * epochs], np.int32).T
+  places = augment.places(height, width, epoch, position, pipelines=pipelines, seed=seed, size=SIZE)
+  return list(found.as_numpy_iterator()), np.asarray(places)
+
+
+def cut(image, box):
+  top, left, height, width = np.round(box).astype(int)
+  assert (
+    top >= 0 and left >= 0 and top + height <= image.shape[0] and left + width <= image.shape[1]
+  )
+  return image[top : top + height, left : left + width].astype(int)
+
+
+def all_kinds(height, width, seed):
+  """An image of this size in each way of storing it that is cut differently."""
+  image = picture(height, width, seed)
+  upright = [encoded(image, 'PNG'), encoded(image, 'WEBP', quality=80), encoded(image, 'BMP')]
+  turned = [
+    encoded(image, 'JPEG', quality=90, exif=exif(o, '<>'[o % 2]), progressive=o % 3 == 0)
+    for o in range(1, 9)
+  ]
+  return upright + turned
+
+
+SHAPES = [(45, 67), (67, 45), (30, 20), (200, 150), (150, 200), (63, 64), (65, 64), (1, 1), (7, 13)]
+
+
+def test_windows_are_cut_out_of_the_whole_image():
+  """Breaks if a window is off by a pixel, or turned, or mirrored, in any format or orientation."""
+  contents = sum((all_kinds(*shape, i) for i, shape in enumerate(SHAPES)), [])
+  found, places = canvases(contents, 4, scaled_decoding=False)
+  assert len(found) == 4 * len(contents)
+  by_host = 0
+  for i, (e, place) in enumerate(zip(found, places)):
+    whole, lossy = shown(contents[i % len(contents)]), tolerance(contents[i % len(contents)])
+    assert e['images'].shape == (64, 64, 3) and e['images'].dtype == np.uint8
+    if (e['crops'][:, 0] == [[0, 0, SIZE, SIZE], [0, SIZE, SIZE, SIZE]]).all():
+      by_host += 1
+      continue
+    np.testing.assert_array_equal(e['crops'][..., 2:], place[..., 2:])
+    for ours, theirs in zip(e['crops'][:, 1], place[:, 1]):
+      off = np.abs(cut(e['images'], ours) - cut(whole, theirs))
+      # A cut JPEG lacks the chroma beyond its border.
+      inside = off[1:-1, 1:-1] if min(off.shape[:2]) > 2 else off[:0]
+      assert inside.max(initial=0) <= lossy and off.max() <= 4 * lossy, (i, off.max())
+  assert 0.1 < by_host / len(found) < 0.5  # those of large images that do not fit
+
+
+@pytest.mark.parametrize('resize_on', ['device', 'host'])
+def test_what_the_host_resizes_is_what_the_device_would(resize_on):
+  """Breaks if the host rounds, clips or weighs pixels in another way, or an image does not fit."""
+  shapes = [(200, 150), (33, 29)]
+  contents = [encoded(picture(*shape, i), 'PNG') for i, shape in enumerate(shapes)]
+  pipelines = ('simclr_crop(0.4, 1)', 'torch_crop(0.4, 1)')
+  found, places = canvases(contents, 4, pipelines, resize_on=resize_on)
+  resized = 0
+  for i, (e, place) in enumerate(zip(found, places)):
+    whole = np.float32(shown(contents[i % 2]))
+    for v, kernel in enumerate(('bicubic', 'triangle')):
+      if (e['crops'][v] != [0, v * SIZE, SIZE, SIZE]).any():
+        assert resize_on == 'device' and (place[:, 1, 2:] <= 64).all()
+        continue
+      expected = np.clip(resize(whole, place[v], SIZE, kernel), 0, 255)
+      off = cut(e['images'], e['crops'][v, 0]) - expected
+      assert np.abs(off).max() < 0.53, i  # rounded to 8 bits
+      resized += 1
+  assert resized == 16 if resize_on == 'host' else 4 <= resized < 12
+
+
+@pytest.mark.parametrize('orientation', [1, 6, 7])
+def test_scaled_decoding_shows_the_same_at_a_fraction(orientation):
+  """Breaks if a JPEG decoded at 1/2, 1/4, 1/8 is cut elsewhere, or is smaller than the view."""
+  shapes = [(400, 601), (230, 250), (130, 90), (1203, 811), (50, 50)]
+  contents = [
+    encoded(picture(*shape, i), 'JPEG', quality=90, exif=exif(orientation))
+    for i, shape in enumerate(shapes)
+  ]
+  found, places = canvases(contents, 4)
+  full, _ = canvases(contents, 4, scaled_decoding=False)
+  ratios = []
+  for i, (e, f, place) in enumerate(zip(found, full, places)):
+    smallest = place[:, 0, 2:].min()
+    ratio = next((r for r in (8, 4, 2) if smallest >= r * SIZE), 1)
+    for v, kernel in enumerate(('bicubic', 'triangle')):
+      if i % len(shapes) == 2:  # few shapes, few compilations
+        views = (
+          np.asarray(resize(np.float32(x['images']), x['crops'][v], SIZE, kernel)) for x in (e, f)
+        )
+        off = np.abs(np.subtract(*views))
+        assert off.max() < 12 and off.mean() < 2
+    if (e['crops'][:, 0] == [[0, 0, SIZE, SIZE], [0, SIZE, SIZE, SIZE]]).all():
+      continue
+    ratios.append(ratio)
+    np.testing.assert_allclose(e['crops'][..., 2:], place[..., 2:] / ratio)
+    image = Image.open(io.BytesIO(contents[i % len(shapes)]))
+    if ratio > 1:  # Pillow, too, lets the decoder scale
+      image.draft('RGB', (image.width // ratio, image.height // ratio))
+    reduced = np.asarray(ImageOps.exif_transpose(image)).astype(int)
+    low = np.floor((place[:, 1, :2] / ratio).min(0))
+    for ours, theirs in zip(e['crops'][:, 1], place[:, 1] / ratio):
+      np.testing.assert_allclose(ours[:2] + low, theirs[:2], atol=1e-4)
+      inner = np.concatenate([np.ceil(ours[:2]) + 1, np.floor(ours[2:]) - 3])
+      where = inner + [*low, 0, 0]
+      off = np.abs(cut(e['images'], inner) - cut(reduced, where))
+      assert off.max() <= 6, (i, ratio)
+  assert set(ratios) >= {1, 2, 4}
+
+
+def test_extreme_shapes(tmp_path):
+  """Breaks if a single pixel or a strip gives NaN, a wrong size, or no view at all."""
+  shapes = [(1, 1), (1, 2), (2, 1), (10, 20000), (20000, 10), (3, 500)]
+  for i, shape in enumerate(shapes):
+    for kind in ('png', 'jpg', 'webp'):
+      if kind != 'webp' or max(shape) < 16384:
+        picture(*shape, i).save(tmp_path / f'{i}.{kind}')
+  source = data.load(settings(tmp_path), 'train')
+  assert len(source) == 16
+  for pipeline in ('simclr_eval', 'moco_eval'):
+    views, _ = features.pictures(source, pipeline, SIZE)
+    assert np.isfinite(views).all() and views.min() >= 0 and views.max() <= 1
+  for i, name in enumerate(source.paths):
+    whole = shown((tmp_path / name).read_bytes()) / 255
+    if whole.size == 3:
+      np.testing.assert_allclose(views[i], np.broadcast_to(whole, (SIZE, SIZE, 3)), atol=0.01)
+    assert whole.min() - 0.1 < views[i].min() and views[i].max() < whole.max() + 0.1
+
+
+# Folders.
+
+
+def names(source):
+  return [os.fsencode(source.name(i)) for i in range(len(source))]
+
+
+def contents_in_order(source):
+  return [e['bytes'] for e in source.once().as_numpy_iterator()]
+
+
+def test_names_of_all_sorts(tmp_path):
+  """Breaks if a name is quoted, split, decoded or sorted on its way to TensorFlow and to messages."""
+  odd = [
+    'plain.jpg', 'with space.jpg', 'quote\'s".png', '$(touch x); *.jpeg', 'new\nline.png', 'täglich.JPG',
+    '写真.Png', '-leading.gif', 'two.dots.jpg', '{}%s\\n.bmp', b'latin\xe9.jpg', b'\xff\xfe/\xe9.png',
+    'a/b/c/deep.jpg', ' ./spaces .webp', 'folder.jpg/x.png',
+  ]  # fmt: skip
+  kinds = {'jpg': 'JPEG', 'jpeg': 'JPEG', 'png': 'PNG', 'gif': 'GIF', 'bmp': 'BMP', 'webp': 'WEBP'}
+  files = {
+    name: encoded(picture(20 + i, 30, i), kinds[os.fsdecode(name).lower().rsplit('.')[-1]])
+    for i, name in enumerate(odd)
+  }
+  fill(tmp_path, {**files, 'notes.txt': b'x', '.hidden.jpg': b'x', '.git/x.jpg': b'x'})
+  source = data.load(settings(tmp_path), 'train')
+  by_name = {os.path.join(os.fsencode(tmp_path), os.fsencode(k)): v for k, v in files.items()}
+  assert names(source) == sorted(by_name) and not source.labelled
+  assert contents_in_order(source) == [by_name[k] for k in sorted(by_name)]
+  again = data.load(settings(str(tmp_path) + '/'), 'train')
+  assert again.paths == source.paths
+  assert len(features.pictures(source, 'resize', 8)[0]) == len(odd)
+
+
+@pytest.mark.parametrize('name', [b'caf\xe9', 'café', 'a b', "it's", 'x\ny'])
+def test_classes_of_all_sorts(tmp_path, name):
+  """Breaks if the name of a class, of any bytes, cannot be listed or changes its number."""
+  for split, classes in (('train', (name, 'zebra')), ('test', ('aardvark', 'zebra'))):
+    for c in classes:
+      path = os.path.join(os.fsencode(split), os.fsencode(c), b'0.png')
+      fill(tmp_path, {path: encoded(picture(20, 20 + len(c), 0), 'PNG')})
+  train = data.load(settings(tmp_path, train_split='train', test_split='test'), 'train')
+  test = data.load(settings(tmp_path, train_split='train', test_split='test'), 'test')
+  expected = sorted(['aardvark', os.fsdecode(name), 'zebra'])
+  assert train.class_names == test.class_names == expected and train.classes == 3
+  assert [train.class_names[i] for i in train.labels] == sorted([os.fsdecode(name), 'zebra'])
+  assert [test.class_names[i] for i in test.labels] == ['aardvark', 'zebra']
+
+
+def test_labels(tmp_path):
+  """Breaks if labels come from a deeper folder, are made up, or a class of one split shifts the others."""
+  x = [encoded(picture(20 + i, 20, i), 'PNG') for i in range(6)]
+  fill(tmp_path / 'a', {'cat/0.png': x[0], 'cat/young/1.png': x[1], 'dog/2.png': x[2]})
+  (tmp_path / 'a' / 'empty').mkdir()
+  (tmp_path / 'a' / '.thumbs').mkdir()
+  source = data.load(settings(tmp_path / 'a'), 'train')
+  assert source.class_names == ['cat', 'dog'] and list(source.labels) == [0, 0, 1]
+  assert [e['label'] for e in source.once().as_numpy_iterator()] == [0, 0, 1]
+  # An image beside the folders, or one folder alone: they mean something else.
+  fill(tmp_path / 'b', {'cat/0.png': x[0], 'dog/1.png': x[1], '2.png': x[2]})
+  fill(tmp_path / 'c', {'all/0.png': x[0], 'all/1.png': x[1]})
+  for name in 'bc':
+    source = data.load(settings(tmp_path / name), 'train')
+    assert not source.labelled and source.classes == 0 and (source.labels == -1).all()
+  # Train has cat and dog, test dog and emu.
+  fill(tmp_path / 'd' / 'train', {'cat/0.png': x[0], 'dog/1.png': x[1]})
+  fill(tmp_path / 'd' / 'test', {'dog/2.png': x[2], 'emu/3.png': x[3], 'emu/4.png': x[4]})
+  c = settings(tmp_path / 'd', train_split='train', test_split='test')
+  train, test = data.load(c, 'train'), data.load(c, 'test')
+  assert train.class_names == test.class_names == ['cat', 'dog', 'emu'] and test.classes == 3
+  assert list(train.labels) == [0, 1] and list(test.labels) == [1, 2, 2]
+
+
+def test_links(tmp_path):
+  """Breaks if a loop of links is followed for ever, or what a link leads to is missed or read twice."""
+  x = [encoded(picture(20 + i, 20, i), 'PNG') for i in range(4)]
+  outside = fill(tmp_path / 'outside', {'2.png': x[2], 'sub/3.png': x[3]})
+  root = fill(tmp_path / 'root', {'a/0.png': x[0], 'b/1.png': x[1]})
+  (root / 'a' / 'up').symlink_to(root)
+  (root / 'a' / 'self').symlink_to(root / 'a')
+  (root / 'b' / 'again').symlink_to(root / 'a')
+  (root / 'c').symlink_to(outside)
+  (root / 'd.png').symlink_to(root / 'a' / '0.png')
+  source = data.load(settings(root), 'train')
+  assert source.paths == ['a/0.png', 'b/1.png', 'c/2.png', 'c/sub/3.png', 'd.png']
+  assert contents_in_order(source) == [*x, x[0]]
+  assert check.scan(source).duplicates() == 1
+
+
+def test_nothing_to_read(tmp_path):
+  """Breaks if an empty, missing or wrong folder gives a traceback or does not say what was seen."""
+  text = sentence(lambda: data.load(settings(tmp_path / 'none'), 'train'))
+  assert text.startswith(f'{tmp_path}/none does not exist')
+  fill(tmp_path, {'file.jpg': b'x'})
+  text = sentence(lambda: data.load(settings(tmp_path / 'file.jpg'), 'train'))
+  assert text.startswith(f'{tmp_path}/file.jpg is not a folder')
+  text = sentence(lambda: data.load(settings(tmp_path, train_split='train'), 'train'))
+  assert text.startswith(f'{tmp_path}/train does not exist')
+  fill(tmp_path / 'texts', {'a.txt': b'', 'b/c.txt': b'', 'README': b'', '.x.jpg': b''})
+  text = sentence(lambda: data.load(settings(tmp_path / 'texts'), 'train'))
+  assert text.startswith(f'{tmp_path}/texts has no images')
+  assert 'only other files: 2 .txt, 1 without suffix' in text
+  (tmp_path / 'loop').symlink_to(tmp_path / 'loop')
+  assert f'{tmp_path}/loop' in sentence(lambda: data.load(settings(tmp_path / 'loop'), 'train'))
+  assert 'data.dir is empty' in sentence(lambda: data.load(settings(''), 'train'))
+
+
+def test_a_folder_that_may_not_be_read(tmp_path):
+  """Breaks if a part of the images is missing from the run without a word."""
+  if os.geteuid() == 0:
+    pytest.skip('root may read everything')
+  fill(tmp_path, {'a.png': encoded(RGB, 'PNG'), 'closed/b.png': encoded(OTHER, 'PNG')})
+  (tmp_path / 'closed').chmod(0)
+  try:
+    text = sentence(lambda: data.load(settings(tmp_path), 'train'))
+  finally:
+    (tmp_path / 'closed').chmod(0o755)
+  assert text.startswith(f'{tmp_path}/closed cannot be listed')
+
+
+# Images of one size.
+
+
+@pytest.mark.parametrize('count', [7, 70])
+def test_small_images_of_one_size_are_read_into_memory(tmp_path, count):
+  """Breaks if the pixels, labels or their order differ from those of the files."""
+  files = {}
+  for i in range(count):
+    image, upright = picture(20, 24, i), i % 3
+    kind = ('PNG', 'JPEG', 'BMP')[upright]
+    if i == 4:  # stored lying
+      image = picture(24, 20, i)
+    options = {'exif': exif(6)} if i == 4 else {'quality': 90} if kind == 'JPEG' else {}
+    files[f'{"cat" if i % 2 else "dog"}/{i:03d}.{kind.lower()}'] = encoded(image, kind, **options)
+  source = data.load(settings(fill(tmp_path, files)), 'train')
+  assert isinstance(source, data.Arrays) and source.images.shape == (count, 20, 24, 3)
+  assert source.labelled and source.resident
+  for i, name in enumerate(sorted(files)):
+    assert np.abs(source.images[i] - shown(files[name])).max() <= tolerance(files[name]), name
+    assert source.labels[i] == name.startswith('dog')
+  for values in (dict(on_device='no'), dict(max_pixels=10**6, on_device='no')):
+    assert isinstance(data.load(settings(tmp_path, **values), 'train'), folder.Files)
+  fill(tmp_path, {f'dog/{count // 2:03d}.png': encoded(picture(21, 24), 'PNG')})
+  assert isinstance(data.load(settings(tmp_path), 'train'), folder.Files)
+
+
+# Bad files.
+
+
+def png_header(side):
+  header = struct.pack('>IIBBBBB', side, side, 1, 0, 0, 0, 0)
+  return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header)
+
+
+def jpeg_of(side):
+  """A small JPEG that says to be a large one."""
+  at = FORMATS['baseline.jpg'].index(b'\xff\xc0') + 5
+  return (
+    FORMATS['baseline.jpg'][:at]
+    + struct.pack('>HH', side, side)
+    + FORMATS['baseline.jpg'][at + 4 :]
+  )
+
+
+BOMB = (
+  png_header(12000)
+  + chunk(b'IDAT', zlib.compress(bytes(12000 * (1 + 12000 // 8)), 9))
+  + chunk(b'IEND', b'')
+)
+LARGE = {
+  'zeros.png': (BOMB, '12,000 x 12,000'),
+  'header alone.png': (png_header(60000), '60,000 x 60,000'),
+  'liar.jpg': (jpeg_of(65500), '65,500 x 65,500'),
+  'header alone.gif': (b'GIF89a' + struct.pack('<HHBBB', 65000, 65000, 0, 0, 0), '65,000 x 65,000'),
+  'header alone.bmp': (
+    struct.pack('<2sIHHIIiiHHI', b'BM', 54, 0, 0, 54, 40, 30000, -30000, 1, 24, 0), '30,000 x 30,000'
+  ),
+  'header alone.webp': (
+    b'RIFF\x20\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0' + b'\xff\xff\0' * 2 + bytes(16), '65,536 x 65,536'
+  ),
+}  # fmt: skip
+PICTURES = [encoded(picture(24 + i % 5, 40, i), ('PNG', 'JPEG')[i % 2]) for i in range(40)]
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 60, 3), dtype=np.uint8))
+BROKEN = {
+  'empty.jpg': (b'', 'is empty'),
+  'cut.jpg': (encoded(NOISE, 'JPEG')[:-600], 'is a broken JPEG'),
+  'cut.png': (encoded(NOISE, 'PNG')[:-600], 'is a broken PNG'),
+  'cut.webp': (encoded(NOISE, 'WEBP')[:-600], 'is a broken WebP'),
+  'cut.gif': (encoded(NOISE, 'GIF')[:-600], 'is a broken GIF'),
+  'cut.bmp': (encoded(NOISE, 'BMP')[:-600], 'is a broken BMP'),
+  'start.jpg': (encoded(NOISE, 'JPEG')[:100], 'is a broken JPEG'),
+  'start.png': (encoded(NOISE, 'PNG')[:20], 'is a broken PNG'),
+  'three bytes.jpg': (b'\xff\xd8\xff', 'is a broken JPEG'),
+  'page.jpg': (b'<!DOCTYPE html>\n<html>404</html>', 'is not a JPEG, PNG, WebP, BMP or GIF image, but a page'),
+  'text.jpg': (b'hello\n' * 50, 'is not a JPEG, PNG, WebP, BMP or GIF image'),
+  'tiff.jpg': (encoded(RGB, 'TIFF'), 'is not a JPEG, PNG, WebP, BMP or GIF image'),
+  'animated.webp': (
+    encoded(RGB, 'WEBP', save_all=True, append_images=[OTHER]), 'is an animated WebP, which cannot be decoded'
+  ),
+  'zeros.png': (png_header(0), 'is a broken PNG'),
+}  # fmt: skip
+
+
+def feed_of(source):
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  return feed.for_training(source, 0, 8, PIPELINES, SIZE, mesh)
+
+
+def train_on(source):
+  """A pass over the images, as a training reads them."""
+  batches = feed_of(source)
+  try:
+    for step in range(-(-len(source) // 8)):
+      batches(step)
+  finally:
+    batches.close()
+
+
+def test_too_large_images_are_refused_by_their_headers(tmp_path):
+  """Breaks if an image is unpacked before its size is known: it may not fit into the memory."""
+  fill(tmp_path, {name: contents for name, (contents, _) in LARGE.items()})
+  source = data.load(settings(tmp_path), 'train')
+  for i, name in enumerate(source.paths):
+    expected = (
+      f'{tmp_path}/{name} has {LARGE[name][1]} pixels, more than data.max_pixels=100,000,000'
+    )
+    assert source.find_problem([i]) == expected
+  scan = check.scan(source)
+  assert scan.bad == list(range(len(LARGE)))
+  text = sentence(lambda: train_on(source))
+  assert 'pixels, more than data.max_pixels=100,000,000' in text
+  c = settings(fill(tmp_path / 'one', {'a.png': encoded(RGB, 'PNG')}), max_pixels=45 * 67 - 1)
+  text = sentence(lambda: data.load(c, 'train'))
+  assert text.startswith(
+    f'{tmp_path}/one/a.png has 67 x 45 pixels, more than data.max_pixels=3,014'
+  )
+
+
+def test_every_bad_file_is_named(tmp_path):
+  """Breaks if a bad file passes for an image, or the message does not say what it is instead."""
+  fill(tmp_path, {name: contents for name, (contents, _) in BROKEN.items()})
+  (tmp_path / 'broken link.png').symlink_to(tmp_path / 'nowhere')
+  source = data.load(settings(tmp_path), 'train')
+  for i, name in enumerate(source.paths):
+    found = source.find_problem([i])
+    expected = BROKEN[name][1] if name in BROKEN else 'cannot be read: '
+    assert found.startswith(f'{tmp_path}/{name} {expected}'), found
+    assert '\n' not in found and '{{' not in found and len(found) < 400
+  assert check.scan(source).bad == list(range(len(source)))
+  with pytest.raises(ConfigError, match='none|no image|cannot be decoded'):
+    assert len(data.load(settings(tmp_path, skip_bad=100), 'train'))
+
+
+@pytest.mark.parametrize('name', ['cut.png', 'empty.jpg', 'start.jpg', 'link.png'])
+def test_a_training_stops_at_a_bad_file(tmp_path, name):
+  """Breaks if a bad image is left out without being asked, or another one is blamed."""
+  fill(tmp_path, {f'{i:02d}.jpg': x for i, x in enumerate(PICTURES[:20])})
+  if name == 'link.png':
+    (tmp_path / name).symlink_to(tmp_path / 'nowhere')
+  else:
+    fill(tmp_path, {name: BROKEN[name][0]})
+  source = data.load(settings(tmp_path), 'train')
+  text = sentence(lambda: train_on(source))
+  assert text.startswith(f'{tmp_path}/{name} ') and '--config.data.skip_bad=N' in text
+  if name == 'cut.png':
+    text = sentence(lambda: features.pictures(source, 'resize', 8))
+    assert text.startswith(f'{tmp_path}/{name} is a broken PNG')
+
+
+@pytest.mark.parametrize('name', ['cut.png', 'start.jpg', 'page.jpg', 'link.png'])
+def test_one_bad_file_among_many_of_one_size(tmp_path, name):
+  """Breaks if the reading into memory loses a file, or cannot say which one it was."""
+  fill(tmp_path, {f'{i:02d}.png': encoded(picture(24, 24, i), 'PNG') for i in range(80)})
+  order = sorted([*(f'{i:02d}.png' for i in range(80)), 'x'])
+  # Only 32 of the files are looked at to see whether all are of one size.
+  looked_at = set(np.linspace(0, 79, 32).astype(int))
+  victim = next(i for i in range(40, 80) if i not in looked_at)
+  path = tmp_path / order[victim]
+  path.unlink()
+  if name == 'link.png':
+    path.symlink_to(tmp_path / 'nowhere')
+  else:
+    path.write_bytes(BROKEN[name][0])
+
+  def load():
+    source = data.load(settings(tmp_path), 'train')
+    train_on(source)  # if they were not read into memory
+
+  assert sentence(load).startswith(f'{path} ')
+  assert len(data.load(settings(tmp_path, skip_bad=1), 'train')) == 79
+
+
+def test_bad_files_are_left_out_when_asked(tmp_path, caplog):
+  """Breaks if what is left out is not named, or shifts the labels or the indices of the others."""
+  files = {f'{"ab"[i % 2]}/{i:02d}.jpg': x for i, x in enumerate(PICTURES[:12])}
+  bad = {
+    'a/03 cut.jpg': BROKEN['cut.jpg'][0],
+    'b/empty.jpg': b'',
+    'b/start.jpg': BROKEN['start.jpg'][0],
+  }
+  fill(tmp_path, {**files, **bad})
+  text = sentence(lambda: data.load(settings(tmp_path, skip_bad=2), 'train'))
+  assert text.startswith(
+    f'3 of 15 images cannot be decoded, more than data.skip_bad=2; the first: {tmp_path}/a/03 cut.jpg '
+  )
+  with caplog.at_level(logging.WARNING):
+    source = data.load(settings(tmp_path, skip_bad=3), 'train')
+  for name in bad:
+    assert sum(f'left out: {tmp_path}/{name} is ' in m for m in caplog.messages) == 1, (
+      caplog.messages
+    )
+  assert len(source) == 12 and source.paths == sorted(files)
+  assert list(source.labels) == [p.startswith('b') for p in source.paths]
+  for e in source.once().as_numpy_iterator():
+    assert e['bytes'] == files[source.paths[e['index']]]
+    assert e['label'] == source.labels[e['index']]
+  again = data.load(settings(tmp_path, skip_bad=100), 'train')
+  assert again.paths == source.paths
+  train_on(source)
+
+
+def test_what_check_finds(tmp_path):
+  """Breaks if sizes, formats, turned images, duplicates or bad files are counted wrongly."""
+  files = {**FORMATS, **TURNED, 'copy.jpg': FORMATS['cmyk.jpg'], 'copy 2.jpg': FORMATS['cmyk.jpg']}
+  fill(tmp_path, {**files, 'bad.jpg': b'x', 'wrong suffix.jpg': encoded(picture(9, 8), 'PNG')})
+  source = data.load(settings(tmp_path), 'train')
+  found = check.scan(source)
+  assert [source.paths[i] for i in found.bad] == ['bad.jpg']
+  assert sorted([*found.index, *found.bad]) == list(range(len(source)))
+  for i, shape in zip(found.index, found.shape):
+    contents = pathlib.Path(source.name(i)).read_bytes()
+    assert tuple(shape) == shown(contents).shape[:2]
+  turned = {source.paths[i] for i in found.index[found.turned]}
+  assert turned == {name for name in TURNED if name[7] in '2345678'}
+  # The two byte orders of one orientation differ; 'turned 0' and 'turned 9' do, too.
+  everything = [pathlib.Path(source.name(i)).read_bytes() for i in found.index]
+  assert found.duplicates() == len(everything) - len(set(everything)) == 2
+  kinds = [Image.open(io.BytesIO(x)).format.replace('MPO', 'JPEG') for x in everything]
+  expected = {k: kinds.count(k.upper()) for k in ('JPEG', 'PNG', 'GIF', 'BMP', 'WebP')}
+  assert found.kinds() == expected
+
+
+def test_no_value_is_ever_nan(tmp_path):
+  """Breaks if any readable image, however odd, gives a view with NaN or outside [0, 1]."""
+  files = {**FORMATS, **TURNED}
+  fill(tmp_path, {**files, **{name: contents for name, (contents, _) in BROKEN.items()}})
+  for i, shape in enumerate([(1, 1), (2, 900), (900, 2), (301, 299)]):
+    picture(*shape, i).save(tmp_path / f'shape {i}.jpg')
+  source = data.load(settings(tmp_path, skip_bad=len(BROKEN)), 'train')
+  assert len(source) == len(files) + 4
+  pipelines = ('simclr_v2', 'moco_v2')
+  mesh = sharding.make_mesh(jax.devices()[:1])
+  batches = feed.for_training(source, 0, len(source), pipelines, SIZE, mesh)
+  draw = jax.jit(
+    lambda b: augment.views(b['images'], b['epoch'], b['position'], pipelines, 0, SIZE, b['crops'])
+  )
+  views = np.asarray(draw(batches(0)))
+  batches.close()
+  assert views.shape == (len(source), 2, SIZE, SIZE, 3)
+  assert np.isfinite(views).all() and views.min() >= 0 and views.max() <= 1
+  assert (views.std((1, 2, 3, 4)) > 0).all()
+  pictures, _ = features.pictures(source, 'simclr_eval', SIZE)
+  assert np.isfinite(pictures).all() and pictures.min() >= 0 and pictures.max() <= 1
+
+
+# The command line.
+
+
+def command(images, workdir, **changes):
+  values = {
+    **TINY, 'batch_size': '16', 'steps': '6', 'checkpoint_every_steps': '2', 'keep_checkpoints': '3',
+    'data.source': 'folder', 'data.dir': images, 'data.train_split': '.', 'data.test_split': '',
+    'data.num_classes': '0', 'image_size': '24', 'augment.view1': 'simclr_crop(0.2, 1)', **changes,
+  }  # fmt: skip
+  words = [f'--config.{k}={v}' for k, v in values.items()]
+  return ['pretrain', '--config=simclr_digits', f'--workdir={workdir}', *words]
+
+
+def records(workdir):
+  """metrics.jsonl without the timings."""
+  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  timings = ('steps_per_second', 'examples_per_second', 'data_wait')
+  return [{k: v for k, v in r.items() if k not in timings} for r in lines]
+
+
+def leaves(workdir, step):
+  """CRC-32 of everything in a checkpoint."""
+  path = workdir / 'checkpoints' / str(step) / '_CHECKPOINT_METADATA'
+  return json.loads(path.read_text())['custom_metadata']['crc32']
+
+
+def test_a_run_on_a_folder_with_one_bad_file(tmp_path, capfd):
+  """Breaks if the run ends with a traceback, or a resumed one reads other images or pixels."""
+  images = fill(tmp_path / 'images', {f'{i:02d}.jpg': x for i, x in enumerate(PICTURES)})
+  fill(images, {'30 bad.jpg': BROKEN['cut.jpg'][0]})
+  assert cli.main(command(images, tmp_path / 'stopped')) == 2
+  errors = [
+    s for s in capfd.readouterr().err.splitlines() if not s.startswith(('I0', 'W0', 'WARNING:'))
+  ]
+  assert errors[-1].startswith(f'simclr-jax: error: {images}/30 bad.jpg is a broken JPEG'), errors
+  assert 'Traceback' not in '\n'.join(errors)
+  assert sum('error' in s for s in errors) == 1
+
+  run = tmp_path / 'run'
+  assert cli.main(command(images, run, **{'data.skip_bad': '1'})) == 0
+  assert '40 images' in capfd.readouterr().out
+  assert [r['step'] for r in records(run)] == list(range(1, 7))
+  assert len({r['batch_hash'] for r in records(run)}) == 6
+
+  # The same run, as if it had been killed in its third step.
+  resumed = tmp_path / 'resumed'
+  shutil.copytree(run, resumed)
+  for step in (4, 6):
+    shutil.rmtree(resumed / 'checkpoints' / str(step))
+  assert cli.main(command(images, resumed, **{'data.skip_bad': '1'})) == 0
+  assert 'from step 2 of 6' in capfd.readouterr().out
+  assert records(resumed) == records(run)
+  assert leaves(resumed, 6) == leaves(run, 6) and len(leaves(run, 6)) > 60
