@@ -166,7 +166,12 @@ def test_first_and_last_step_are_logged_with_all_figures(tmp_path):
 def _records(workdir):
   lines = (workdir / 'metrics.jsonl').read_text().splitlines()
   return [
-    {k: v for k, v in json.loads(line).items() if not k.endswith('_per_second') and k != 'data_wait'} for line in lines
+    {
+      k: v
+      for k, v in json.loads(line).items()
+      if not k.endswith('_per_second') and k != 'data_wait'
+    }
+    for line in lines
   ]
 
 
