@@ -142,7 +142,9 @@ class Records:
       records = records.shuffle(
         self.settings.shuffle_buffer, seed=seed + e * 2**32, reshuffle_each_iteration=False
       )
-      records = records.enumerate(tf.ensure_shape(start, [])).skip(tf.where(e == epoch, before, 0))
+      records = records.enumerate(tf.ensure_shape(start, [])).skip(
+        tf.where(e == epoch, tf.constant(before, tf.int64), 0)
+      )
       return records.map(lambda p, r: self._example(r, tf.cast(e, tf.int32), tf.cast(p, tf.int32)))
 
     return tf.data.Dataset.counter(epoch).flat_map(one_pass)
