@@ -63,7 +63,7 @@ def scan(source) -> Scan:
     }
 
   images = (
-    decode.sized(source.once(), source.settings)
+    decode.sized(source.once(), source.settings, skip=True)
     .map(look, stream.threads(source.settings))
     .ignore_errors()
   )
@@ -85,12 +85,15 @@ def without_bad(source):
   Which they are depends on the files alone, so every host and every restart leaves out the same.
 
   Raises:
-    ConfigError: there are more than `data.skip_bad`.
+    ConfigError: there are more than `data.skip_bad`, or no others.
   """
+  damage = source.find_problem(())  # of files that hold many images: no matter of single ones
+  if damage:
+    raise ConfigError(damage)
   bad = scan(source).bad
-  if len(bad) > source.settings.skip_bad:
+  if len(bad) > source.settings.skip_bad or len(bad) == len(source):
     raise ConfigError(
-      f'{len(bad):,} of {len(source):,} images cannot be decoded, more than '
+      f'{len(bad):,} of {len(source):,} images cannot be decoded, '
       f'data.skip_bad={source.settings.skip_bad}; the first: {source.find_problem(bad)}'
     )
   for index in bad:

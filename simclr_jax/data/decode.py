@@ -283,13 +283,8 @@ def whole(e: dict[str, tf.Tensor]) -> tf.Tensor:
   return _turn(decoded, e['orientation'])
 
 
-def read_all(source, height: int, width: int, promised: bool = False) -> Arrays | None:
+def read_all(source, height: int, width: int) -> Arrays | None:
   """A stream of images of one size, decoded into memory; None if one has another size.
-
-  Args:
-    source: the stream.
-    height, width: of the images.
-    promised: whether that is certain, so that headers need not be looked at.
 
   Raises:
     ConfigError: an image cannot be decoded.
@@ -300,17 +295,11 @@ def read_all(source, height: int, width: int, promised: bool = False) -> Arrays 
     image = tf.cond(fits, lambda: whole(e), lambda: tf.zeros([height, width, 3], tf.uint8))
     return tf.ensure_shape(image, [height, width, 3]), e['label'], fits | (e['branch'] == BAD)
 
-  def promised_decoded(e):
-    return tf.ensure_shape(_rgb(e['bytes']), [height, width, 3]), e['label'], True
-
   count = len(source)
   images, labels = np.empty((count, height, width, 3), np.uint8), np.empty(count, np.int32)
   done = 0
   parallel = stream.threads(source.settings)
-  if promised:
-    blocks = source.once().map(promised_decoded, parallel)
-  else:
-    blocks = sized(source.once(), source.settings).map(decoded, parallel)
+  blocks = sized(source.once(), source.settings).map(decoded, parallel)
   blocks = blocks.batch(1024).prefetch(1)
   with stream.errors(source):
     for block, label, fits in stream.with_threads(blocks, source.settings).as_numpy_iterator():

@@ -3,6 +3,8 @@
 import dataclasses
 import difflib
 import functools
+import posixpath
+import shlex
 from collections.abc import Iterable
 from typing import Any
 
@@ -308,7 +310,12 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
   labelled = isinstance(label, tfds.features.ClassLabel)
   classes = label.num_classes if labelled else 0
   parse = _parser(labelled)
-  if info.file_format == tfds.core.FileFormat.ARRAY_RECORD:
+  formats = tfds.core.FileFormat
+  if info.file_format not in (formats.TFRECORD, formats.ARRAY_RECORD):
+    raise ConfigError(
+      f'{what} is stored as {info.file_format.value}, and only tfrecord and array_record can be read'
+    )
+  if info.file_format == formats.ARRAY_RECORD:
     source = builder.as_data_source(split).data_source
     places = np.arange(len(source), dtype=np.int64)
     found = IndexedRecords(source, places, parse, labelled, classes, config, str(builder.data_dir))
@@ -328,23 +335,17 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
     found = check.without_bad(found)
   h, w, _ = features['image'].shape
   if h and w and on_device(config, len(found) * h * w * 3):
-    return decode.read_all(found, h, w, promised=True)
+    return decode.read_all(found, h, w) or found
   return found
 
 
 def _builder(config):
   folder = stream.expand(config.dir) or None
+  if not config.name:
+    return _from_directory(folder)
   try:
-    if not config.name:
-      if not folder:
-        raise ConfigError('data.name and data.dir are empty: one of them says which data set')
-      return tfds.builder_from_directory(folder)
     builder = tfds.builder(config.name, data_dir=folder)
   except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError, AssertionError):
-    if not config.name:
-      raise ConfigError(
-        f'{folder} is not the folder of a prepared data set: it has no dataset_info.json'
-      ) from None
     if known(config.name):
       raise ConfigError(
         f'data.name={config.name!r}: TFDS has no such version or config of it'
@@ -353,9 +354,25 @@ def _builder(config):
       f'data.name={config.name!r} is not a TFDS data set{did_you_mean(config.name)}'
     ) from None
   if not builder.is_prepared():
-    prepare = f'tfds build {config.name}' + (f' --data_dir={folder}' if folder else '')
+    prepare = f'tfds build {config.name}' + (f' --data_dir={shlex.quote(folder)}' if folder else '')
     raise ConfigError(f'{config.name} is not prepared in {builder.data_dir}; prepare it: {prepare}')
   return builder
+
+
+def _from_directory(folder):
+  if not folder:
+    raise ConfigError('data.name and data.dir are empty: one of them says which data set')
+  if not tf.io.gfile.exists(posixpath.join(folder, 'dataset_info.json')):
+    raise ConfigError(
+      f'{folder} is not the folder of a prepared data set: it has no dataset_info.json'
+    )
+  try:
+    return tfds.builder_from_directory(folder)
+  except Exception as error:  # of JSON, protocol buffers and more
+    reason = str(error).splitlines()[0]
+    raise ConfigError(
+      f'dataset_info.json or features.json in {folder} is damaged: {reason}'
+    ) from None
 
 
 def split_names(name: str, folder: str) -> list[str]:
