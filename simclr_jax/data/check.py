@@ -91,11 +91,13 @@ def without_bad(source):
   if damage:
     raise ConfigError(damage)
   bad = scan(source).bad
-  if len(bad) > source.settings.skip_bad or len(bad) == len(source):
+  if len(bad) > source.settings.skip_bad:
     raise ConfigError(
-      f'{len(bad):,} of {len(source):,} images cannot be decoded, '
+      f'{len(bad):,} of {len(source):,} images cannot be decoded, more than '
       f'data.skip_bad={source.settings.skip_bad}; the first: {source.find_problem(bad)}'
     )
+  if bad and len(bad) == len(source):
+    raise ConfigError(f'no image can be decoded; the first: {source.find_problem(bad)}')
   for index in bad:
     logging.warning('left out: %s', source.find_problem([index]))
   if bad:

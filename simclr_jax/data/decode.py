@@ -291,9 +291,10 @@ def read_all(source, height: int, width: int) -> Arrays | None:
   """
 
   def decoded(e):
-    fits = tf.reduce_all(e['shape'] == [height, width])
+    # What is bad must fail here, and not pass for a black image.
+    fits = tf.reduce_all(e['shape'] == [height, width]) | (e['branch'] == BAD)
     image = tf.cond(fits, lambda: whole(e), lambda: tf.zeros([height, width, 3], tf.uint8))
-    return tf.ensure_shape(image, [height, width, 3]), e['label'], fits | (e['branch'] == BAD)
+    return tf.ensure_shape(image, [height, width, 3]), e['label'], fits
 
   count = len(source)
   images, labels = np.empty((count, height, width, 3), np.uint8), np.empty(count, np.int32)

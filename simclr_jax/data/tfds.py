@@ -248,7 +248,9 @@ class IndexedRecords:
       try:
         image, _ = self.parse(self._fetch(np.array([index]))[0])
       except Exception as error:  # whatever the reader raises
-        return f'{self.name(index)} cannot be read: {str(error).splitlines()[0]}'
+        raise ConfigError(
+          f'{self.name(index)} cannot be read: {str(error).splitlines()[0]}'
+        ) from None
       found = decode.problem(image.numpy(), self.settings.max_pixels)
       if found:
         return f'{self.name(index)} {found}'
