@@ -492,10 +492,8 @@ def test_more_bad_images_than_allowed(tmp_path, kind):
   images = [*IMAGES[:3], b'x', *IMAGES[4:7], b'']
   where = write(tmp_path / 'mine', images, (5, 3), kind, labels=LABELS[:8])
   text = sentence(lambda: data.load(settings(where, skip_bad=1), 'train'))
-  assert (
-    text.startswith('2 of 8 images cannot be decoded, more than data.skip_bad=1')
-    and 'record 3' in text
-  )
+  assert text.startswith('2 of 8 images cannot be decoded, ')
+  assert 'data.skip_bad=1' in text and 'record 3' in text
   assert len(data.load(settings(where, skip_bad=2), 'train')) == 6
 
 

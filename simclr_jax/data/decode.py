@@ -101,11 +101,7 @@ def canvases(
     return {**e, 'images': images, 'crops': crops}
 
   return (
-    encoded.map(_with_header, parallel)
-    .batch(BLOCK, num_parallel_calls=parallel)
-    .map(planned)
-    .unbatch()
-    .map(drawn, parallel)
+    encoded.map(_with_header, parallel).batch(BLOCK).map(planned).unbatch().map(drawn, parallel)
   )
 
 

@@ -155,8 +155,7 @@ def _streamed(dataset, seed, batch_size, pipelines, size, local, step):
 
   encoded = dataset.examples(seed, batch_size, step, local)
   canvases = decode.canvases(encoded, pipelines, size, seed, dataset.settings)
-  parallel = stream.threads(dataset.settings)
-  batches = canvases.batch(len(local), drop_remainder=True, num_parallel_calls=parallel).prefetch(1)
+  batches = canvases.batch(len(local), drop_remainder=True).prefetch(1)
   batches = stream.with_threads(batches, dataset.settings).as_numpy_iterator()
 
   def suspects(step):  # what is decoded in blocks may be of the next batch already
