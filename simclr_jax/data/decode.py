@@ -191,8 +191,7 @@ def _decode(contents, branch, window):
     return decode
 
   def other():
-    image = _rgb(contents)
-    return image[window[0] : window[0] + window[2], window[1] : window[1] + window[3]]
+    return _cut(_rgb(contents), window)
 
   image = tf.switch_case(branch, [*(jpeg(r) for r in (1, 2, 4, 8)), other, _bad])
   return tf.ensure_shape(image, [None, None, 3])
@@ -210,6 +209,14 @@ def _rgb(contents):
   return tf.cond(
     channels < 3, lambda: tf.repeat(image[..., :1], 3, axis=-1), lambda: image[..., :3]
   )
+
+
+def _cut(image, window):
+  """A part of an image, black where the image ends before it: the frame of a GIF may."""
+  top, left, height, width = tf.unstack(window)
+  image = image[top : top + height, left : left + width]
+  missing = [height, width] - tf.shape(image)[:2]
+  return tf.pad(image, [[0, missing[0]], [0, missing[1]], [0, 0]])
 
 
 def _turn(image, orientation):
@@ -276,7 +283,7 @@ def sized(
 def whole(e: dict[str, tf.Tensor]) -> tf.Tensor:
   """The whole of one image of `sized`, as it is shown: uint8 `[h, w, 3]`; an error if it is bad."""
   decoded = tf.switch_case(e['branch'] - OTHER, [lambda: _rgb(e['bytes']), _bad])
-  return _turn(decoded, e['orientation'])
+  return _cut(_turn(decoded, e['orientation']), tf.concat([[0, 0], e['shape']], 0))
 
 
 def read_all(source, height: int, width: int) -> Arrays | None:
@@ -295,15 +302,12 @@ def read_all(source, height: int, width: int) -> Arrays | None:
   count = len(source)
   images, labels = np.empty((count, height, width, 3), np.uint8), np.empty(count, np.int32)
   done = 0
-  parallel = stream.threads(source.settings)
-  blocks = sized(source.once(), source.settings).map(decoded, parallel)
-  blocks = blocks.batch(1024).prefetch(1)
-  with stream.errors(source):
-    for block, label, fits in stream.with_threads(blocks, source.settings).as_numpy_iterator():
-      if not fits.all():
-        return None
-      images[done : done + len(block)], labels[done : done + len(block)] = block, label
-      done += len(block)
+  blocks = sized(source.once(), source.settings).map(decoded, stream.threads(source.settings))
+  for block, label, fits in stream.read(blocks.batch(1024).prefetch(1), source):
+    if not fits.all():
+      return None
+    images[done : done + len(block)], labels[done : done + len(block)] = block, label
+    done += len(block)
   if done != count:
     raise ConfigError(f'{done:,} images were read instead of {count:,}')
   return Arrays(images, labels)

@@ -59,7 +59,10 @@ class Feed:
     batch, self._batch = self._batch, None
     if isinstance(batch, BaseException):
       self._next = -1
-      raise batch
+      try:
+        raise batch
+      finally:
+        del batch  # or this frame and the error would keep each other
     self._next += 1
     return batch
 
@@ -156,17 +159,12 @@ def _streamed(dataset, seed, batch_size, pipelines, size, local, step):
   encoded = dataset.examples(seed, batch_size, step, local)
   canvases = decode.canvases(encoded, pipelines, size, seed, dataset.settings)
   batches = canvases.batch(len(local), drop_remainder=True).prefetch(1)
-  batches = stream.with_threads(batches, dataset.settings).as_numpy_iterator()
 
-  def suspects(step):  # what is decoded in blocks may be of the next batch already
-    for i in range(step, step + decode.BLOCK // len(local) + 2):
+  def suspects(count):  # what is decoded in blocks may be of the next batch already
+    for i in range(step + count, step + count + decode.BLOCK // len(local) + 2):
       yield from order.rows(seed, i, batch_size, len(dataset))['index'][local]
 
-  while True:
-    with stream.errors(dataset, None if dataset.sequential else suspects(step)):
-      batch = next(batches)
-    yield batch
-    step += 1
+  return stream.read(batches, dataset, None if dataset.sequential else suspects)
 
 
 def once(
@@ -215,7 +213,5 @@ def _streamed_once(dataset, pipeline, size, part, parts, count):
 
   encoded = dataset.once(part, parts)
   batches = decode.canvases(encoded, (pipeline,), size, 0, dataset.settings).batch(count)
-  batches = stream.with_threads(batches.prefetch(1), dataset.settings).as_numpy_iterator()
-  with stream.errors(dataset):
-    for batch in batches:
-      yield {k: batch[k] for k in ('images', 'crops', 'label', 'index')}
+  for batch in stream.read(batches.prefetch(1), dataset):
+    yield {k: batch[k] for k in ('images', 'crops', 'label', 'index')}

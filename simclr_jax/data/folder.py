@@ -186,9 +186,11 @@ def _class_names(base, config, paths):
   for split in (config.train_split, config.test_split):
     root = posixpath.join(base, split)
     if split not in ('', '.') and tf.io.gfile.isdir(root):
+      listed = tf.io.gfile.listdir(root) if '://' in root else os.listdir(root)
+      isdir = tf.io.gfile.isdir if '://' in root else os.path.isdir
       names |= {
-        n.rstrip('/') for n in tf.io.gfile.listdir(root)
-        if not n.startswith('.') and tf.io.gfile.isdir(posixpath.join(root, n))
+        n.rstrip('/') for n in listed
+        if not n.startswith('.') and isdir(posixpath.join(root, n))
       }  # fmt: skip
   return sorted(names)
 

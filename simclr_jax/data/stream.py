@@ -3,9 +3,8 @@
 A stream is `folder.Files`, `tfds.Records` or `tfds.IndexedRecords`.
 """
 
-import contextlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import ml_collections
 import numpy as np
@@ -81,24 +80,35 @@ def rows_once(examples: int, part: int, parts: int) -> tf.data.Dataset:
   return tf.data.Dataset.range(*ends).map(row)
 
 
-@contextlib.contextmanager
-def errors(source, suspects: Iterable[int] | None = None):
-  """Turns an error of TensorFlow into one sentence that names the file.
+def read(dataset: tf.data.Dataset, source, suspects: Callable[[int], Iterable[int]] | None = None):
+  """The elements of what was made of a stream, in numpy.
 
   Args:
-    source: what is read.
-    suspects: the indices of the images that were about to be read; by default all.
+    dataset: made of `source.examples` or `source.once`.
+    source: the stream.
+    suspects: i -> the indices of the images that element i may have been waiting for; by default all.
+
+  Yields:
+    Elements.
 
   Raises:
-    ConfigError: from the block.
+    ConfigError: in place of TensorFlow's error, one sentence that names the file.
   """
+  elements = with_threads(dataset, source.settings).as_numpy_iterator()
+  count = 0
   try:
-    yield
+    for element in elements:
+      yield element
+      count += 1
   except tf.errors.OpError as error:
-    found = source.find_problem(suspects)
-    if found:
-      raise ConfigError(
-        f'{found}; remove it, or leave out up to N such with --config.data.skip_bad=N'
-      ) from None
+    found = source.find_problem(suspects and suspects(count))
     reason = error.message.split('}} ')[-1].split('\n')[0]
-    raise ConfigError(f'the data cannot be read: {reason}') from None
+    # Deleted by the garbage collector, in whatever thread, an iterator may wait for itself forever.
+    error.__traceback__ = None
+    raise ConfigError(
+      f'{found}; remove it, or leave out up to N such with --config.data.skip_bad=N'
+      if found
+      else f'the data cannot be read: {reason}'
+    ) from None
+  finally:
+    del elements

@@ -317,7 +317,11 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
     raise ConfigError(
       f'{what} is stored as {info.file_format.value}, and only tfrecord and array_record can be read'
     )
+  missing = next((f for f in _files(chosen) if not tf.io.gfile.exists(f)), None)
+  if missing:
+    raise ConfigError(f'{missing} is missing: prepare {what} again')
   if info.file_format == formats.ARRAY_RECORD:
+    _check_lengths(chosen)
     source = builder.as_data_source(split).data_source
     places = np.arange(len(source), dtype=np.int64)
     found = IndexedRecords(source, places, parse, labelled, classes, config, str(builder.data_dir))
@@ -327,9 +331,6 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
             f.examples_in_shard)
       for f in chosen.file_instructions
     ]  # fmt: skip
-    missing = next((s.path for s in shards if not tf.io.gfile.exists(s.path)), None)
-    if missing:
-      raise ConfigError(f'{missing} is missing: prepare {what} again')
     found = Records(shards, parse, labelled, classes, config)
   if not len(found):
     raise ConfigError(f'{what} has no images in {split!r}')
@@ -339,6 +340,24 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
   if h and w and on_device(config, len(found) * h * w * 3):
     return decode.read_all(found, h, w) or found
   return found
+
+
+def _files(split):
+  return [str(f.filename) for f in split.file_instructions]
+
+
+def _check_lengths(split):
+  """ArrayRecord gives empty records, and no error, for those that a file was cut off before."""
+  # TFDS does without it on some platforms.
+  from array_record.python import array_record_module
+
+  for path, f in zip(_files(split), split.file_instructions):
+    try:
+      count = array_record_module.ArrayRecordReader(path).num_records()
+    except Exception as error:  # whatever the reader raises
+      raise ConfigError(f'{path} cannot be read: {str(error).splitlines()[0]}') from None
+    if count != f.examples_in_shard:
+      raise ConfigError(f'{path} has {count:,} of its {f.examples_in_shard:,} records')
 
 
 def _builder(config):
