@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-browser lint bench mechanisms gpu-cifar10 clean
+.PHONY: demo test test-browser lint bench bench-input mechanisms gpu-cifar10 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax pretrain --config=simclr_digits --workdir=runs/demo
@@ -25,6 +25,12 @@ lint: $(VENV)/.installed
 # Ratio of a CPU training step to PyTorch's; needs torch in $(VENV).
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/cpu_step.py
+
+# Images/s of the input pipeline, by turns with bare decoding and its rivals: DATA is a folder of photographs.
+bench-input: $(VENV)/.installed
+	$(BIN)/python benchmarks/input_pipeline.py --data=$(DATA)
+	$(BIN)/python benchmarks/input_pipeline.py --data=$(DATA) --memory
+	$(BIN)/python benchmarks/input_pipeline.py --device
 
 # CIFAR-10 on one GPU: DATA is a folder with train.npz and test.npz (images or JPEG bytes).
 gpu-cifar10:

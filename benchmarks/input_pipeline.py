@@ -39,8 +39,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from simclr_jax import config, data, methods, optim, sharding, train_state
-from simclr_jax.data import augment, feed
-from simclr_jax.errors import ConfigError
+from simclr_jax.data import augment, crop, feed
 
 # TensorFlow and torch are imported where they are used: one process cannot hold both.
 
@@ -460,7 +459,9 @@ def augmentation(topology):
   recipe = config.with_examples(recipe, 1_281_167)
   number = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
   rows = {name: number for name in ('index', 'label', 'epoch', 'position')}
-  rows['images'] = jax.ShapeDtypeStruct((BATCH, *canvas(), 3), jnp.uint8)
+  rows['images'] = jax.ShapeDtypeStruct(
+    (BATCH, *crop.canvas_shape(SIZE, 2, 'device'), 3), jnp.uint8
+  )
   rows['crops'] = jax.ShapeDtypeStruct((BATCH, 2, 2, 4), jnp.float32)
 
   def views(pipeline):
@@ -501,14 +502,6 @@ def augmentation(topology):
   # The products of crop and blur are to be of the highest precision: six passes on a TPU.
   views_passes, step_passes = (x[0, 0] + more[0, 0] + 5 * products[0, 0] for x in (total, whole))
   print(f"GFLOP with a TPU's six passes {100 * views_passes / step_passes:12.1f} %")
-
-
-def canvas():
-  try:
-    from simclr_jax.data import decode
-  except ConfigError:  # no TensorFlow beside jax[tpu]
-    return 512, 512
-  return decode.canvas_shape(SIZE, 2, 'device')
 
 
 if __name__ == '__main__':

@@ -81,7 +81,7 @@ def test_views_are_those_of_the_whole_image(photos, views, resize_on):
     })[0] - ours[i]).max()
     for i, row in enumerate(batch['index'])
   ])  # fmt: skip
-  canvas = decode.canvas_shape(32, 2, resize_on)
+  canvas = crop.canvas_shape(32, 2, resize_on)
   assert batch['images'].shape == (24, *canvas, 3) and batch['images'].dtype == np.uint8
   by_host = (batch['crops'][:, 1] == [0, 32, 32, 32]).all((1, 2))
   if resize_on == 'device':  # but what does not fit the canvas

@@ -187,3 +187,15 @@ def crop_and_resize(
     for i in range(2)
   )  # fmt: skip
   return apply_matrices(rows, image, columns)
+
+
+def canvas_shape(size: int, views: int, resize_on: str) -> tuple[int, int]:
+  """Height and width of the canvas for views of this size.
+
+  More than twice the view: of photographs of 500 pixels and views of 224, nineteen in twenty windows
+  fit. Resizing on the host needs room for the views alone.
+  """
+  if resize_on == 'host':
+    return size, views * size
+  side = 32 * math.ceil(2.25 * size / 32)
+  return side, side

@@ -7,30 +7,17 @@ sees a block of headers at a time.
 """
 
 import contextlib
-import math
 
 import jax
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import Arrays, augment, headers, stream
+from simclr_jax.data import Arrays, augment, crop, headers, stream
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
 
 BLOCK = 64  # images planned at a time
 OTHER, BAD = 4, 5  # branches of `_decode`; 0-3: JPEG at 1/1, 1/2, 1/4, 1/8
-
-
-def canvas_shape(size: int, views: int, resize_on: str) -> tuple[int, int]:
-  """Height and width of the canvas for views of this size.
-
-  More than twice the view: of photographs of 500 pixels and views of 224, nineteen in twenty windows
-  fit. Resizing on the host needs room for the views alone.
-  """
-  if resize_on == 'host':
-    return size, views * size
-  side = 32 * math.ceil(2.25 * size / 32)
-  return side, side
 
 
 def canvases(
@@ -51,11 +38,11 @@ def canvases(
     config: the recipe's `data` part.
 
   Returns:
-    Elements with `images` uint8 `[h, w, 3]`, `canvas_shape` large, and `crops` float32 `[views, 2, 4]`,
+    Elements with `images` uint8 `[h, w, 3]`, `crop.canvas_shape` large, and `crops` float32 `[views, 2, 4]`,
     instead of `bytes`.
   """
   parallel = stream.threads(config)
-  canvas = canvas_shape(size, len(pipelines), config.resize_on)
+  canvas = crop.canvas_shape(size, len(pipelines), config.resize_on)
   kernels = [augment.parse(p)[0].kernel for p in pipelines]
 
   def plan(head, shape, epoch, position):
@@ -231,15 +218,15 @@ def _turn(image, orientation):
   return tf.cond(orientation > 1, turn, lambda: image)
 
 
-def _resize(image, crop, size, kernel):
-  """One view of a window, as `crop.crop_and_resize` and rounded: uint8 `[size, size, 3]`."""
-  top, left, height, width = tf.unstack(tf.cast(tf.round(crop[1]), tf.int32))
+def _resize(image, box, size, kernel):
+  """The view of a crop of a window, as `crop.crop_and_resize` and rounded: uint8 `[size, size, 3]`."""
+  top, left, height, width = tf.unstack(tf.cast(tf.round(box[1]), tf.int32))
   image = image[None, top : top + height, left : left + width]
   if kernel == 'bicubic':  # what it shows and what it may look at are the same
     view = tf.raw_ops.ResizeBicubic(images=image, size=[size, size], half_pixel_centers=True)
   else:
-    scale = size / crop[0, 2:]
-    start = crop[0, :2] - tf.cast([top, left], tf.float32)
+    scale = size / box[0, 2:]
+    start = box[0, :2] - tf.cast([top, left], tf.float32)
     view = tf.raw_ops.ScaleAndTranslate(
       images=image, size=[size, size], scale=scale, translation=-start * scale,
       kernel_type='triangle', antialias=True,
