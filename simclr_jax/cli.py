@@ -121,7 +121,11 @@ def _parse(argv):
     '  moco_imagenet         v1, v2\n'
     '  memory_bank_imagenet  info_nce, nce\n'
     '  end_to_end_imagenet\n'
-    '  supervised_imagenet\n\n'
+    '  supervised_imagenet\n'
+    '  finetune_imagenet     v1_1pct, v1_10pct, v1_100pct, v2_1pct, v2_10pct, v2_100pct\n'
+    '  finetune_small\n'
+    '  distill_imagenet      self, small\n'
+    '  distill_small\n\n'
     'Any field is set with --config.FIELD=VALUE, for instance --config.batch_size=256,\n'
     '--config.model.depth=50, --config.augment.view1="moco_v2 | solarize(p=0.2)".\n'
     'simclr_jax/defaults.py names them all.',
@@ -190,6 +194,45 @@ def _parse(argv):
   )
 
   p = verb(
+    'finetune', _finetune, 'train the encoder on with few labels, and test it',
+    'Example:\n'
+    '  simclr-jax finetune --workdir=runs/c10 --labels=1%,10% --seeds=5 --baselines\n\n'
+    'Every training is a run of its own, RUN/finetune/1pct-seed0, that goes on where it stopped. Fields of\n'
+    'its recipe are set with --config.FIELD=VALUE: head_layer (layers of the projection head that are kept),\n'
+    'fine_tune_after_block (what is frozen), steps, learning_rate. ' + moved,
+  )  # fmt: skip
+  workdir(p, 'the pretrained run')
+  p.add_argument('--config', metavar='RECIPE', default='finetune_small', help='(finetune_small)')
+  p.add_argument(
+    '--labels',
+    type=_words,
+    default=['1%', '10%'],
+    metavar='N,P%,...',
+    help='labels a class, or shares of all (1%%,10%%)',
+  )
+  p.add_argument('--seeds', type=_positive, default=1, help='trainings for each (1)')
+  p.add_argument('--name', default='finetune', help='of the folder below RUN (finetune)')
+  p.add_argument(
+    '--baselines',
+    action='store_true',
+    help='also: the same from scratch, and logistic regression on raw pixels',
+  )
+
+  p = verb(
+    'distill', _distill, 'teach a student what a fine-tuned run answers',
+    'Example:\n'
+    '  simclr-jax distill --teacher=runs/c10/finetune/1pct-seed0 --workdir=runs/c10/student \\\n'
+    '      --config.model.width_multiplier=0.5\n\n'
+    'The student learns from all training images, and with --config.alpha below 1 also from the labels\n'
+    'that the teacher had. It has the size of the teacher unless --config.model.* says otherwise.',
+  )  # fmt: skip
+  p.add_argument(
+    '--teacher', required=True, type=_paths, metavar='RUN,...', help='fine-tuned runs, one a seed'
+  )
+  workdir(p, 'where the students go')
+  p.add_argument('--config', metavar='RECIPE', default='distill_small', help='(distill_small)')
+
+  p = verb(
     'embed', _embed, 'write the features of images to a file',
     'Example:\n'
     '  simclr-jax embed --workdir=runs/c10 --images=mine.npy --out=features.npz\n\n'
@@ -256,6 +299,14 @@ def _positive(text):
 
 def _positives(text):
   return [_positive(t) for t in text.split(',')]
+
+
+def _words(text):
+  return [t.strip() for t in text.split(',')]
+
+
+def _paths(text):
+  return [_path(t) for t in text.split(',')]
 
 
 def _above_zero(text):
@@ -350,6 +401,37 @@ def _knn(args, overrides):
 
   recipe = _run_config(args, overrides)
   run.nearest_neighbours(args.workdir, recipe, args.k, args.temperature, args.baselines)
+  return 0
+
+
+def _finetune(args, overrides):
+  from simclr_jax.evaluate import finetune, run
+
+  place = {k: v for k, v in overrides.items() if k == 'data.dir'}
+  try:
+    run.finetune(
+      args.workdir,
+      run.config_of(args.workdir, place),
+      args.config,
+      overrides,
+      args.labels,
+      args.seeds,
+      args.name,
+      args.baselines,
+      args.command,
+    )
+  except finetune.Stopped as stop:
+    return stop.args[0]
+  return 0
+
+
+def _distill(args, overrides):
+  from simclr_jax.evaluate import finetune, run
+
+  try:
+    run.distill(args.teacher, args.workdir, args.config, overrides, args.command)
+  except finetune.Stopped as stop:
+    return stop.args[0]
   return 0
 
 

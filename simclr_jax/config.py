@@ -114,6 +114,8 @@ ALLOWED = {
   'keep_checkpoints': (1, None),
   'knn_every_epochs': (0, None),
   'knn_images': (0, None),
+  'data.label_seed': (0, 2**32 - 1),
+  'data.unlabelled': ('keep', 'drop'),
   'data.num_classes': (0, None),
   'data.examples': (0, None),
   'data.skip_bad': (0, None),
@@ -188,6 +190,8 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _check(field, value, allowed):
+  if allowed is None:
+    return
   if len(allowed) > 2 or isinstance(allowed[0], (str, bool)):
     if value not in allowed:
       raise ConfigError(f'{field}={value!r} is not one of {", ".join(map(str, allowed))}')
@@ -260,13 +264,16 @@ def read_run(workdir: pathlib.Path) -> dict:
     raise ConfigError(f'{path} is damaged: it does not hold a recipe') from None
 
 
-def architecture(config: ml_collections.ConfigDict | dict) -> dict:
-  """What rebuilds a recipe's encoder and its input."""
-  return {
+def architecture(config: ml_collections.ConfigDict | dict, classifier: bool = False) -> dict:
+  """What rebuilds a recipe's encoder, or its classifier, and its input."""
+  found = {
     **dict(config['model']),
     'image_size': config['image_size'],
     'eval_view': config['augment']['eval'],
   }
+  if classifier:
+    found |= {'classes': config['data']['num_classes'], 'head_layer': config['head_layer']}
+  return found
 
 
 def check_unchanged(old: dict, new: ml_collections.ConfigDict, workdir: str) -> None:

@@ -22,6 +22,11 @@ def recipe(method: str) -> ml_collections.ConfigDict:
   config.data.dir = ''  # local or gs://; empty: TFDS's own default
   config.data.train_split = 'train'
   config.data.test_split = 'test'
+  config.data.labels = (
+    ''  # training labels that are known: 1%, 10%, or a number a class; empty: all
+  )
+  config.data.label_seed = 0  # which ones
+  config.data.unlabelled = 'keep'  # or drop: the images whose label is not known
   config.data.num_classes = 0  # for the online probe; 0: no labels
   config.data.examples = 0  # training images; 0: counted when the data is opened
   config.data.skip_bad = 0  # images that may be left out because they cannot be decoded

@@ -287,3 +287,30 @@ def _rank(positive, others):
     'contrastive_acc5': jnp.mean(ahead < 5),
     'chance_loss': math.log(1 + others.shape[1]),
   }
+
+
+def distillation(
+  student: jax.Array, teacher: jax.Array, temperature: float = 1.0, hard: bool = False
+) -> jax.Array:
+  """How far a student's answers are from its teacher's: cross entropy of the softened softmaxes.
+
+      mean_i  -t^2 sum_y  P_teacher(y | x_i; t) log P_student(y | x_i; t),   P(y | x; t) = softmax(f(x) / t)_y
+
+  The factor t^2, of Hinton et al. 2015 and of SimCLR's code, keeps the size of the gradient.
+
+  Args:
+    student, teacher: logits `[n, classes]`; the teacher's get no gradient.
+    temperature: t.
+    hard: the teacher's best class has probability 1; then only the student is softened.
+
+  Returns:
+    float32 scalar, in nats.
+
+  Source: SimCLR v2 (Chen et al. 2020b), equation 2.
+  """
+  teacher = jax.lax.stop_gradient(teacher.astype(jnp.float32))
+  target = jax.nn.softmax(teacher / temperature)
+  if hard:
+    target = jax.nn.one_hot(teacher.argmax(-1), teacher.shape[-1])
+  log_p = jax.nn.log_softmax(student.astype(jnp.float32) / temperature)
+  return -(temperature**2) * jnp.mean(jnp.sum(target * log_p, axis=-1))

@@ -68,13 +68,21 @@ class Stop:
     return {None: 0, signal.SIGTERM: EXIT_PREEMPTED, signal.SIGINT: 130}[self.signal]
 
 
-def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: str = '') -> int:
+def pretrain(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  command: str = '',
+  train=None,
+  quiet: bool = False,
+) -> int:
   """Trains to the end of the recipe, from the newest checkpoint in `workdir` if there is one.
 
   Args:
     config: a checked recipe (`config.load`).
     workdir: gets `config.json`, `checkpoints/`, `metrics.jsonl` and `metrics/` (TensorBoard).
     command: recorded, for the report.
+    train: the training set, if it is loaded already.
+    quiet: leave out the description at the start.
 
   Returns:
     0 when the training is complete; 75 or 130 when a signal stopped it after saving.
@@ -85,7 +93,7 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
     NotFinite: the loss became NaN or infinite; the last checkpoint is from before.
   """
   with Stop() as stop, _locked(workdir), contextlib.ExitStack() as cleanup:
-    train = data.load(config.data, 'train')
+    train = data.load(config.data, 'train') if train is None else train
     config = recipes.with_examples(config, len(train))
     _check_workdir(config, workdir)
     steps = optim.train_steps(config, len(train))
@@ -95,11 +103,13 @@ def pretrain(config: ml_collections.ConfigDict, workdir: pathlib.Path, command: 
     online_knn = _online_knn(config, train) if config.knn_every_epochs else None
 
     mesh = sharding.make_mesh()
-    state, step_fn = train_state.build(config, train, mesh)
-    cleanup.callback(lambda: step_fn.feed.close())
-    _describe(config, mesh, train, steps, state)
-
     folder = workdir / 'checkpoints'
+    begun = checkpoint.exists(folder)
+    state, step_fn = train_state.build(config, train, mesh, start=not begun)
+    cleanup.callback(lambda: step_fn.feed.close())
+    if not quiet:
+      _describe(config, mesh, train, steps, state)
+
     restored = checkpoint.restore(folder, checkpoint.abstract(state), quarantine=True)
     if restored:
       state = restored[0]
@@ -240,7 +250,7 @@ def _describe(config, mesh, train, steps, state):
 def _warn(config, train):
   for sentence in health.findings(config, []).values():
     logging.warning('%s', sentence)
-  if config.data.num_classes and not train.labelled and config.method != 'supervised':
+  if config.data.num_classes and not train.labelled and not config.data.labels:
     logging.warning('the data has no labels: probe_acc means nothing')
 
 

@@ -19,6 +19,9 @@ from simclr_jax.errors import ConfigError
 
 PyTree = Any
 
+# Fields that no program depends on.
+NOT_COMPILED = ('seed', 'data.dir', 'data.label_seed', 'teacher')
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -38,7 +41,10 @@ class TrainState:
 
 
 def create(
-  method: methods.Method, optimizer: optax.GradientTransformation, seed: int, image_size: int
+  method: methods.Method,
+  optimizer: optax.GradientTransformation,
+  seed: int | jax.Array,
+  image_size: int,
 ) -> TrainState:
   """A fresh state; a function of `seed` alone. Call it inside jit."""
   batch = {'views': jnp.zeros((2, method.views, image_size, image_size, 3))}
@@ -52,6 +58,8 @@ def train_step(
   rate: optax.Schedule,
   config: ml_collections.ConfigDict,
   ts: TrainState,
+  seed: jax.Array,
+  given: PyTree,
   constants: dict[str, jax.Array],
   rows: dict[str, jax.Array],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -60,6 +68,8 @@ def train_step(
   Args:
     method, optimizer, rate, config: what is trained, and how; not traced.
     ts: the state before.
+    seed: of the run, uint32 `[]`. An argument, so that runs of other seeds share what is compiled.
+    given: what the method wants to find in `batch['given']`.
     constants, rows: the batch, as `data.feed.for_training` gives it.
 
   Returns:
@@ -73,13 +83,13 @@ def train_step(
     batch['epoch'],
     batch['position'],
     augment.pipelines(config.augment, method.views),
-    config.seed,
+    seed,
     config.image_size,
     batch.get('crops'),
   )
-  batch = {'views': views, 'label': batch['label'], 'index': batch['index']}
+  batch = {'views': views, 'label': batch['label'], 'index': batch['index'], 'given': given}
   # The base key is never advanced, so a resumed run draws what the uninterrupted one would have.
-  rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 2), ts.step)
+  rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), ts.step)
   gradient = jax.value_and_grad(method.loss, has_aux=True)
   (_, (state, metrics)), grads = gradient(ts.params, ts.state, batch, rng)
   updates, opt_state = optimizer.update(grads, ts.opt_state, ts.params)
@@ -107,7 +117,10 @@ def _hash(views):
 
 
 def build(
-  config: ml_collections.ConfigDict, dataset, mesh: jax.sharding.Mesh | None = None
+  config: ml_collections.ConfigDict,
+  dataset,
+  mesh: jax.sharding.Mesh | None = None,
+  start: bool = True,
 ) -> tuple[TrainState, Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]]]:
   """A recipe and its images -> a fresh state and `step(state, i) -> (state, metrics)`.
 
@@ -118,6 +131,8 @@ def build(
     config: a recipe; `data.examples` is filled in.
     dataset: of any kind that `data.load` returns.
     mesh: the devices; all of them by default.
+    start: whether weights that the recipe begins with (`init_from`) are read; no, if a checkpoint is
+      going to be.
 
   Raises:
     ConfigError: the method cannot use these images, or needs another recipe.
@@ -129,29 +144,12 @@ def build(
     raise ConfigError(f'method={config.method} needs labels, and not all training images have one')
   if method.views == 1 and config.augment.view2:
     raise ConfigError(f'augment.view2 is set, but method={config.method} looks at view1 only')
-  rate = optim.schedule(config, len(dataset))
-  optimizer = optim.build(config, rate)
-  replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
-
-  def step(ts, constants, rows):
-    return train_step(method, optimizer, rate, config, ts, constants, rows)
-
-  def init():
-    return create(method, optimizer, config.seed, config.image_size)
-
-  shapes = jax.eval_shape(init)
-  places = dataclasses.replace(
-    jax.tree.map(lambda _: replicated, shapes),
-    state={k: by_row if k in method.row_state else replicated for k in shapes.state},
-  )
+  seed = np.uint32(config.seed)
+  init, compiled = _programs(_Key(config), mesh)
   with jax.set_mesh(mesh):
-    ts = jax.jit(init, out_shardings=places)()
-  compiled = jax.jit(
-    step,
-    donate_argnums=0,
-    in_shardings=(places, replicated, by_row),
-    out_shardings=(places, replicated),
-  )
+    ts = init(seed)
+  if method.start and start:
+    ts = _started(method, ts, mesh)
   batches = feed.for_training(
     dataset,
     config.seed,
@@ -160,12 +158,75 @@ def build(
     config.image_size,
     mesh,
   )
+  given = sharding.put_replicated(mesh, method.given()) if method.given else {}
 
   def run(ts, i, call=compiled):
     rows = batches(i)
     with jax.set_mesh(mesh):
-      return call(ts, batches.constants, rows)
+      return call(ts, seed, given, batches.constants, rows)
 
   run.feed = batches
   run.lower = functools.partial(run, call=compiled.lower)  # to look at what was compiled
   return ts, run
+
+
+class _Key:
+  """A recipe, equal to another if they differ in nothing that is compiled."""
+
+  def __init__(self, config):
+    self.config = config
+    flat = recipes.flatten(config)
+    self.text = repr([(k, flat[k]) for k in sorted(flat) if k not in NOT_COMPILED])
+
+  def __eq__(self, other):
+    return self.text == other.text
+
+  def __hash__(self):
+    return hash(self.text)
+
+
+@functools.lru_cache(maxsize=4)
+def _programs(key, mesh):
+  """Two jitted functions: seed -> state, and the step."""
+  config = key.config
+  method = methods.build(config)
+  rate = optim.schedule(config, config.data.examples)
+  optimizer = optim.build(config, rate)
+  replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+
+  def step(ts, seed, given, constants, rows):
+    return train_step(method, optimizer, rate, config, ts, seed, given, constants, rows)
+
+  def init(seed):
+    return create(method, optimizer, seed, config.image_size)
+
+  shapes = jax.eval_shape(init, np.uint32(0))
+  places = dataclasses.replace(
+    jax.tree.map(lambda _: replicated, shapes),
+    state={k: by_row if k in method.row_state else replicated for k in shapes.state},
+  )
+  compiled = jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(places, replicated, replicated, replicated, by_row),
+    out_shardings=(places, replicated),
+  )
+  return jax.jit(init, out_shardings=places), compiled
+
+
+def _started(method, ts, mesh):
+  params, state = method.start(ts.params, ts.state)
+  new, old = (
+    {jax.tree_util.keystr(k[1:]): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+    for tree in ((params, state), (ts.params, ts.state))
+  )
+  for leaf in sorted(new.keys() | old.keys()):
+    if new.get(leaf) != old.get(leaf):
+      raise ConfigError(
+        f'init_from is of another network: {leaf} is {new.get(leaf)} there and {old.get(leaf)} in this '
+        'recipe; its model fields must be those of the pretraining'
+      )
+  # Copies: the step is going to reuse the buffers.
+  params, state = jax.tree.map(np.array, jax.device_get((params, state)))
+  params, state = sharding.put_replicated(mesh, (params, state))
+  return dataclasses.replace(ts, params=params, state=state)

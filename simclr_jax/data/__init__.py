@@ -2,8 +2,8 @@
 
 A source is a module with `load(config, split)`, where `config` is the recipe's `data` part;
 `config.source` is its name. It returns one of four kinds of data set: `Arrays` here, or the streams
-`folder.Files`, `tfds.Records` and `tfds.IndexedRecords`. All have a length, `labelled`, `classes`,
-`only` and `sample`; streams have `examples` and `once`, tf.data of encoded images, too.
+`folder.Files`, `tfds.Records` and `tfds.IndexedRecords`. All have a length, `labels`, `labelled`, `classes`,
+`only`, `with_labels` and `sample`; streams have `examples` and `once`, tf.data of encoded images, too.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import importlib
 import ml_collections
 import numpy as np
 
+from simclr_jax.data import labels
 from simclr_jax.errors import ConfigError
 
 ON_DEVICE = 4 * 2**30  # bytes of images up to which a data set is kept on the devices
@@ -57,6 +58,10 @@ class Arrays:
     """The data set of these images."""
     return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
 
+  def with_labels(self, labels: np.ndarray) -> 'Arrays':
+    """The same images with other labels, int32 `[N]`."""
+    return dataclasses.replace(self, labels=labels)
+
   def sample(self, count: int) -> 'Arrays':
     """`count` images, or all: always the same ones."""
     return self.only(choose(count, len(self)))
@@ -73,6 +78,8 @@ def load(config: ml_collections.ConfigDict, split: str):
   if not name:
     raise ConfigError(f'data.{split}_split is empty: there are no {split} images')
   found = module.load(config, name)
+  if split == 'train' and config.labels:
+    found = labels.keep(found, config)
   if isinstance(found, Arrays):
     found = dataclasses.replace(found, resident=on_device(config, found.images.nbytes))
   return found

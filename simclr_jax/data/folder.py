@@ -44,7 +44,7 @@ class Files:
   @property
   def labelled(self) -> bool:
     """Whether every image has a label."""
-    return bool(self.class_names)
+    return bool(self.class_names) and bool((self.labels >= 0).all())
 
   @property
   def classes(self) -> int:
@@ -74,6 +74,10 @@ class Files:
     return dataclasses.replace(
       self, paths=[self.paths[i] for i in indices], labels=self.labels[indices]
     )
+
+  def with_labels(self, labels: np.ndarray) -> 'Files':
+    """The same images with other labels, int32 `[N]`."""
+    return dataclasses.replace(self, labels=labels)
 
   def sample(self, count: int) -> 'Files':
     """`count` images, or all: always the same ones."""

@@ -47,10 +47,11 @@ class Records:
   Attributes:
     shards: of the split.
     parse: serialized record -> (encoded image, label).
-    labelled: whether there are labels.
+    labelled: whether every image has a label.
     classes: how many; 0 without labels.
     settings: the recipe's `data` part.
     skipped: the indices of records that are left out.
+    given: int32 `[N]`, labels instead of those of the records.
   """
 
   shards: list[Shard]
@@ -59,6 +60,7 @@ class Records:
   classes: int
   settings: ml_collections.ConfigDict
   skipped: tuple[int, ...] = ()
+  given: np.ndarray | None = None
 
   sequential = True
 
@@ -68,6 +70,11 @@ class Records:
   @functools.cached_property
   def _ends(self):
     return [0, *np.cumsum([s.take for s in self.shards])]
+
+  @functools.cached_property
+  def labels(self) -> np.ndarray:
+    """int32 `[N]`, -1 where unknown; reading them takes a pass over the files."""
+    return _labels(self)
 
   def name(self, index: int) -> str:
     """What to call an image in a message: its file, and its number there."""
@@ -98,7 +105,13 @@ class Records:
   def only(self, indices: np.ndarray) -> 'Records':
     """The data set of these images."""
     left_out = np.setdiff1d(np.arange(self._ends[-1]), self._kept()[indices])
-    return dataclasses.replace(self, skipped=tuple(left_out.tolist()))
+    return dataclasses.replace(
+      self, skipped=tuple(left_out.tolist()), given=_given(self, np.sort(indices))
+    )
+
+  def with_labels(self, labels: np.ndarray) -> 'Records':
+    """The same images with other labels, int32 `[N]`."""
+    return dataclasses.replace(self, given=labels, labelled=bool((labels >= 0).all()))
 
   def sample(self, count: int) -> 'Records':
     """The first `count` images, or all."""
@@ -109,8 +122,9 @@ class Records:
       records -= take
       if take:
         shards.append(dataclasses.replace(shard, take=take))
+    skipped = tuple(i for i in self.skipped if i <= kept[-1])
     return dataclasses.replace(
-      self, shards=shards, skipped=tuple(i for i in self.skipped if i <= kept[-1])
+      self, shards=shards, skipped=skipped, given=_given(self, np.arange(len(kept)))
     )
 
   def _kept(self):
@@ -199,16 +213,23 @@ class Records:
     )
     records = records.map(lambda i, r: (tf.cast(i, tf.int32), r))
     if self.skipped:
-      left_out = tf.constant(self.skipped, tf.int32)
-      records = records.filter(lambda i, r: tf.reduce_all(i != left_out))
-      records = records.map(
-        lambda i, r: (i - tf.math.count_nonzero(left_out < i, dtype=tf.int32), r)
-      )
+      kept = np.ones(self._ends[-1], bool)
+      kept[list(self.skipped)] = False
+      with tf.init_scope():
+        number = tf.constant(np.where(kept, np.cumsum(kept) - 1, -1), tf.int32)
+      records = records.map(lambda i, r: (number[i], r)).filter(lambda i, r: i >= 0)
     return records
+
+  @functools.cached_property
+  def _table(self):
+    with tf.init_scope():
+      return tf.constant(self.given)
 
   def _example(self, record, epoch, position):
     index, serialized = record
     image, label = self.parse(serialized)
+    if self.given is not None:
+      label = self._table[index]
     return {
       'bytes': image, 'label': label, 'index': index, 'epoch': epoch, 'position': position,
     }  # fmt: skip
@@ -221,7 +242,7 @@ class IndexedRecords:
   Attributes:
     source: gives the serialized records of a list of places.
     places: int64 `[N]`, of each image.
-    parse, labelled, classes, settings: as of `Records`.
+    parse, labelled, classes, settings, given: as of `Records`.
     where: the folder.
   """
 
@@ -232,11 +253,17 @@ class IndexedRecords:
   classes: int
   settings: ml_collections.ConfigDict
   where: str
+  given: np.ndarray | None = None
 
   sequential = False
 
   def __len__(self) -> int:
     return len(self.places)
+
+  @functools.cached_property
+  def labels(self) -> np.ndarray:
+    """As of `Records`."""
+    return _labels(self)
 
   def name(self, index: int) -> str:
     """What to call an image in a message."""
@@ -258,7 +285,11 @@ class IndexedRecords:
 
   def only(self, indices: np.ndarray) -> 'IndexedRecords':
     """The data set of these images."""
-    return dataclasses.replace(self, places=self.places[indices])
+    return dataclasses.replace(self, places=self.places[indices], given=_given(self, indices))
+
+  def with_labels(self, labels: np.ndarray) -> 'IndexedRecords':
+    """The same images with other labels, int32 `[N]`."""
+    return dataclasses.replace(self, given=labels, labelled=bool((labels >= 0).all()))
 
   def sample(self, count: int) -> 'IndexedRecords':
     """`count` images, or all: always the same ones."""
@@ -281,11 +312,30 @@ class IndexedRecords:
       records = tf.numpy_function(self._fetch, [e['index']], tf.string)
       return {**e, 'record': tf.reshape(records, tf.shape(e['index']))}
 
+    if self.given is not None:
+      with tf.init_scope():
+        given = tf.constant(self.given)
+
     def example(e):
       image, label = self.parse(e.pop('record'))
+      if self.given is not None:
+        label = given[e['index']]
       return {**e, 'bytes': image, 'label': label}
 
     return batches.map(fetch).unbatch().map(example)
+
+
+def _labels(source):
+  if source.given is not None:
+    return source.given
+  if not source.labelled:
+    return np.full(len(source), -1, np.int32)
+  labels = source.once().map(lambda e: e['label']).batch(4096)
+  return np.concatenate(list(stream.read(labels, source)))
+
+
+def _given(source, indices):
+  return None if source.given is None else source.given[indices]
 
 
 def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | IndexedRecords:

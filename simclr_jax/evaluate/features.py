@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from simclr_jax import sharding
 from simclr_jax.data import Arrays, augment, feed
-from simclr_jax.models import resnet
+from simclr_jax.models import classifier, resnet
 
 PyTree = Any
 
@@ -21,8 +21,12 @@ PyTree = Any
 def make_forward(architecture: dict[str, Any]) -> Callable[[PyTree, jax.Array], jax.Array]:
   """`forward(variables, x)`: x float32 `[n, h, w, 3]` in [0, 1] -> h `[n, d]`.
 
-  BatchNorm uses its running statistics.
+  BatchNorm uses its running statistics. With 'classes' in `architecture`, logits come out.
   """
+  if 'classes' in architecture:
+    head_layer, classes = architecture['head_layer'], architecture['classes']
+    with_head = classifier.build(architecture, classes, head_layer)
+    return lambda variables, x: with_head.apply(variables, x, False)[1]
   net = resnet.from_config(architecture)
   return functools.partial(net.apply, train=False)
 

@@ -22,7 +22,11 @@ def init(d: int, classes: int) -> PyTree:
 
 def loss(head: PyTree, h: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Cross entropy and accuracy over the rows of h `[n, d]` whose label `[n]` is not -1."""
-  logits = h @ head['kernel'] + head['bias']
+  return cross_entropy(h @ head['kernel'] + head['bias'], label)
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean cross entropy and accuracy over the rows of logits `[n, classes]` whose label is not -1."""
   known = label >= 0
   count = jnp.maximum(known.sum(), 1)
   error = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))

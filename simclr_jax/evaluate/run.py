@@ -4,14 +4,15 @@ import json
 import pathlib
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from simclr_jax import data
+from simclr_jax import config as recipes, data
 from simclr_jax.data import arrays
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import features, knn, logistic, probe
+from simclr_jax.evaluate import features, finetune as tuning, knn, logistic, probe
 from simclr_jax.interop import orbax
 
 
@@ -43,7 +44,7 @@ def linear_probe(
     'rows': {name: [[100 * s['top1'], None]] for name, s in scores.items()},
     'settings': scores['pretrained'],
   }
-  return _keep(workdir, 'linear_cached' if cached else 'linear', result, encoders)
+  return _keep(workdir, 'linear_cached' if cached else 'linear', result, encoders['pretrained'])
 
 
 def nearest_neighbours(
@@ -65,7 +66,7 @@ def nearest_neighbours(
     'rows': rows,
     'settings': {'k': k, 'temperature': temperature, 'bank': len(train), 'queries': len(test)},
   }
-  return _keep(workdir, 'knn', result, encoders)
+  return _keep(workdir, 'knn', result, encoders['pretrained'])
 
 
 def label_efficiency(
@@ -90,7 +91,69 @@ def label_efficiency(
     'rows': rows,
     'settings': {'draws': draws, 'test_images': len(test), 'regularization': 0.01},
   }
-  return _keep(workdir, 'label_efficiency', result, encoders)
+  return _keep(workdir, 'label_efficiency', result, encoders['pretrained'])
+
+
+def finetune(
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  spec: str,
+  overrides: dict[str, str],
+  labels: list[str],
+  seeds: int,
+  name: str,
+  baselines: bool,
+  command: str,
+) -> dict[str, Any]:
+  """Fine-tuning of a run with few labels (`finetune.few_labels`), top-1 by beginning and labels.
+
+  Args:
+    workdir, config: the run, and its recipe.
+    spec, overrides: the recipe of fine-tuning.
+    labels, seeds, name, baselines, command: as of `finetune.few_labels`.
+  """
+  train, test = _labelled(config)
+  recipe = tuning.recipe(spec, config, overrides)
+  found = tuning.few_labels(workdir, recipe, train, test, labels, seeds, name, baselines, command)
+  over = f', mean over {seeds} seeds' if seeds > 1 else ''
+  result = tuning.summary(found, train, f'Fine-tuning with few labels, top-1 %{over}')
+  result['settings'] |= {'recipe': spec, 'seeds': seeds, 'test_images': len(test)}
+  return _keep(workdir, name, result, orbax.load_encoder(workdir))
+
+
+def distill(
+  teachers: list[pathlib.Path],
+  workdir: pathlib.Path,
+  spec: str,
+  overrides: dict[str, str],
+  command: str,
+) -> dict[str, Any]:
+  """Distillation of fine-tuned runs (`finetune.students`): their students against them, top-1.
+
+  Args:
+    teachers: one or, of several seeds, several.
+    workdir: of the students.
+    spec, overrides: the recipe of distillation.
+    command: recorded.
+  """
+  source = config_of(teachers[0])
+  train, test = _labelled(source)
+  recipe = tuning.recipe(spec, source, overrides)
+  workdir.mkdir(parents=True, exist_ok=True)
+  learned = tuning.students(workdir, recipe, train, test, teachers, command)
+  taught = [tuning.test(t, test)[0] for t in teachers]
+  rows = {'teacher': taught, 'student': learned}
+  result = {
+    'title': f'Distillation, {len(train):,} images'
+    + (f', mean over {len(teachers)} seeds' if len(teachers) > 1 else ''),
+    'columns': ['top-1 %', 'parameters, millions'],
+    'rows': {
+      name: [tuning.spread([100 * r['top1'] for r in found]), [parameters(runs[0]), None]]
+      for (name, found), runs in zip(rows.items(), (teachers, [workdir / teachers[0].name]))
+    },
+    'settings': {'recipe': spec, 'test_images': len(test)},
+  }
+  return _keep(workdir, 'distillation', result, orbax.load_encoder(workdir / teachers[0].name))
 
 
 def embed(
@@ -120,6 +183,17 @@ def embed(
   print(f'wrote {out}: features {list(h.shape)} float32')
 
 
+def parameters(workdir: pathlib.Path) -> float:
+  """Of a run's classifier, in millions."""
+  variables = orbax.load_classifier(workdir).variables
+  return sum(x.size for x in jax.tree.leaves(variables['params'])) / 1e6
+
+
+def config_of(workdir: pathlib.Path, overrides: dict[str, str] | None = None):
+  """The recipe of a run."""
+  return recipes.from_dict(recipes.read_run(workdir), overrides)
+
+
 def table(result: dict[str, Any]) -> str:
   """A kept result as plain text."""
   width = max(len(name) for name in result['rows'])
@@ -146,8 +220,8 @@ def kept(workdir: pathlib.Path) -> dict[str, Any]:
     raise ConfigError(f'{path} is damaged: delete it and evaluate again') from None
 
 
-def _keep(workdir, name, result, encoders):
-  result['step'] = encoders['pretrained'].provenance['step']
+def _keep(workdir, name, result, encoder):
+  result['step'] = encoder.provenance['step']
   results = {**kept(workdir), name: result}
   new = workdir / 'evaluation.json.new'
   new.write_text(json.dumps(results, indent=1) + '\n')

@@ -6,6 +6,7 @@ An exported folder holds `variables/`, an Orbax checkpoint of `params` and `batc
 
 import json
 import pathlib
+from typing import Any
 
 import jax
 
@@ -43,10 +44,63 @@ def load_encoder(folder: str | pathlib.Path) -> Encoder:
   return _from_run(folder)
 
 
+def load_tower(folder: str | pathlib.Path, head: bool) -> dict[str, Any]:
+  """What a training can begin with: `params` and `batch_stats` of 'encoder' and, with `head`, 'head'.
+
+  Raises:
+    ConfigError: `folder` is neither a run nor an exported encoder, or that lacks the head.
+    CheckpointError: as of `load_encoder`.
+  """
+  folder = pathlib.Path(folder)
+  if (folder / 'config.json').is_file():
+    _, _, state, _ = _restore(folder)
+    params, stats = state.params, state.state['stats']
+    frozen = state.state.get('frozen', {})
+    found = {
+      'params': {'encoder': {**frozen, **params['encoder']}, 'head': params['head']},
+      'batch_stats': {'encoder': stats['encoder'], 'head': stats['head']},
+    }
+    return jax.device_get(found)
+  if head:
+    raise ConfigError(
+      f'{folder} is not the workdir of a run, and only these hold the projection head: set head_layer=0'
+    )
+  variables = load_encoder(folder).variables
+  return {key: {'encoder': part, 'head': {}} for key, part in variables.items()}
+
+
+def load_classifier(workdir: str | pathlib.Path) -> Encoder:
+  """The network of a run with a classifier: its `embed` gives logits `[n, classes]`.
+
+  Raises:
+    ConfigError: `workdir` holds no such run.
+    CheckpointError: as of `load_encoder`.
+  """
+  workdir = pathlib.Path(workdir)
+  config, method, state, metadata = _restore(workdir)
+  if not method.classifier:
+    raise ConfigError(f'{workdir} has no classifier: it was trained with method={config.method}')
+  return Encoder(
+    recipes.architecture(config, classifier=True),
+    method.classifier(state.params, state.state),
+    _provenance(workdir, metadata),
+  )
+
+
 def _from_run(workdir):
+  config, method, state, metadata = _restore(workdir)
+  variables = method.encoder(state.params, state.state)
+  return Encoder(recipes.architecture(config), variables, _provenance(workdir, metadata))
+
+
+def _provenance(workdir, metadata):
+  return {'workdir': str(workdir), **{k: metadata[k] for k in ('step', 'config', 'versions')}}
+
+
+def _restore(workdir):
+  """(recipe, method, state, metadata) of a run's newest readable checkpoint."""
   config = recipes.from_dict(recipes.read_run(workdir))
   method = methods.build(config)
-
   rate = optim.schedule(config, config.data.examples)
 
   def fresh():
@@ -59,11 +113,7 @@ def _from_run(workdir):
   restored = checkpoint.restore(workdir / 'checkpoints', target)
   if restored is None:
     raise ConfigError(f'{workdir} has no checkpoint yet')
-  state, metadata = restored
-  provenance = {'workdir': str(workdir), **{k: metadata[k] for k in ('step', 'config', 'versions')}}
-  return Encoder(
-    recipes.architecture(config), method.encoder(state.params, state.state), provenance
-  )
+  return config, method, *restored
 
 
 def export(encoder: Encoder, out: str | pathlib.Path) -> None:

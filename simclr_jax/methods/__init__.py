@@ -1,7 +1,8 @@
 """Pretraining methods, one file each.
 
 A method is a module with `build(config) -> Method`, and `FIELDS`, its own recipe fields: name ->
-(neutral value, what is allowed: the lowest and highest number, None for no limit, or the words).
+(neutral value, what is allowed: the lowest and highest number, None for no limit, or the words; None:
+any text).
 The trainer knows two pure functions of a method:
 
   init(rng, batch) -> (params, state)
@@ -13,6 +14,7 @@ a queue) lives in `state`. `batch` holds `views` `[n, v, h, w, 3]` float32 in [0
 logged. Two entries of `metrics` are arrays that others turn into figures: `embeddings`, unit rows
 `[n, v, d]` (`simclr_jax.health`), and `features`, `[n v, d]`, on which the online probe trains.
 A third function, `encoder(params, state)`, gives the variables to evaluate and export.
+What else the batches need and no step changes, such as a teacher, is in `batch['given']`.
 
 `params['probe']` is the online probe's and gets an optimizer of its own; `params['classifier']` gets no
 layer-wise adaptation.
@@ -40,7 +42,10 @@ class Method(NamedTuple):
     init, loss, encoder: see above.
     views: how many views of each image `batch['views']` must have.
     row_state: keys of `state` whose arrays are split over the devices by rows, not replicated.
-    needs_labels: whether it learns from `batch['label']`.
+    needs_labels: whether it learns from `batch['label']`, of every image.
+    start: `start(params, state)`, outside jit: puts other weights into those of `init`, or None.
+    given: `given()`, outside jit: arrays for `batch['given']`, or None.
+    classifier: `classifier(params, state)`, the variables of a `models.classifier`, or None.
   """
 
   init: Callable[..., tuple[PyTree, PyTree]]
@@ -49,6 +54,9 @@ class Method(NamedTuple):
   views: int = 2
   row_state: tuple[str, ...] = ()
   needs_labels: bool = False
+  start: Callable[[PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
+  given: Callable[[], PyTree] | None = None
+  classifier: Callable[[PyTree, PyTree], PyTree] | None = None
 
 
 def names() -> list[str]:

@@ -26,6 +26,7 @@ class ProjectionHead(nn.Module):
     dim: size of the output z.
     norm: SimCLR's head or MoCo's.
     groups, layout: of the batch normalisation.
+    keep: how many of the layers there are, from the first; None: all.
     dtype: of the matrix products.
   """
 
@@ -35,6 +36,7 @@ class ProjectionHead(nn.Module):
   norm: bool = True
   groups: int = 1
   layout: str = 'contiguous'
+  keep: int | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -47,9 +49,9 @@ class ProjectionHead(nn.Module):
     def torch_linear(key, shape, dtype):
       return jax.random.uniform(key, shape, dtype, -(width**-0.5), width**-0.5)
 
-    layers = {'none': 0, 'linear': 1, 'mlp': self.layers}[self.mode]
+    layers = count(self.mode, self.layers)
     hiddens = [h]
-    for i in range(1, layers + 1):
+    for i in range(1, 1 + (layers if self.keep is None else self.keep)):
       last = i == layers
       x = nn.Dense(
         self.dim if last else width,
@@ -68,7 +70,12 @@ class ProjectionHead(nn.Module):
     return hiddens
 
 
-def from_config(config: Any, dtype: Any = jnp.float32) -> ProjectionHead:
+def count(mode: str, layers: int) -> int:
+  """The number of dense layers."""
+  return {'none': 0, 'linear': 1, 'mlp': layers}[mode]
+
+
+def from_config(config: Any, dtype: Any = jnp.float32, keep: int | None = None) -> ProjectionHead:
   """The head of a recipe's `model` part."""
   return ProjectionHead(
     mode=config['head'],
@@ -77,5 +84,6 @@ def from_config(config: Any, dtype: Any = jnp.float32) -> ProjectionHead:
     norm=config['head_norm'],
     groups=config['bn_groups'],
     layout=config['bn_layout'],
+    keep=keep,
     dtype=dtype,
   )

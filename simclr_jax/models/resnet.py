@@ -159,6 +159,8 @@ class ResNet(nn.Module):
       blocks, average pooling in projections and three 3x3 convolutions for the 7x7 (ResNet-D).
     se_ratio: above 0, a squeeze-and-excitation layer at the end of every block.
     normalize: 'none', or a key of `NORMALIZE`: what is subtracted from images and divides them.
+    frozen: the stem and the groups up to this one normalise with their running statistics and leave
+      them alone in training, too; 0: the stem only, -1: nothing.
     dtype: of the convolutions; parameters and statistics stay float32.
 
   Source: He et al. 2016; Chen et al. 2020a, 2020b (SimCLR v1, v2) for the first dialect; He et al.
@@ -174,6 +176,7 @@ class ResNet(nn.Module):
   sk_ratio: float = 0.0
   se_ratio: float = 0.0
   normalize: str = 'none'
+  frozen: int = -1
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -216,13 +219,14 @@ class ResNet(nn.Module):
 
     width = int(64 * self.width_multiplier)
     size, stride, pool = STEMS[self.stem]
+    train_stem = train and self.frozen < 0
     if self.sk_ratio > 0 and self.stem == 'imagenet':  # ResNet-D
       for i in (1, 2):
         x = conv(width // 2, 3, stride if i == 1 else 1, name=f'stem_conv{i}')(x)
-        x = nn.relu(norm(name=f'stem_bn{i}')(x, train))
+        x = nn.relu(norm(name=f'stem_bn{i}')(x, train_stem))
       size, stride = 3, 1
     x = conv(width, size, stride, name='stem_conv')(x)
-    x = nn.relu(norm(name='stem_bn')(x, train))
+    x = nn.relu(norm(name='stem_bn')(x, train_stem))
     if pool:
       x = nn.max_pool(x, (3, 3), (2, 2), 'SAME' if simclr else [(1, 1), (1, 1)])
 
@@ -242,8 +246,13 @@ class ResNet(nn.Module):
           conv=conv,
           norm=norm,
           name=f'group{group + 1}_block{block + 1}',
-        )(x, train)
+        )(x, train and self.frozen <= group)
     return jnp.mean(x.astype(jnp.float32), axis=(1, 2))
+
+
+def is_frozen(name: str, frozen: int) -> bool:
+  """Whether a module of `ResNet`, such as 'group2_block1', is among those that `frozen` means."""
+  return (0 if name.startswith('stem') else int(name[5])) <= frozen
 
 
 def compute_dtype(name: str) -> Any:
@@ -253,7 +262,7 @@ def compute_dtype(name: str) -> Any:
   return jnp.dtype(name)
 
 
-def from_config(config: Any, dtype: Any = jnp.float32) -> ResNet:
+def from_config(config: Any, dtype: Any = jnp.float32, frozen: int = -1) -> ResNet:
   """The network of a recipe's `model` part."""
   return ResNet(
     depth=config['depth'],
@@ -265,5 +274,6 @@ def from_config(config: Any, dtype: Any = jnp.float32) -> ResNet:
     sk_ratio=config['sk_ratio'],
     se_ratio=config['se_ratio'],
     normalize=config['normalize'],
+    frozen=frozen,
     dtype=dtype,
   )

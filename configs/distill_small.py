@@ -1,0 +1,27 @@
+"""Distillation on small data: what `simclr-jax distill` takes when no recipe is named.
+
+  simclr-jax distill --teacher=RUN/finetune/1pct-seed0 --workdir=STUDENT --config.model.width_multiplier=0.25
+
+The teacher's answers to all images are learned, without labels (SimCLR v2).
+"""
+
+import ml_collections
+
+from simclr_jax import defaults
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = defaults.recipe('distill')
+  config.epochs = 4
+  config.batch_size = 128
+
+  config.optimizer = 'nesterov'
+  config.learning_rate = 0.1
+  config.learning_rate_scaling = 'none'
+  config.weight_decay = 1e-4
+
+  config.log_every_steps = 100
+  config.keep_checkpoints = 1
+  config.knn_every_epochs = 0
+  config.tensorboard = False
+  return config

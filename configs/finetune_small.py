@@ -1,0 +1,30 @@
+"""Fine-tuning with few labels on small data: what `simclr-jax finetune` takes when no recipe is named.
+
+  simclr-jax finetune --workdir=RUN --labels=1%,10% --seeds=5 --baselines
+
+The images are augmented as in the pretraining. The classifier begins at 0, all else where the pretraining ended;
+the first layer of the projection head is kept (SimCLR v2). The number of steps does not depend on the number of labels.
+"""
+
+import ml_collections
+
+from simclr_jax import defaults
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = defaults.recipe('supervised')
+  config.steps = 100
+  config.batch_size = 64
+  config.head_layer = 1
+  config.data.unlabelled = 'drop'
+
+  config.optimizer = 'nesterov'
+  config.learning_rate = 0.02
+  config.learning_rate_scaling = 'none'
+  config.weight_decay = 0.0
+
+  config.log_every_steps = 100
+  config.keep_checkpoints = 1
+  config.knn_every_epochs = 0
+  config.tensorboard = False
+  return config
