@@ -12,11 +12,11 @@ from simclr_jax import defaults
 
 def get_config() -> ml_collections.ConfigDict:
   config = defaults.recipe('distill')
-  config.epochs = 4
+  config.epochs = 10
   config.batch_size = 128
 
-  config.optimizer = 'nesterov'
-  config.learning_rate = 0.1
+  config.optimizer = 'adamw'
+  config.learning_rate = 0.003
   config.learning_rate_scaling = 'none'
   config.weight_decay = 1e-4
 

@@ -3,14 +3,17 @@
 `python tests/test_methods.py PROCESS ADDRESS` is one of two processes with four devices each.
 """
 
+import atexit
 import functools
 import json
 import os
+import pathlib
 import re
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -44,7 +47,7 @@ SMALL = {
 # Groups of 8 examples, a queue that 32 does not divide, few negatives.
 SMALL_FIELDS = {'queue_size': '100', 'negatives': '64'}
 # Gentle: float rounding that flips a ReLU must stay below the tolerance for ten steps.
-SMALL_RATE = {'lars': '0.001', 'sgd': '0.0003', 'nesterov': '0.0003'}
+SMALL_RATE = {'lars': '0.001', 'sgd': '0.0003', 'nesterov': '0.0003', 'adamw': '0.0001'}
 SMALL_GROUPS = {'model.bn_groups': '4'}
 VARIANTS = {
   'simclr_digits': ('',),
@@ -58,6 +61,10 @@ VARIANTS = {
   'memory_bank_imagenet': ('info_nce', 'nce'),
   'end_to_end_imagenet': ('',),
   'supervised_imagenet': ('',),
+  'finetune_imagenet': ('v1_1pct', 'v1_10pct', 'v1_100pct', 'v2_1pct', 'v2_10pct', 'v2_100pct'),
+  'finetune_small': ('',),
+  'distill_imagenet': ('self', 'small'),
+  'distill_small': ('',),
 }  # fmt: skip
 SPECS = [f'{name}:{v}'.rstrip(':') for name, variants in VARIANTS.items() for v in variants]
 
@@ -67,9 +74,20 @@ def small(spec, **changes):
   """A shipped recipe, shrunken."""
   recipe = recipes.load(spec)
   wanted = {k: v for k, v in SMALL_FIELDS.items() if recipe.get(k)}
+  if 'teacher' in recipe:
+    wanted['teacher'] = teacher()
   groups = SMALL_GROUPS if recipe.model.bn_groups > 1 else {}
   rate = {'learning_rate': SMALL_RATE[recipe.optimizer]}
   return recipes.load(spec, {**SMALL, **rate, **wanted, **groups, **changes})
+
+
+@functools.cache
+def teacher():
+  """A run with a classifier."""
+  folder = pathlib.Path(tempfile.mkdtemp(prefix='simclr_jax_teacher'))
+  atexit.register(shutil.rmtree, folder)
+  assert train.pretrain(small('finetune_small', steps='1'), folder, quiet=True) == 0
+  return str(folder)
 
 
 def cases():

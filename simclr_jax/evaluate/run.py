@@ -136,7 +136,7 @@ def distill(
     spec, overrides: the recipe of distillation.
     command: recorded.
   """
-  source = config_of(teachers[0])
+  source = config_of(teachers[0], {'data.labels': ''})  # all images
   train, test = _labelled(source)
   recipe = tuning.recipe(spec, source, overrides)
   workdir.mkdir(parents=True, exist_ok=True)
