@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
 from simclr_jax import config
-from simclr_jax.data import Arrays, digits
+from simclr_jax.data import Arrays, digits, labels as subsets
 from simclr_jax.evaluate import features, knn, logistic, probe
 
 ARCHITECTURE = config.architecture(config.load('simclr_digits', TINY))
@@ -59,7 +59,7 @@ def test_logistic_equals_scikit_learn_and_is_balanced():
   assert [r['labels_per_class'] for r in rows] == [1, 20]
   scores = []
   for draw in range(3):
-    subset = logistic.balanced_subset(labels, 20, np.random.default_rng([0, 20, draw]))
+    subset = subsets.subset(labels, 20, draw)
     assert (np.bincount(labels[subset]) == 20).all() and len(set(subset)) == 200
     mean, std = train.mean(0), train.std(0)
     model = LogisticRegression(C=1 / 0.24, max_iter=1000, tol=1e-2)
@@ -69,7 +69,7 @@ def test_logistic_equals_scikit_learn_and_is_balanced():
   np.testing.assert_allclose(rows[1]['std'], np.std(scores, ddof=1), atol=1e-3)
   assert rows == logistic.label_efficiency(train, labels, test, test_labels, [1, 20], draws=3)
   with pytest.raises(ValueError, match='fewer than 500'):
-    logistic.balanced_subset(labels, 500, np.random.default_rng(0))
+    logistic.label_efficiency(train, labels, test, test_labels, [500])
 
 
 def test_logistic_in_the_span_of_few_examples():
@@ -79,7 +79,7 @@ def test_logistic_in_the_span_of_few_examples():
   centres = rng.normal(size=(3, 100))
   x, test = (0.4 * centres[y] + rng.normal(size=(len(y), 100)) for y in (labels, test_labels))
   plain = LogisticRegression(max_iter=1000).fit(x, labels).score(test, test_labels)
-  found = logistic.accuracy(x, labels, test, test_labels, 1.0)
+  found = logistic.accuracy(x, labels, test, test_labels, 1 / 100)
   assert abs(found - plain) < 0.01
 
 

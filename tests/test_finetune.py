@@ -1,0 +1,287 @@
+"""Learning with few labels: which labels, what is trained and what is not, and the verbs."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from simclr_jax import cli, config as recipes, data, losses, methods, train, train_state
+from simclr_jax.data import labels as subsets
+from simclr_jax.errors import ConfigError
+from simclr_jax.evaluate import features, finetune, metrics
+from simclr_jax.interop import orbax
+
+TINY = {
+  'data.source': 'digits', 'model.depth': '8', 'model.width_multiplier': '0.125', 'model.stem': 'strided',
+  'model.head_dim': '16', 'image_size': '32', 'knn_every_epochs': '0', 'tensorboard': 'false',
+}  # fmt: skip
+
+
+# Subsets of the labels.
+
+
+def test_subsets_are_balanced_nested_and_seeded():
+  """Breaks if a class gets more labels than another, or 10 % do not contain the 1 %."""
+  labels = np.random.default_rng(0).integers(0, 5, 1000)
+  labels[:300] = 3  # many of one class
+  few, more = subsets.subset(labels, 4, 7), subsets.subset(labels, 40, 7)
+  assert (np.bincount(labels[few]) == 4).all() and (np.bincount(labels[more]) == 40).all()
+  assert set(few) < set(more) and (np.diff(more) > 0).all()
+  np.testing.assert_array_equal(few, subsets.subset(labels, 4, 7))
+  assert set(few) != set(subsets.subset(labels, 4, 8))
+  assert len(subsets.subset(labels, 10_000, 0)) == 1000
+  labels[few] = -1  # without a label
+  assert not set(few) & set(subsets.subset(labels, 100, 7))
+
+
+@pytest.mark.parametrize(
+  'text, count', [('1%', 6), ('10%', 60), ('0.5%', 3), ('.5 %', 3), ('100%', 600), ('25', 25)]
+)
+def test_shares_and_numbers(text, count):
+  """Breaks if a share is taken of something else than all images, in equal parts a class."""
+  assert subsets.per_class(text, 6000, 10) == count
+
+
+@pytest.mark.parametrize('text', ['', '1pct', '-1', '1.5', '101%', '0.01%', '0', '%', '1%2'])
+def test_bad_shares_are_one_sentence(text):
+  """Breaks if a typing error becomes another number of labels, or none."""
+  with pytest.raises(ConfigError, match='data.labels='):
+    subsets.per_class(text, 6000, 10)
+
+
+def test_kept_and_dropped():
+  """Breaks if an image of which the label is hidden shows it, or is missing where it is wanted."""
+  c = recipes.load('simclr_digits').data
+  whole = data.load(c, 'train')
+  with c.unlocked():
+    c.labels, c.label_seed = '1%', 3
+  kept = data.load(c, 'train')
+  with c.unlocked():
+    c.unlabelled = 'drop'
+  dropped = data.load(c, 'train')
+  known = kept.labels >= 0
+  assert len(kept) == 6000 and known.sum() == len(dropped) == 60 and not kept.labelled
+  np.testing.assert_array_equal(kept.labels[known], whole.labels[known])
+  np.testing.assert_array_equal(dropped.images, whole.images[known])
+  assert len(data.load(c, 'test')) == 1188
+  with c.unlocked():
+    c.labels = '601'
+  with pytest.raises(ConfigError, match='data.labels=601, but a class has only'):
+    data.load(c, 'train')
+
+
+# What is trained.
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+  """A run of SimCLR, hardly trained, but with statistics of its own."""
+  folder = tmp_path_factory.mktemp('runs') / 'pretrained'
+  recipe = recipes.load(
+    'simclr_digits', {**TINY, 'steps': '3', 'batch_size': '32', 'warmup_epochs': '0'}
+  )
+  assert train.pretrain(recipe, folder, quiet=True) == 0
+  return folder
+
+
+def tuned(pretrained, steps=3, **fields):
+  """The state before and after some steps of fine-tuning, and its method."""
+  values = {'data.labels': '1%', 'data.num_classes': '10', 'batch_size': '32', 'weight_decay': '0.1',
+            'init_from': str(pretrained), **fields}  # fmt: skip
+  recipe = recipes.load('finetune_small', {**TINY, **values})
+  state, step = train_state.build(recipe, data.load(recipe.data, 'train'))
+  before = jax.device_get((state.params, state.state))
+  for i in range(steps):
+    state, metrics = step(state, i)
+  step.feed.close()
+  return before, jax.device_get((state.params, state.state)), methods.build(recipe), metrics
+
+
+def leaves(tree):
+  return {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_it_begins_with_the_pretrained_weights(pretrained):
+  """Breaks if a layer or a statistic begins elsewhere, or the classifier not at 0."""
+  given = leaves(orbax.load_tower(pretrained, head=True))
+  before, _, method, _ = tuned(pretrained, 1, head_layer='1')
+  found = leaves(jax.device_get(method.classifier(*before)))
+  for name, value in found.items():
+    expected = 0 if 'classifier' in name else given[name]
+    np.testing.assert_array_equal(value, expected, name)
+  assert "['params']['head']['dense1']['kernel']" in found
+  assert not any('dense2' in name or 'bn2' in name and 'head' in name for name in found)
+
+
+@pytest.mark.parametrize('block, frozen', [(-1, ()), (0, ('stem',)), (1, ('stem', 'group1')),
+                                           (4, ('stem', 'group1', 'group2', 'group3'))])  # fmt: skip
+@pytest.mark.parametrize('optimizer', ['nesterov', 'lars', 'adamw'])
+def test_what_is_frozen_does_not_move_and_all_else_does(pretrained, block, frozen, optimizer):
+  """Breaks if weight decay, momentum or BatchNorm's averages change a frozen layer, by one bit."""
+  if optimizer != 'nesterov' and block != 1:
+    pytest.skip('one optimizer for most')
+  before, after, method, _ = tuned(
+    pretrained, fine_tune_after_block=str(block), optimizer=optimizer
+  )
+  before, after = (leaves(jax.device_get(method.classifier(*x))) for x in (before, after))
+  assert before.keys() == after.keys()
+  for name in before:
+    still = any(f"['encoder']['{part}" in name for part in frozen)
+    assert (before[name] == after[name]).all() == still, name
+
+
+def test_a_frozen_encoder_trains_as_its_features(pretrained):
+  """Breaks if a frozen BatchNorm normalises with the batch: then this is not a linear classifier."""
+  _, after, method, found = tuned(
+    pretrained, 1, fine_tune_after_block='4', head_layer='0', **{'augment.view1': 'center_crop(1)'}
+  )
+  recipe = recipes.load('finetune_small', {**TINY, 'data.labels': '1%'})
+  few = data.load(recipe.data, 'train')
+  encoder = orbax.load_encoder(pretrained)
+  h = encoder(few.images)
+  from simclr_jax.data import order
+
+  index = order.rows(0, 0, 32, 60)['index']
+  one_hot = np.eye(10)[few.labels[index]]
+  gradient = h[index].T @ (0.1 - one_hot) / 32  # the classifier is 0: all classes are alike
+  expected = -0.02 * (1 + 0.9) * gradient  # Nesterov's first step, momentum 0.9
+  np.testing.assert_allclose(after[0]['classifier']['kernel'], expected, atol=1e-6)
+  np.testing.assert_allclose(found['loss'], np.log(10), atol=1e-6)
+
+
+def test_another_network_is_refused(pretrained):
+  """Breaks if weights of another shape are loaded in part, or the sentence does not say which."""
+  for field, value in {
+    'model.width_multiplier': '0.25',
+    'model.depth': '18',
+    'head_layer': '3',
+  }.items():
+    with pytest.raises(ConfigError, match='init_from is of another network|head_layer=3'):
+      tuned(pretrained, **{field: value})
+  with pytest.raises(ConfigError, match='is not the workdir|neither'):
+    tuned('/nowhere')
+
+
+# Distillation.
+
+
+def softmax(x):
+  e = np.exp(x - x.max(-1, keepdims=True))
+  return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize('temperature', [0.1, 1.0, 4.0])
+def test_distillation_loss(temperature):
+  """Breaks if a temperature is forgotten on one side, or the teacher gets a gradient."""
+  rng = np.random.default_rng(0)
+  student, teacher = 2 * rng.normal(size=(2, 33, 10))
+  p, q = softmax(teacher / temperature), softmax(student / temperature)
+  expected = -(temperature**2) * np.mean(np.sum(p * np.log(q), 1))
+
+  def loss(s, t, hard=False):
+    return losses.distillation(s, t, temperature, hard)
+
+  student32, teacher32 = np.float32(student), np.float32(teacher)
+  np.testing.assert_allclose(loss(student32, teacher32), expected, rtol=1e-5)
+  by_student, by_teacher = jax.grad(loss, (0, 1))(student32, teacher32)
+  np.testing.assert_allclose(by_student, temperature * (q - p) / 33, atol=1e-6)
+  assert (by_teacher == 0).all()
+  best = -(temperature**2) * np.mean(np.log(q)[np.arange(33), teacher.argmax(1)])
+  np.testing.assert_allclose(loss(student32, teacher32, True), best, rtol=1e-5)
+
+
+@pytest.mark.parametrize('alpha', [1.0, 0.3])
+def test_teacher_and_labels_are_weighted(pretrained, tmp_path, alpha):
+  """Breaks if hidden labels count, alpha weighs the wrong part, or the teacher is in training mode."""
+  teacher = tmp_path / 'teacher'
+  values = {**TINY, 'data.labels': '10%', 'data.num_classes': '10', 'batch_size': '32'}
+  recipe = recipes.load(
+    'finetune_small', {**values, 'init_from': str(pretrained), 'steps': '5', 'learning_rate': '0.1'}
+  )
+  assert train.pretrain(recipe, teacher, quiet=True) == 0
+  recipe = recipes.load('distill_small', {**values, 'teacher': str(teacher), 'alpha': str(alpha),
+                                          'temperature': '2', 'augment.view1': 'center_crop(1)'})  # fmt: skip
+  dataset = data.load(recipe.data, 'train')
+  recipe = recipes.with_examples(recipe, len(dataset))
+  method = methods.build(recipe)
+  images = np.float32(dataset.images[:32]) / 255
+  batch = {'views': images[:, None], 'label': dataset.labels[:32], 'given': method.given()}
+  params, state = method.init(jax.random.key(0), batch)
+  params['classifier']['kernel'] = jax.random.normal(jax.random.key(1), (64 // 2, 10))
+  value, (new, found) = jax.jit(method.loss)(params, state, batch, jax.random.key(0))
+
+  answers = np.float64(orbax.load_classifier(teacher)(dataset.images[:32]))
+  # The student is in training mode: its own logits come from the batch's statistics.
+  from simclr_jax.methods import supervised
+
+  net, _, variables = supervised.network(recipe)
+  _, logits, _ = net.apply(variables(params, state), images, True)
+  logits = np.float64(logits)
+  distilled = -4 * np.mean(np.sum(softmax(answers / 2) * np.log(softmax(logits / 2)), 1))
+  known = dataset.labels[:32] >= 0
+  assert 0 < known.sum() < 32
+  entropy = -np.log(softmax(logits)[np.arange(32), dataset.labels[:32]])[known].mean()
+  expected = alpha * distilled + (1 - alpha) * entropy
+  np.testing.assert_allclose(value, expected, rtol=1e-4)
+  assert ('train_acc' in found) == (alpha < 1)
+
+
+# Evaluations.
+
+
+def test_a_remainder_is_counted_once_on_any_number_of_devices(pretrained, tmp_path):
+  """Breaks if rows that fill up the last batch are scored, or an image is lost."""
+  recipe = recipes.load('finetune_small', {**TINY, 'data.labels': '5', 'data.num_classes': '10',
+                                           'init_from': str(pretrained), 'steps': '4', 'batch_size': '32'})  # fmt: skip
+  assert train.pretrain(recipe, tmp_path, quiet=True) == 0
+  test = data.load(recipe.data, 'test').only(np.arange(77))
+  found, classifier = finetune.test(tmp_path, test)
+  assert found['images'] == 77 and np.sum(found['confusion']) == 77
+  forward = features.make_forward(classifier.architecture)
+  logits = np.asarray(forward(classifier.variables, np.float32(test.images) / 255))
+  assert found['top1'] == pytest.approx(metrics.top_k(logits, test.labels))
+  several, _ = classifier.embed(test, batch_size=16)
+  np.testing.assert_allclose(several, logits, atol=1e-4)
+
+
+def test_verbs(pretrained, tmp_path, capsys):
+  """Breaks if a verb fails, its table lacks a row, or the same words do not go on where they stopped."""
+  words = ['finetune', f'--workdir={pretrained}', '--labels=1%', '--seeds=2', '--baselines',
+           '--config.steps=2', '--config.head_layer=1']  # fmt: skip
+  assert cli.main(words) == 0
+  kept = json.loads((pretrained / 'evaluation.json').read_text())['finetune']
+  assert kept['columns'] == ['1% (6 a class)']
+  assert set(kept['rows']) == {'from scratch', 'fine-tuned', 'raw pixels'}
+  assert all(std is not None for cells in kept['rows'].values() for _, std in cells)
+  folders = {p.name for p in (pretrained / 'finetune').iterdir()}
+  assert folders == {f'1pct-seed{s}{y}' for s in (0, 1) for y in ('', '-scratch')}  # fmt: skip
+  subset = [
+    json.loads((pretrained / 'finetune' / f'1pct-seed{s}' / 'config.json').read_text())['config']
+    for s in (0, 1)
+  ]
+  assert [c['data']['label_seed'] for c in subset] == [0, 1]
+  capsys.readouterr()
+  assert cli.main(words) == 0
+  again = capsys.readouterr().out
+  assert again.count('is complete') == 4
+  assert json.loads((pretrained / 'evaluation.json').read_text())['finetune'] == kept
+
+  teachers = ','.join(str(pretrained / 'finetune' / f'1pct-seed{s}') for s in (0, 1))
+  words = ['distill', f'--teacher={teachers}', f'--workdir={tmp_path / "students"}',
+           '--config.steps=2', '--config.model.width_multiplier=0.0625']  # fmt: skip
+  assert cli.main(words) == 0
+  kept = json.loads((tmp_path / 'students' / 'evaluation.json').read_text())['distillation']
+  assert list(kept['rows']) == ['teacher', 'student']
+  assert kept['rows']['student'][1][0] < kept['rows']['teacher'][1][0]
+  capsys.readouterr()
+  for wrong in (
+    ['--labels=1pct'],
+    ['--labels=9999'],
+    ['--config.steps=x'],
+    ['--config=finetun_small'],
+  ):
+    assert cli.main(['finetune', f'--workdir={pretrained}', *wrong]) == 2  # fmt: skip
+    assert capsys.readouterr().err.count('error') == 1
+  assert cli.main(['distill', f'--teacher={pretrained}', f'--workdir={tmp_path / "x"}']) == 2
+  assert 'has no classifier' in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""What is counted, against scikit-learn and plain derivations."""
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from simclr_jax.evaluate import metrics
+
+RNG = np.random.default_rng(0)
+SCORES = RNG.normal(size=(500, 7)).astype(np.float32)
+LABELS = np.where(RNG.random(500) < 0.5, SCORES.argmax(1), RNG.integers(0, 7, 500))
+
+
+@pytest.mark.parametrize('k', [1, 3, 6])
+def test_top_k(k):
+  """Breaks if the label's rank is off by one."""
+  expected = sk.top_k_accuracy_score(LABELS, SCORES, k=k, labels=np.arange(7))
+  assert metrics.top_k(SCORES, LABELS, k) == pytest.approx(expected)
+
+
+def test_ties_and_nan_are_no_hits():
+  """Breaks if a network that answers the same for all, or NaN, gets points."""
+  labels = np.array([0, 1, 2])
+  assert metrics.top_k(np.zeros((3, 6)), labels) == metrics.top_k(np.zeros((3, 6)), labels, 5) == 0
+  assert metrics.top_k(np.full((3, 6), np.nan), labels, 5) == 0
+  tied = np.array([[5.0, 5, 1, 0], [3, 5, 5, 0], [2, 1, 2, 2]])
+  assert metrics.top_k(tied, labels) == 0
+  assert metrics.top_k(tied, labels, 2) == pytest.approx(2 / 3)
+  assert metrics.top_k(tied, labels, 3) == 1
+
+
+def test_by_class():
+  """Breaks if rows and columns are swapped, or a class without images counts."""
+  np.testing.assert_array_equal(
+    metrics.confusion(SCORES, LABELS), sk.confusion_matrix(LABELS, SCORES.argmax(1))
+  )
+  expected = sk.balanced_accuracy_score(LABELS, SCORES.argmax(1))
+  assert metrics.mean_per_class(SCORES, LABELS) == pytest.approx(expected)
+  wider = np.concatenate([SCORES, np.full((500, 2), -9.0)], 1)
+  assert metrics.mean_per_class(wider, LABELS) == pytest.approx(expected)
+
+
+def test_calibration():
+  """Breaks if bins, weights or the softmax are wrong."""
+  p = np.exp(np.float64(3 * SCORES))
+  p /= p.sum(1, keepdims=True)
+  error = 0.0
+  for b in range(15):
+    inside = (p.max(1) > b / 15) & (p.max(1) <= (b + 1) / 15)
+    if inside.any():
+      hit = (p.argmax(1) == LABELS)[inside]
+      error += inside.mean() * abs(hit.mean() - p.max(1)[inside].mean())
+  assert metrics.calibration_error(3 * SCORES, LABELS) == pytest.approx(error, abs=1e-6)
+  assert metrics.calibration_error(1e4 * SCORES, SCORES.argmax(1)) < 1e-6
+
+
+def plain_average_precision(scores, positive):
+  """VOC 2007's definition, threshold by threshold."""
+  best = []
+  for i in range(11):
+    found = [0.0]
+    for threshold in np.unique(scores):
+      chosen = scores >= threshold
+      if 10 * positive[chosen].sum() >= i * positive.sum():
+        found.append(positive[chosen].mean())
+    best.append(max(found))
+  return np.mean(best)
+
+
+@pytest.mark.parametrize('positives', [1, 3, 10, 77])
+def test_average_precision(positives):
+  """Breaks if precision is not interpolated, a recall is missed by rounding, or ties are split."""
+  rng = np.random.default_rng(positives)
+  for levels in (4, 1000):
+    scores = rng.integers(0, levels, 200) / 7
+    positive = np.zeros(200, bool)
+    positive[rng.permutation(200)[:positives]] = True
+    expected = plain_average_precision(scores, positive)
+    assert metrics.average_precision(scores, positive) == pytest.approx(expected)
+  both = metrics.mean_average_precision(
+    np.stack([scores, -scores], 1), np.stack([positive, positive], 1)
+  )
+  other = plain_average_precision(-scores, positive)
+  assert both == pytest.approx((expected + other) / 2)
+  assert metrics.average_precision(1.0 * positive, positive) == 1
