@@ -84,6 +84,8 @@ def small(spec, **changes):
 @functools.cache
 def teacher():
   """A run with a classifier."""
+  if 'TEACHER' in os.environ:  # of the process that started this one
+    return os.environ['TEACHER']
   folder = pathlib.Path(tempfile.mkdtemp(prefix='simclr_jax_teacher'))
   atexit.register(shutil.rmtree, folder)
   assert train.pretrain(small('finetune_small', steps='1'), folder, quiet=True) == 0
@@ -120,7 +122,7 @@ def two_processes(tmp_path_factory):
   with socket.socket() as s:
     s.bind(('localhost', 0))
     address = f'localhost:{s.getsockname()[1]}'
-  env = {**os.environ, 'JAX_NUM_CPU_DEVICES': '4', 'JAX_PLATFORMS': 'cpu'}
+  env = {**os.environ, 'JAX_NUM_CPU_DEVICES': '4', 'JAX_PLATFORMS': 'cpu', 'TEACHER': teacher()}
   files = [(tmp_path_factory.mktemp('process') / str(i)).open('w+') for i in range(2)]
   processes = [
     subprocess.Popen([sys.executable, __file__, str(i), address], env=env, stdout=f, stderr=f)
