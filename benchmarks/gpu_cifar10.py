@@ -83,7 +83,8 @@ def main():
   rates = [r['examples_per_second'] for r in logs.read(workdir) if 'examples_per_second' in r]
   memory = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0) / 2**30
   run.nearest_neighbours(workdir, recipe, k=200, temperature=0.1, baselines=True)
-  run.linear_probe(workdir, recipe, args.probe_epochs, 512, 0.1, cached=False, baselines=False)
+  protocol = args.recipe.split('_')[0]
+  run.linear_probe(workdir, recipe, protocol, args.probe_epochs, None, (), False, baselines=False)
   print(f'{jax.devices()[0].device_kind}: {minutes:.1f} minutes with compilation and online kNN, '
         f'{50_000 / np.median(rates):.2f} s an epoch, peak memory {memory:.2f} GiB')  # fmt: skip
 

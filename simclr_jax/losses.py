@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from simclr_jax import sharding
 
@@ -287,6 +288,15 @@ def _rank(positive, others):
     'contrastive_acc5': jnp.mean(ahead < 5),
     'chance_loss': math.log(1 + others.shape[1]),
   }
+
+
+def cross_entropy(logits: jax.Array, label: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Mean cross entropy, in nats, and accuracy over the rows of `[n, classes]` whose label is not -1."""
+  known = label >= 0
+  count = jnp.maximum(known.sum(), 1)
+  error = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(label, 0))
+  hit = jnp.argmax(logits, axis=-1) == label
+  return jnp.sum(error * known) / count, jnp.sum(hit & known) / count
 
 
 def distillation(

@@ -125,7 +125,7 @@ def test_wrong_words_are_one_sentence(capsys, monkeypatch, tmp_path, argv, expec
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('verb', ['', 'pretrain', 'probe', 'knn', 'embed', 'export', 'report'])
+@pytest.mark.parametrize('verb', ['', 'pretrain', 'probe', 'knn', 'finetune', 'distill', 'embed', 'export', 'report'])
 def test_help(verb, capsys):
   """Breaks if a verb has no help that says what it does and how to call it."""
   with pytest.raises(SystemExit) as stop:
@@ -170,7 +170,7 @@ def test_evaluations_and_report(run, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert 'raw pixels' in printed and 'untrained' in printed and '±' in printed
   kept = json.loads((run / 'evaluation.json').read_text())
-  assert set(kept) == {'knn', 'label_efficiency', 'linear_cached'}
+  assert set(kept) == {'knn', 'label_efficiency', 'linear_simclr_cached'}
   assert 0 <= kept['knn']['rows']['pretrained'][0][0] <= 100
 
   page = tmp_path / 'page.html'

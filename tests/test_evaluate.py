@@ -8,9 +8,10 @@ from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
-from simclr_jax import config
-from simclr_jax.data import Arrays, digits, labels as subsets
-from simclr_jax.evaluate import features, knn, logistic, probe
+from simclr_jax import config, losses
+from simclr_jax.data import Arrays, digits, labels as subsets, order
+from simclr_jax.evaluate import features, knn, logistic, metrics, probe
+from simclr_jax.models import linear
 
 ARCHITECTURE = config.architecture(config.load('simclr_digits', TINY))
 
@@ -102,32 +103,72 @@ def test_features_of_another_image_size(encoder):
 
 
 @pytest.mark.parametrize('cached', [True, False])
-def test_linear_probe(encoder, data, cached):
+@pytest.mark.parametrize('protocol', ['simclr', 'moco'])
+def test_linear_probe(encoder, data, protocol, cached):
   """Breaks if the probe does not learn, or the encoder's weights or statistics change."""
   before = jax.tree.map(np.array, encoder.variables)
-  steps = []
-  result = probe.linear(
-    encoder, *data, epochs=4, batch_size=100, learning_rate=0.05, cached=cached,
-    report=lambda step, total, loss: steps.append((step, total, loss)),
-  )  # fmt: skip
+  steps, rate = [], {'simclr': 0.05, 'moco': 5.0}[protocol]
+
+  def run(rates, **options):
+    return probe.train_linear(
+      encoder, *data, probe.PROTOCOLS[protocol], 4, 100, rates, cached, **options
+    )
+
+  result = run((rate,), report=lambda step, total, loss: steps.append((step, total, loss)))
   jax.tree.map(np.testing.assert_array_equal, encoder.variables, before)
-  assert steps[0][2] == pytest.approx(np.log(10), rel=1e-4)  # zeros: chance
-  assert steps[-1][:2] == (24, 24) and steps[-1][2] < steps[0][2]
-  assert 0 <= result['top1'] <= 1 and result['test_images'] == 200
-  again = probe.linear(encoder, *data, epochs=4, batch_size=100, learning_rate=0.05, cached=cached)
-  assert again == result
+  assert steps[0][2] == pytest.approx(np.log(10), rel=0.02)  # hardly more than zeros: chance
+  assert steps[-1][:2] == (25, 25) and steps[-1][2] < steps[0][2]  # 96, a multiple of 8 devices
+  assert 0 <= result['top1'] <= result['top5'] <= 1 and result['images'] == 200
+  if cached:
+    assert run((rate,)) == result
+    several = run((1e-4, rate, 1e-6))
+    scores = several['held_out']
+    assert several['train_images'] == 540 and len(set(scores.values())) > 1
+    assert scores[str(several['learning_rate'])] == max(scores.values())
 
 
-def test_linear_probe_separates_what_is_separable(encoder, data):
-  """Breaks if SGD, momentum or schedule are wrong: separable features must be learned."""
+@pytest.mark.parametrize('name', ['simclr', 'moco'])
+def test_linear_probe_follows_its_protocol(encoder, data, name):
+  """Breaks if the rate, its schedule, the momentum or the average over the batch is another."""
+  train, test = data
+  protocol = probe.PROTOCOLS[name]
+  rate = protocol.learning_rate / 10
+  found = probe.train_linear(encoder, train, test, protocol, 3, 64, (rate,), cached=True, seed=5)
+  h, labels = (np.float64(x) for x in encoder.embed(train))
+  kernel = protocol.kernel_std * np.float64(jax.random.normal(jax.random.key(5), (32, 10)))
+  head = np.concatenate([kernel, np.zeros((1, 10))])
+  trace, steps = np.zeros_like(head), 3 * 600 // 64
+  for i in range(steps):
+    index = order.rows(5, i, 64, 600)['index']
+    x, y = np.c_[h[index], np.ones(64)], np.eye(10)[labels[index].astype(int)]
+    z = x @ head
+    p = np.exp(z - z.max(1, keepdims=True))
+    gradient = x.T @ (p / p.sum(1, keepdims=True) - y) / 64
+    now = rate * 64 / 256
+    if name == 'simclr':
+      now *= 0.5 * (1 + np.cos(np.pi * i / steps))
+    else:
+      now *= 0.1 ** ((i >= round(0.6 * steps)) + (i >= round(0.8 * steps)))
+    trace = gradient + 0.9 * trace
+    head -= now * (gradient + 0.9 * trace if name == 'simclr' else trace)
+  test_h, test_labels = encoder.embed(test)
+  logits = np.c_[test_h, np.ones(len(test_h))] @ head
+  assert found['top1'] == pytest.approx(metrics.top_k(logits, test_labels), abs=0.011)
+  assert found['calibration_error'] == pytest.approx(
+    metrics.calibration_error(logits, test_labels), abs=0.02
+  )
+
+
+def test_cross_entropy():
+  """Breaks if rows without a label count, in the loss or in the accuracy."""
   x, labels = blobs(500, 3)
-  head = probe.init(24, 10)
-  loss, accuracy = probe.loss(head, x, labels)
+  head = linear.init(24, 10)
+  loss, accuracy = losses.cross_entropy(linear.logits(head, x), labels)
   np.testing.assert_allclose(loss, np.log(10), rtol=1e-5)
   logits = np.random.default_rng(0).normal(size=(24, 10)).astype(np.float32)
   head = {'kernel': jnp.asarray(logits), 'bias': jnp.arange(10.0)}
   masked = np.where(np.arange(500) < 100, -1, labels)
-  loss, accuracy = probe.loss(head, x, masked)
+  loss, accuracy = losses.cross_entropy(linear.logits(head, x), masked)
   z = x[100:].astype(np.float64) @ logits + np.arange(10.0)
   p = (
     z - np.log(np.exp(z - z.max(1, keepdims=True)).sum(1, keepdims=True)) - z.max(1, keepdims=True)
@@ -140,7 +181,7 @@ def test_online_probe_leaves_the_encoder_alone():
   """Breaks if the probe's gradient reaches the features."""
   head = {'kernel': jnp.ones((24, 10)), 'bias': jnp.arange(10.0)}
   x, labels = blobs(50, 4)
-  gradient = jax.grad(lambda h: probe.online_loss(head, h, labels)[0])(jnp.asarray(x))
+  gradient = jax.grad(lambda h: linear.online_loss(head, h, labels)[0])(jnp.asarray(x))
   assert not gradient.any()
-  unlabelled = probe.online_loss(head, jnp.asarray(x), np.full(50, -1))
+  unlabelled = linear.online_loss(head, jnp.asarray(x), np.full(50, -1))
   assert unlabelled[0] == 0 and unlabelled[1] == 0

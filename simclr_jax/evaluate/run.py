@@ -19,13 +19,14 @@ from simclr_jax.interop import orbax
 def linear_probe(
   workdir: pathlib.Path,
   config: ml_collections.ConfigDict,
-  epochs: int,
-  batch_size: int,
-  learning_rate: float,
+  protocol: str,
+  epochs: int | None,
+  batch_size: int | None,
+  learning_rates: tuple[float, ...],
   cached: bool,
   baselines: bool,
 ) -> dict[str, Any]:
-  """SimCLR's linear evaluation of a run (`probe.linear`), top-1 by encoder."""
+  """The linear evaluation of a run (`probe.train_linear`), by encoder."""
   train, test = _labelled(config)
   scores = {}
   encoders = _encoders(workdir, baselines)
@@ -35,16 +36,25 @@ def linear_probe(
     def show(step, total, loss):
       print(f'  step {step}/{total}  loss {loss:.4f}', flush=True)
 
-    scores[name] = probe.linear(
-      encoder, train, test, epochs, batch_size, learning_rate, cached, report=show
-    )
+    scores[name] = found = probe.train_linear(
+      encoder, train, test, probe.PROTOCOLS[protocol], epochs, batch_size, learning_rates, cached,
+      report=show,
+    )  # fmt: skip
+    for rate, accuracy in found.get('held_out', {}).items():
+      print(f'  learning rate {rate}: {accuracy:.1%} of the held-out images')
+  settings = scores['pretrained']
+  by = {'top-1 %': 'top1', 'top-5 %': 'top5', 'mean per class %': 'mean_per_class'}
+  by = {column: key for column, key in by.items() if key in settings}
+  cut = ', cached features' if cached else ''
+  title = {'simclr': 'SimCLR', 'moco': 'MoCo'}[protocol]
   result = {
-    'title': f'Linear probe, {epochs} epochs{", cached features" if cached else ""}',
-    'columns': ['top-1 %'],
-    'rows': {name: [[100 * s['top1'], None]] for name, s in scores.items()},
-    'settings': scores['pretrained'],
+    'title': f"Linear probe, {title}'s protocol, {settings['epochs']} epochs{cut}",
+    'columns': list(by),
+    'rows': {name: [[100 * s[key], None] for key in by.values()] for name, s in scores.items()},
+    'settings': settings,
   }
-  return _keep(workdir, 'linear_cached' if cached else 'linear', result, encoders['pretrained'])
+  name = f'linear_{protocol}{"_cached" if cached else ""}'
+  return _keep(workdir, name, result, encoders['pretrained'])
 
 
 def nearest_neighbours(

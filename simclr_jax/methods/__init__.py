@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import probe
+from simclr_jax.models import linear
 
 PyTree = Any
 
@@ -84,7 +84,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
     h = metrics.pop('features', None)
     if h is not None and 'probe' in params:
       label = jnp.repeat(batch['label'], len(h) // len(batch['label']))
-      error, metrics['probe_acc'] = probe.online_loss(params['probe'], h, label)
+      error, metrics['probe_acc'] = linear.online_loss(params['probe'], h, label)
       objective += error
     return objective, (state, metrics)
 

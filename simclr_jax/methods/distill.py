@@ -13,7 +13,7 @@ import ml_collections
 
 from simclr_jax import losses
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import features, probe
+from simclr_jax.evaluate import features
 from simclr_jax.methods import Method, supervised
 
 FIELDS = {
@@ -62,7 +62,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
     answers = teach(teacher.variables, x)
     h, logits, stats = net.apply(variables(params, state), x, True)
     distilled = losses.distillation(logits, answers, config.temperature, config.hard_labels)
-    entropy, accuracy = probe.cross_entropy(logits, batch['label'])
+    entropy, accuracy = losses.cross_entropy(logits, batch['label'])
     value = config.alpha * distilled
     if config.alpha < 1:
       value += (1 - config.alpha) * entropy

@@ -13,7 +13,6 @@ import ml_collections
 
 from simclr_jax import losses
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import probe
 from simclr_jax.methods import Method
 from simclr_jax.models import classifier, heads, resnet
 
@@ -32,7 +31,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
   def loss(params, state, batch, rng):
     del rng
     h, logits, stats = net.apply(variables(params, state), batch['views'][:, 0], True)
-    value, accuracy = probe.cross_entropy(logits, batch['label'])
+    value, accuracy = losses.cross_entropy(logits, batch['label'])
     return value, ({**state, 'stats': stats}, figures(value, accuracy, h, logits))
 
   return Method(

@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from simclr_jax.evaluate import probe
-from simclr_jax.models import heads, resnet
+from simclr_jax.models import heads, linear, resnet
 
 PyTree = Any
 
@@ -39,7 +38,7 @@ def build(config: ml_collections.ConfigDict) -> Tower:
     params = {'encoder': f_vars['params'], 'head': g_vars.get('params', {})}
     stats = {'encoder': f_vars['batch_stats'], 'head': g_vars.get('batch_stats', {})}
     if config.data.num_classes:
-      params['probe'] = probe.init(h.shape[-1], config.data.num_classes)
+      params['probe'] = linear.init(h.shape[-1], config.data.num_classes)
     return params, stats
 
   def apply(params, stats, x):
