@@ -125,7 +125,9 @@ def test_wrong_words_are_one_sentence(capsys, monkeypatch, tmp_path, argv, expec
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('verb', ['', 'pretrain', 'probe', 'knn', 'finetune', 'distill', 'embed', 'export', 'report'])
+@pytest.mark.parametrize(
+  'verb', ['', 'pretrain', 'probe', 'knn', 'finetune', 'distill', 'embed', 'export', 'report']
+)
 def test_help(verb, capsys):
   """Breaks if a verb has no help that says what it does and how to call it."""
   with pytest.raises(SystemExit) as stop:

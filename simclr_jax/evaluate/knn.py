@@ -5,17 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
 
-from simclr_jax import losses
+from simclr_jax import losses, sharding
 
-
-@functools.partial(jax.jit, static_argnames=('k', 'classes'))
-def _vote(queries, bank, labels, k, classes, temperature):
-  similarity = jnp.matmul(queries, bank.T, precision='highest')  # [b, m]
-  top, index = jax.lax.top_k(similarity, k)
-  weight = jnp.exp((top - top[:, :1]) / temperature)  # relative to the nearest: no overflow
-  votes = jax.nn.one_hot(labels[index], classes) * weight[..., None]  # [b, k, classes]
-  return jnp.argmax(votes.sum(axis=1), axis=-1)
+BLOCK = 32768  # bank rows at a time on each device
 
 
 def predict(
@@ -28,7 +22,8 @@ def predict(
 ) -> np.ndarray:
   """Classes of `queries` by the k training images nearest in cosine similarity.
 
-  A neighbour of similarity s counts exp(s / temperature) for its class.
+  A neighbour of similarity s counts exp(s / temperature) for its class. The bank is split over the devices;
+  of its similarities, a device holds `[block, BLOCK]` at a time.
 
   Args:
     bank: training features, `[m, d]`.
@@ -36,21 +31,85 @@ def predict(
     queries: features to classify, `[n, d]`.
     k: neighbours; at most m.
     temperature: above 0.
-    block: queries at a time, which bounds the memory to `[block, m]`.
+    block: queries at a time.
 
   Returns:
     int `[n]`.
   """
   k = min(k, len(bank))
-  normalize = jax.jit(losses.l2_normalize)
-  bank = normalize(jnp.asarray(bank, jnp.float32))
-  labels = jnp.asarray(labels, jnp.int32)
+  similarity, index = neighbours(bank, queries, k, block)
   classes = int(labels.max()) + 1
+  weight = np.exp(
+    (similarity - similarity[:, :1]) / temperature
+  )  # relative to the nearest: no overflow
+  rows = np.repeat(np.arange(len(queries)), k)
+  cells = rows * classes + labels[index].reshape(-1)
+  votes = np.bincount(cells, weight.reshape(-1), minlength=len(queries) * classes)
+  return votes.reshape(len(queries), classes).argmax(1)
+
+
+def neighbours(
+  bank: np.ndarray, queries: np.ndarray, k: int, block: int = 1024
+) -> tuple[np.ndarray, np.ndarray]:
+  """The k rows of `bank` that are nearest to each query, nearest first.
+
+  Args as of `predict`.
+
+  Returns:
+    Cosine similarities float32 `[n, k]`, and which rows, int `[n, k]`; of equal ones the first.
+  """
+  mesh = sharding.make_mesh()
+  each = -(-len(bank) // mesh.size)  # rows a device
+  side = min(BLOCK, each)
+  each += -each % side
+  normalize = jax.jit(losses.l2_normalize)
+  whole = np.zeros((mesh.size * each, bank.shape[1]), np.float32)
+  whole[: len(bank)] = normalize(jnp.asarray(bank, jnp.float32))
+  # [devices, blocks, side, d], the first axis split
+  whole = sharding.put_batch(mesh, {'bank': whole.reshape(mesh.size, -1, side, bank.shape[1])})[
+    'bank'
+  ]
+  search = _search(mesh, min(k, len(bank)), len(bank))
   found = []
   for start in range(0, len(queries), block):
-    q = normalize(jnp.asarray(queries[start : start + block], jnp.float32))
-    found.append(np.asarray(_vote(q, bank, labels, k, classes, temperature)))
-  return np.concatenate(found)
+    q = np.zeros((block, bank.shape[1]), np.float32)
+    part = queries[start : start + block]
+    q[: len(part)] = normalize(jnp.asarray(part, jnp.float32))
+    with jax.set_mesh(mesh):
+      found.append([np.asarray(x)[: len(part)] for x in search(whole, q)])
+  return tuple(np.concatenate(x) for x in zip(*found))
+
+
+@functools.lru_cache(maxsize=4)
+def _search(mesh, k, rows):
+  """A jitted function: bank, queries `[b, d]` -> similarities and rows `[b, k]`."""
+
+  def of_device(number, blocks, q):  # blocks [c, side, d]
+    count, side, _ = blocks.shape
+    most = min(k, count * side)
+
+    def merge(best, block):
+      i, rows_of_block = block
+      index = (number * count + i) * side + jnp.arange(side)
+      s = jnp.matmul(q, rows_of_block.T, precision='highest')
+      s = jnp.where(index < rows, s, -jnp.inf)  # what only fills up
+      s = jnp.concatenate([best[0], s], 1)
+      index = jnp.concatenate([best[1], jnp.broadcast_to(index, (len(q), side))], 1)
+      top, at = jax.lax.top_k(s, most)
+      return (top, jnp.take_along_axis(index, at, 1)), None
+
+    none = jnp.full((len(q), most), -jnp.inf), jnp.zeros((len(q), most), jnp.int32)
+    return jax.lax.scan(merge, none, (jnp.arange(count), blocks))[0]
+
+  def search(bank, q):
+    numbers = jnp.arange(len(bank))
+    s, index = jax.vmap(of_device, (0, 0, None))(numbers, bank, q)  # [devices, b, k]
+    s, index = (sharding.replicate(x).swapaxes(0, 1).reshape(len(q), -1) for x in (s, index))
+    top, at = jax.lax.top_k(s, k)
+    return top, jnp.take_along_axis(index, at, 1)
+
+  whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+  return jax.jit(search, in_shardings=(split, whole), out_shardings=whole)
 
 
 def accuracy(
