@@ -37,6 +37,6 @@ setup(
     'tensorflow-datasets>=4.9.8',
     'tqdm',
   ],
-  extras_require={'dev': ['pytest', 'pytest-xdist', 'ruff']},
+  extras_require={'dev': ['pyarrow', 'pytest', 'pytest-xdist', 'ruff']},
   entry_points={'console_scripts': ['simclr-jax = simclr_jax.cli:main']},
 )

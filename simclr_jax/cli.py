@@ -241,21 +241,16 @@ def _parse(argv):
   p = verb(
     'embed', _embed, 'write the features of images to a file',
     'Example:\n'
-    '  simclr-jax embed --workdir=runs/c10 --images=mine.npy --out=features.npz\n\n'
-    'Without --images: of the data of the run. The output has `features` float32 [n, d] and, if\n'
-    'they are known, `labels`; as .npy the features alone. ' + moved,
+    '  simclr-jax embed --workdir=runs/c10 --data=my_photographs --out=features.parquet\n\n'
+    'Without --data: of the data of the run. The file has the features, float32 [n, d], names and, if\n'
+    'they are known, labels; as .npy the features alone. The same command goes on where it stopped. ' + moved,
   )  # fmt: skip
   workdir(p, 'a run, or an exported encoder')
+  where(p, False)
+  p.add_argument('--split', choices=('train', 'test'), default='train', help='(train)')
   p.add_argument(
-    '--split', choices=('train', 'test'), default='train', help="of the run's data (train)"
+    '--out', required=True, type=_path, metavar='FILE', help='.npz, .npy, .csv or .parquet'
   )
-  p.add_argument(
-    '--images',
-    type=_path,
-    metavar='FILE',
-    help='.npy, or .npz with `images`: uint8 [n, h, w, 3]',
-  )
-  p.add_argument('--out', required=True, type=_path, metavar='FILE', help='.npz or .npy')
 
   p = verb(
     'export', _export, 'write the encoder alone, for fine-tuning elsewhere',
@@ -447,12 +442,22 @@ def _distill(args, overrides):
 
 
 def _embed(args, overrides):
-  from simclr_jax.evaluate import run
+  from simclr_jax import config, data
+  from simclr_jax.data import discover
+  from simclr_jax.evaluate import embed
+  from simclr_jax.interop import orbax
 
-  if args.images and overrides:
-    args.parser.error('--config.* has no meaning with --images')
-  recipe = None if args.images else _run_config(args, overrides)
-  run.embed(args.workdir, recipe, args.split, args.images, args.out)
+  embed.check(args.out)
+  encoder = orbax.load_encoder(args.workdir)
+  if args.data:
+    found = {**discover.fields(args.data), **_data_only(overrides)}
+    recipe = config.load('simclr_images', found)
+  else:
+    recipe = _run_config(args, overrides)
+  dataset = data.load(recipe.data, args.split)
+  if not len(dataset):
+    raise ConfigError(f'--data={args.data} holds no images')
+  embed.embed(encoder, dataset, args.out)
   return 0
 
 

@@ -1,5 +1,6 @@
 """The command line as a stranger meets it: every verb, every mistake, and the README's snippets."""
 
+import csv
 import json
 import pathlib
 import re
@@ -9,9 +10,11 @@ import sys
 import numpy as np
 import pytest
 from conftest import TINY
+from PIL import Image
 
 from simclr_jax import cli, config, data
 from simclr_jax.errors import ConfigError
+from simclr_jax.evaluate import embed, features
 from simclr_jax.interop.orbax import load_encoder
 
 SMALL = {**TINY, 'steps': '4', 'knn_every_epochs': '1', 'tensorboard': 'true'}
@@ -73,7 +76,7 @@ def fails(capsys, *argv, code=2):
     ('method=end_to_end', "the recipe lacks the field 'shuffle'"),
     (
       'method=mocha',
-      "method='mocha' is not one of end_to_end, memory_bank, moco, simclr, supervised",
+      "method='mocha' is not one of distill, end_to_end, memory_bank, moco, simclr, supervised",
     ),
     ('first_loss=1', 'first_loss=(1.0,) is not two numbers'),
     ('decay_epochs=ten', "decay_epochs='ten' is not numbers: 1,2"),
@@ -110,7 +113,7 @@ def test_a_wrong_field_is_one_sentence(capsys, tmp_path, override, expected):
     (['pretend'], 'invalid choice'),
     ([], 'required: VERB'),
     (['knn', '--workdir=/nowhere'], 'is not the workdir of a run'),
-    (['embed', '--workdir=/nowhere', '--images=x.npy', '--out=f.npy'], 'neither the workdir'),
+    (['embed', '--workdir=/nowhere', '--data=x.npy', '--out=f.npy'], 'neither the workdir'),
     (['probe', '--workdir=/nowhere', '--epochs=0'], '0 is below 1'),
     (['probe', '--workdir=/nowhere', '--protocol=svm'], 'invalid choice'),
     (['probe', '--workdir=/nowhere', '--learning-rate=nan'], 'not a number above 0'),
@@ -193,13 +196,60 @@ def test_embed(run, exported, tmp_path):
   argv = [
     'embed',
     f'--workdir={exported}',
-    f'--images={tmp_path}/images.npy',
+    f'--data={tmp_path}/images.npy',
     f'--out={tmp_path}/b.npy',
   ]
   assert cli.main(argv) == 0
   a = np.load(tmp_path / 'a.npz')
   assert a['features'].shape == (1188, 32) and a['labels'].shape == (1188,)
   np.testing.assert_array_equal(a['features'], np.load(tmp_path / 'b.npy'))
+  assert list(a['names']) == [str(i) for i in range(1188)]
+
+
+def test_embed_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
+  """Breaks if a part is lost, taken from other images, or rows and names do not belong together."""
+  monkeypatch.setattr(embed, 'PART', 7)
+  encoder = load_encoder(run)
+  images = data.load(config.load('simclr_digits').data, 'test').images[:40]
+  (tmp_path / 'folder' / 'a b').mkdir(parents=True)
+  called = [f'{"a b/" if i % 2 else ""}{i:02d}.png' for i in range(40)]
+  for name, image in zip(called, images):
+    Image.fromarray(image).save(tmp_path / 'folder' / name)
+  dataset = data.load(
+    config.load('simclr_digits', {'data.source': 'folder', 'data.dir': str(tmp_path / 'folder'),
+                                  'data.train_split': '.'}).data, 'train')  # fmt: skip
+  looked_at = []
+  whole = features.Encoder.embed
+
+  def counted(self, part, **options):
+    if len(looked_at) == 3:
+      raise KeyboardInterrupt
+    looked_at.append(len(part))
+    return whole(self, part, **options)
+
+  monkeypatch.setattr(features.Encoder, 'embed', counted)
+  with pytest.raises(KeyboardInterrupt):
+    embed.embed(encoder, dataset, tmp_path / 'f.csv')
+  assert not (tmp_path / 'f.csv').exists()
+  looked_at[:] = []
+  monkeypatch.setattr(
+    features.Encoder, 'embed', lambda s, p, **o: looked_at.append(len(p)) or whole(s, p, **o)
+  )
+  embed.embed(encoder, dataset, tmp_path / 'f.csv')
+  assert looked_at == [7, 7, 5] and {p.name for p in tmp_path.iterdir()} == {'folder', 'f.csv'}
+  with (tmp_path / 'f.csv').open() as file:
+    header, *rows = csv.reader(file)
+  assert header[:3] == ['name', 'label', 'f0'] and [r[0] for r in rows] == sorted(called)
+  expected = whole(encoder, data.Arrays(images, np.zeros(40, np.int32)))[0]
+  found = np.array([r[2:] for r in sorted(rows, key=lambda r: r[0][-6:])], np.float32)
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  parquet = pytest.importorskip('pyarrow.parquet')
+  embed.embed(encoder, dataset, tmp_path / 'f.parquet')
+  table = parquet.read_table(tmp_path / 'f.parquet')
+  assert table['name'].to_pylist() == sorted(called) and table['label'].null_count == 40
+  np.testing.assert_allclose(
+    np.array(table['features'].to_pylist()), np.array([r[2:] for r in rows], float), atol=1e-6
+  )
 
 
 def test_embed_errors(run, tmp_path, capsys):
@@ -209,10 +259,10 @@ def test_embed_errors(run, tmp_path, capsys):
   np.save(tmp_path / 'floats.npy', np.zeros((2, 32, 32, 3)))
   for images, out, expected in (
     ('x.npy', 'f.npy', 'cannot be read'), ('empty.npy', 'f.npy', 'holds no images'),
-    ('missing.npy', 'f.npy', 'cannot be read'), ('floats.npy', 'f.npy', 'must be uint8'),
-    ('x.npy', 'f.csv', 'must end in .npz or .npy'), ('x.npy', 'no/f.npy', 'does not exist'),
+    ('missing.npy', 'f.npy', 'no such folder or file'), ('floats.npy', 'f.npy', 'must be uint8'),
+    ('x.npy', 'f.txt', 'must end in .npz, .npy, .csv'), ('x.npy', 'no/f.npy', 'does not exist'),
   ):  # fmt: skip
-    argv = ('embed', f'--workdir={run}', f'--images={tmp_path / images}', f'--out={tmp_path / out}')
+    argv = ('embed', f'--workdir={run}', f'--data={tmp_path / images}', f'--out={tmp_path / out}')
     assert expected in fails(capsys, *argv)
 
 

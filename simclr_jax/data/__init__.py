@@ -26,11 +26,13 @@ class Arrays:
     images: uint8 `[N, h, w, 3]`.
     labels: int32 `[N]`, -1 where unknown.
     resident: whether a run keeps the images on its devices.
+    names: of the images, if they have any.
   """
 
   images: np.ndarray
   labels: np.ndarray
   resident: bool = True
+  names: list[str] | None = None
 
   def __post_init__(self):
     if self.images.ndim != 4 or self.images.shape[-1] != 3 or self.images.dtype != np.uint8:
@@ -56,7 +58,10 @@ class Arrays:
 
   def only(self, indices: np.ndarray) -> 'Arrays':
     """The data set of these images."""
-    return dataclasses.replace(self, images=self.images[indices], labels=self.labels[indices])
+    names = self.names and [self.names[i] for i in indices]
+    return dataclasses.replace(
+      self, images=self.images[indices], labels=self.labels[indices], names=names
+    )
 
   def with_labels(self, labels: np.ndarray) -> 'Arrays':
     """The same images with other labels, int32 `[N]`."""

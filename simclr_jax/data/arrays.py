@@ -1,4 +1,4 @@
-"""Arrays on disk: `<dir>/<split>.npz`, or `<split>_images.npy` and `<split>_labels.npy`.
+"""Arrays on disk: `<dir>/<split>.npz`, or `<split>_images.npy` and `<split>_labels.npy`, or `<split>.npy`.
 
 An npz is read into memory, npy files are mapped: they may be larger than it.
 """
@@ -16,7 +16,7 @@ from simclr_jax.errors import ConfigError
 
 def load(config: ml_collections.ConfigDict, split: str) -> Arrays:
   """Reads images uint8 `[N, h, w, 3]` and, if there are any, labels `[N]` from 0 (-1: unknown)."""
-  names = (f'{split}.npz', f'{split}_images.npy')
+  names = (f'{split}.npz', f'{split}_images.npy', f'{split}.npy')
   if not config.dir:
     raise ConfigError(f'data.dir is empty: set it to the folder that holds {" or ".join(names)}')
   folder = pathlib.Path(config.dir).expanduser()
@@ -24,7 +24,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays:
     if (folder / name).is_file():
       return read(folder / name)
   raise ConfigError(
-    f'{folder} holds neither {" nor ".join(names)}: data.train_split and data.test_split say the names'
+    f'{folder} holds neither {names[0]} nor {names[1]}: data.train_split and data.test_split say the names'
   )
 
 

@@ -1,5 +1,6 @@
 """What `--data=SOMETHING` means, and which recipe suits it."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -46,7 +47,11 @@ def _folder(path):
   from simclr_jax.data import tfds
   from simclr_jax.data.stream import tf
 
-  names = [n.rstrip('/') for n in tf.io.gfile.listdir(path)] if tf.io.gfile.isdir(path) else []
+  names = []
+  if '://' not in path:
+    names = os.listdir(path)
+  elif tf.io.gfile.isdir(path):
+    names = [n.rstrip('/') for n in tf.io.gfile.listdir(path)]
   infos = [f'{path}/{n}' for n in names if n == 'dataset_info.json']
   if names and not infos:
     infos = tf.io.gfile.glob(f'{path}/*/dataset_info.json')

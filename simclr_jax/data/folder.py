@@ -217,4 +217,5 @@ def _in_memory(files):
   (h, w), *rest = sizes
   if rest or not h * w or not on_device(files.settings, len(files) * h * w * 3):
     return None
-  return decode.read_all(files, h, w)
+  found = decode.read_all(files, h, w)
+  return found and dataclasses.replace(found, names=files.paths)

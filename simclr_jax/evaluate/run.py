@@ -6,11 +6,8 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
-from tqdm import tqdm
 
 from simclr_jax import config as recipes, data
-from simclr_jax.data import arrays
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features, finetune as tuning, knn, logistic, probe
 from simclr_jax.interop import orbax
@@ -164,33 +161,6 @@ def distill(
     'settings': {'recipe': spec, 'test_images': len(test)},
   }
   return _keep(workdir, 'distillation', result, orbax.load_encoder(workdir / teachers[0].name))
-
-
-def embed(
-  workdir: pathlib.Path,
-  config: ml_collections.ConfigDict | None,
-  split: str,
-  images: pathlib.Path | None,
-  out: pathlib.Path,
-) -> None:
-  """Writes the features of a split of the run's data, or of the images in a file, to `out`."""
-  if out.suffix not in ('.npz', '.npy'):
-    raise ConfigError(f'--out={out}: the name must end in .npz or .npy')
-  if not out.parent.is_dir():
-    raise ConfigError(f'--out={out}: the folder {out.parent} does not exist')
-  encoder = orbax.load_encoder(workdir)
-  dataset = arrays.read(images) if images else data.load(config.data, split)
-  if not len(dataset):
-    raise ConfigError(f'--images={images} holds no images')
-  with tqdm(total=len(dataset), unit='image') as bar:
-    h, labels = encoder.embed(dataset, progress=lambda done: bar.update(done - bar.n))
-  if out.suffix == '.npy':
-    np.save(out, h)
-  elif dataset.labelled:
-    np.savez(out, features=h, labels=labels)
-  else:
-    np.savez(out, features=h)
-  print(f'wrote {out}: features {list(h.shape)} float32')
 
 
 def parameters(workdir: pathlib.Path) -> float:
