@@ -6,8 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-browser lint bench bench-input mechanisms gpu-cifar10 clean
 
 demo: $(VENV)/.installed
-	$(BIN)/simclr-jax pretrain --config=simclr_digits --workdir=runs/demo
-	$(BIN)/simclr-jax probe --workdir=runs/demo --protocol=logistic --labels=1,5,15,150 --baselines
+	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --student-width=0.25 --seeds=5
 	$(BIN)/simclr-jax report --workdir=runs/demo
 
 # Two workers: compiling, which takes most of the time, keeps one core busy.

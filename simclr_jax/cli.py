@@ -239,6 +239,44 @@ def _parse(argv):
   p.add_argument('--config', metavar='RECIPE', default='distill_small', help='(distill_small)')
 
   p = verb(
+    'simclrv2', _simclrv2, 'pretrain, fine-tune with few labels and distil, in one go',
+    'Example:\n'
+    '  simclr-jax simclrv2 --config=simclr_digits --workdir=runs/digits --student-width=0.25 --seeds=5\n\n'
+    'Each stage is a run: RUN, RUN/finetune/1pct-seed0, RUN/distill/1pct-seed0. The same command goes on\n'
+    'where it stopped. --config.FIELD=VALUE is for the pretraining; the other stages take recipes.',
+  )  # fmt: skip
+  where(p, False)
+  p.add_argument('--config', required=True, metavar='RECIPE', help='of the pretraining')
+  workdir(p, 'where all of it goes')
+  p.add_argument('--labels', default='1%', metavar='P%', help='a share, or a number a class (1%%)')
+  p.add_argument('--finetune', default='finetune_small', metavar='RECIPE', help='(finetune_small)')
+  p.add_argument('--distill', default='distill_small', metavar='RECIPE', help='(distill_small)')
+  p.add_argument('--student-depth', type=_positive, help="(the teacher's)")
+  p.add_argument('--student-width', type=_above_zero, help="(the teacher's)")
+  p.add_argument('--seeds', type=_positive, default=1, help='of the last two stages (1)')
+
+  p = verb(
+    'transfer', _transfer, 'measure the features on other data sets',
+    'Example:\n'
+    '  simclr-jax transfer --workdir=runs/c10 --to=cifar100,dtd,my_labelled_photographs --baselines\n\n'
+    'Logistic regression (L-BFGS, 45 regularisations, chosen on held-out training images), and with\n'
+    '--finetune also fine-tuning. Pets, Flowers, Caltech-101 and Aircraft are measured by the mean accuracy of\n'
+    'the classes, as published, all others by top-1. What is missing is listed as missing.',
+  )  # fmt: skip
+  workdir(p)
+  p.add_argument(
+    '--to', required=True, type=_words, metavar='WHERE,...', help='data sets as for --data'
+  )
+  p.add_argument('--data-dir', default='', metavar='DIR', help='where TFDS has prepared them')
+  p.add_argument('--finetune', action='store_true', help='fine-tune on each, too')
+  p.add_argument(
+    '--config', metavar='RECIPE', default='finetune_small', help='of --finetune (finetune_small)'
+  )
+  p.add_argument(
+    '--baselines', action='store_true', help='also: raw pixels and the untrained encoder'
+  )
+
+  p = verb(
     'embed', _embed, 'write the features of images to a file',
     'Example:\n'
     '  simclr-jax embed --workdir=runs/c10 --data=my_photographs --out=features.parquet\n\n'
@@ -436,6 +474,53 @@ def _distill(args, overrides):
 
   try:
     run.distill(args.teacher, args.workdir, args.config, overrides, args.command)
+  except finetune.Stopped as stop:
+    return stop.args[0]
+  return 0
+
+
+def _simclrv2(args, overrides):
+  from simclr_jax import config
+  from simclr_jax.data import discover
+  from simclr_jax.evaluate import finetune, run
+
+  found = discover.fields(args.data) if args.data else {}
+  size = {'model.depth': args.student_depth, 'model.width_multiplier': args.student_width}
+  student = {k: str(v) for k, v in size.items() if v}
+  for spec in (args.finetune, args.distill):
+    config.load(spec)  # a typing error is told now and not in an hour
+  try:
+    return run.simclrv2(
+      args.workdir,
+      config.load(args.config, {**found, **overrides}),
+      args.finetune,
+      args.distill,
+      student,
+      args.labels,
+      args.seeds,
+      args.command,
+    )
+  except finetune.Stopped as stop:
+    return stop.args[0]
+
+
+def _transfer(args, overrides):
+  from simclr_jax.evaluate import finetune, run
+
+  if overrides and not args.finetune:
+    args.parser.error('--config.* is for --finetune')
+  try:
+    run.transfer(
+      args.workdir,
+      run.config_of(args.workdir),
+      args.to,
+      args.data_dir,
+      args.config,
+      overrides,
+      args.finetune,
+      args.baselines,
+      args.command,
+    )
   except finetune.Stopped as stop:
     return stop.args[0]
   return 0

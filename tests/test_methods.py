@@ -280,6 +280,7 @@ def test_bfloat16_stays_inside(spec):
   views = jax.ShapeDtypeStruct((32, method.views, 32, 32, 3), np.float32)
   label = jax.ShapeDtypeStruct((32,), np.int32)
   batch = {'views': views, 'label': label, 'index': label}
+  batch['given'] = method.given() if method.given else {}
   params, state = jax.eval_shape(method.init, jax.random.key(0), batch)
   loss, (new, metrics) = jax.eval_shape(method.loss, params, state, batch, jax.random.key(0))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(
@@ -299,13 +300,15 @@ def test_every_recipe_steps(spec):
   """Breaks if a shipped recipe cannot be built, or its own augmentation or loss gives a NaN."""
   own = recipes.load(spec)
   changes = {'augment.view1': own.augment.view1, 'batch_size': '16', 'image_size': '16'}
+  if own.optimizer == 'nesterov':  # a smaller step is lost in rounding
+    changes['learning_rate'] = '0.01'
   if own.model.sk_ratio:  # only bottlenecks have selective kernels
     changes |= {'model.depth': '50', 'model.width_multiplier': '0.0625'}
   recipe = small(spec, **changes)
   train_set = data.load(recipe.data, 'train')
   state, step = train_state.build(recipe, train_set, sharding.make_mesh(jax.devices()[:1]))
   before = jax.device_get(state.params)
-  for i in range(2):
+  for i in range(3):  # a classifier and a last gamma of 0 hold back what is below, a step each
     state, metrics = step(state, i)
   assert all(np.isfinite(float(v)) for k, v in metrics.items())
   changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, jax.device_get(state.params))

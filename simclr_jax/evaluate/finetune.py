@@ -128,14 +128,13 @@ def few_labels(
   found, like = {}, None
   for text in labels:
     for seed in range(seeds):
-      short = text.replace('%', 'pct').replace(' ', '')
       for row, start in starts.items():
         chosen, subset = with_labels(config, dataset, text, seed)
         with chosen.unlocked():
           chosen.init_from = start
           if not start:
             chosen.head_layer, chosen.fine_tune_after_block = 0, -1
-        folder = workdir / name / f'{short}-seed{seed}{"" if start else "-scratch"}'
+        folder = workdir / name / f'{short(text)}-seed{seed}{"" if start else "-scratch"}'
         run(chosen, subset, folder, command)
         result, like = test(folder, held_out, like)
         found.setdefault(row, {}).setdefault(text, []).append(result)
@@ -144,6 +143,11 @@ def few_labels(
         result = _pixels(dataset, text, seed, *pixels)
         found.setdefault('raw pixels', {}).setdefault(text, []).append(result)
   return found
+
+
+def short(text: str) -> str:
+  """`data.labels` as part of a folder's name."""
+  return text.replace('%', 'pct').replace(' ', '')
 
 
 def _pixels(dataset, text, seed, known, held_out):

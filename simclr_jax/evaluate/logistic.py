@@ -1,15 +1,24 @@
 """Multinomial logistic regression on frozen features: with few labels, and as transfer is measured."""
 
+import functools
 import warnings
+from collections.abc import Iterator
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
+from simclr_jax import losses, sharding
 from simclr_jax.data import labels as subsets
+from simclr_jax.evaluate import metrics
 
 REGULARIZATION = 0.01  # times the number of features: the weight of ||W||^2 / 2 for few labels
 SWEEP = np.logspace(-6, 5, 45)  # that weight, as the transfer protocol tries it
+
+TOLERANCE = 1e-5  # largest entry of the gradient of the mean loss at which `fits` stops
 
 
 def standardize(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
@@ -102,35 +111,76 @@ def swept(
     seed: of the choice.
 
   Returns:
-    Decision scores of `test`, `[n, C]` with a column for each class up to the highest, and the weight.
+    Scores of `test`, `[n, C]` with a column for each class up to the highest, and the weight.
   """
   order = np.random.default_rng(seed).permutation(len(labels))
-  held = [
-    (of_class := order[labels[order] == c])[: round(validation * len(of_class))]
-    for c in np.unique(labels)
-  ]
-  held = np.concatenate(held)
-  rest = np.setdiff1d(np.arange(len(labels)), held)
+  members = [order[labels[order] == c] for c in np.unique(labels)]
+  held = np.concatenate([m[: round(validation * len(m))] for m in members])
   if not len(held):
-    return _scores(fit(train, labels, 1.0), test, labels.max() + 1), 1.0
-  found, coef = [], None
-  for weight in SWEEP[::-1]:  # from the strongest, each begins where the last one ended
-    model = LogisticRegression(C=1 / weight, max_iter=200, warm_start=True)
-    if coef:
-      model.coef_, model.intercept_ = coef
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore', ConvergenceWarning)
-      model.fit(train[rest], labels[rest])
-    coef = model.coef_, model.intercept_
-    found.append(model.score(train[held], labels[held]))
-  weight = float(SWEEP[::-1][int(np.argmax(found))])
-  return _scores(fit(train, labels, weight), test, labels.max() + 1), weight
+    raise ValueError(f'{len(labels)} images are too few to hold some out')
+  rest = np.setdiff1d(np.arange(len(labels)), held)
+  classes, weights = int(labels.max()) + 1, SWEEP[::-1]
+  path = fits(train[rest], labels[rest], weights, classes)
+  found = [metrics.top_k(logits(w, train[held]), labels[held]) for w in path]
+  best = int(np.argmax(found))
+  last = list(fits(train, labels, weights[: best + 1], classes))[-1]
+  return logits(last, test), float(weights[best])
 
 
-def _scores(model, test, classes):
-  decided = model.decision_function(test)
-  if decided.ndim == 1:  # of two classes, scikit-learn gives the second alone
-    decided = np.stack([-decided, decided], 1)
-  scores = np.full((len(test), classes), -np.inf)
-  scores[:, model.classes_] = decided
-  return scores
+def logits(w: np.ndarray, x: np.ndarray) -> np.ndarray:
+  """Of features x `[n, d]`, `[n, C]`; the last row of w `[d + 1, C]` is the bias."""
+  return x @ w[:-1] + w[-1]
+
+
+def fits(
+  x: np.ndarray, labels: np.ndarray, weights: np.ndarray, classes: int, steps: int = 100
+) -> Iterator[np.ndarray]:
+  """The regressions of `fit` by optax's L-BFGS, on all devices: each begins where the last one ended.
+
+  Args:
+    x: features `[n, d]`; the rows are split over the devices.
+    labels: int `[n]`.
+    weights: of the regularisation, the strongest first.
+    classes: C, at least the highest label + 1.
+    steps: of L-BFGS for each, at most.
+
+  Yields:
+    For each weight, float32 `[d + 1, C]`: the kernel and, last, the bias.
+  """
+  mesh = sharding.make_mesh()
+  fill = -len(x) % mesh.size
+  rows = {
+    'x': np.pad(np.asarray(x, np.float32), ((0, fill), (0, 0))),
+    'label': np.pad(labels, (0, fill), constant_values=-1),  # counts nothing
+  }
+  rows = sharding.put_batch(mesh, rows)
+  w = jnp.zeros((x.shape[1] + 1, classes))
+  for weight in weights:
+    with jax.set_mesh(mesh):
+      w = _minimize(rows, w, jnp.float32(weight), steps)
+    yield np.asarray(w)
+
+
+@functools.partial(jax.jit, static_argnames='steps')
+def _minimize(rows, start, weight, steps):
+  n = jnp.sum(rows['label'] >= 0)
+
+  def objective(w):
+    z = jnp.matmul(rows['x'], w[:-1], precision='highest') + w[-1]
+    mean, _ = losses.cross_entropy(z, rows['label'])
+    return mean + weight / n * jnp.sum(w[:-1] ** 2) / 2
+
+  solver = optax.lbfgs()
+  evaluate = optax.value_and_grad_from_state(objective)
+
+  def go_on(carry):
+    _, _, step, size = carry
+    return (step < steps) & (size > TOLERANCE)
+
+  def step(carry):
+    w, state, i, _ = carry
+    value, grad = evaluate(w, state=state)
+    updates, state = solver.update(grad, state, w, value=value, grad=grad, value_fn=objective)
+    return optax.apply_updates(w, updates), state, i + 1, jnp.abs(grad).max()
+
+  return jax.lax.while_loop(go_on, step, (start, solver.init(start), 0, jnp.float32(jnp.inf)))[0]

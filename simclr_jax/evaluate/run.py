@@ -7,9 +7,16 @@ from typing import Any
 import jax
 import ml_collections
 
-from simclr_jax import config as recipes, data
+from simclr_jax import config as recipes, data, train as training
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import features, finetune as tuning, knn, logistic, probe
+from simclr_jax.evaluate import (
+  features,
+  finetune as tuning,
+  knn,
+  logistic,
+  probe,
+  transfer as transferring,
+)
 from simclr_jax.interop import orbax
 
 
@@ -163,6 +170,88 @@ def distill(
   return _keep(workdir, 'distillation', result, orbax.load_encoder(workdir / teachers[0].name))
 
 
+def simclrv2(
+  workdir: pathlib.Path,
+  pretraining: ml_collections.ConfigDict,
+  finetuning: str,
+  distillation: str,
+  student: dict[str, str],
+  labels: str,
+  seeds: int,
+  command: str,
+) -> int:
+  """SimCLR v2 in one go: pretrain, fine-tune with few labels, distil; every stage goes on where it stopped.
+
+  Args:
+    workdir: of the pretraining; the others are below it.
+    pretraining: its recipe.
+    finetuning, distillation: the other recipes' names.
+    student: fields of the last one, for a student of another size.
+    labels: as of `data.labels`.
+    seeds: of fine-tuning and distillation.
+    command: recorded.
+
+  Returns:
+    The exit code: not 0 if a signal stopped it.
+  """
+  code = training.pretrain(pretraining, workdir, command)
+  if code:
+    return code
+  config = config_of(workdir, {'data.dir': pretraining.data.dir})
+  finetune(workdir, config, finetuning, {}, [labels], seeds, 'finetune', True, command)
+  short = tuning.short(labels)
+  teachers = [workdir / 'finetune' / f'{short}-seed{seed}' for seed in range(seeds)]
+  distill(teachers, workdir / 'distill', distillation, student, command)
+  rows = {**kept(workdir)['finetune']['rows']}
+  result = kept(workdir / 'distill')['distillation']
+  rows['distilled student'] = [result['rows']['student'][0]]
+  size = [result['rows'][name][1][0] for name in ('teacher', 'student')]
+  order = ('raw pixels', 'from scratch', 'fine-tuned', 'distilled student')
+  over = f', mean over {seeds} seeds' if seeds > 1 else ''
+  story = {
+    'title': f'SimCLR v2 with {labels} of the labels, top-1 %{over}',
+    'columns': kept(workdir)['finetune']['columns'],
+    'rows': {name: [rows[name][0]] for name in order},
+    'notes': {
+      'distilled student': f'{size[1]:.2f} million parameters, its teacher {size[0]:.2f}, '
+      'taught on all images without labels'
+    },
+    'settings': {'seeds': seeds, 'finetuning': finetuning, 'distillation': distillation},
+  }
+  _keep(workdir, 'simclrv2', story, orbax.load_encoder(workdir))
+  return 0
+
+
+def transfer(
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  to: list[str],
+  folder: str,
+  spec: str,
+  overrides: dict[str, str],
+  fine_tune: bool,
+  baselines: bool,
+  command: str,
+) -> dict[str, Any]:
+  """Transfer of a run to other data sets (`transfer.table`), one row for each.
+
+  Args:
+    workdir, config: the run, and its recipe.
+    to: data sets, as `--data` takes them.
+    folder: TFDS's `data_dir`.
+    spec, overrides: the recipe of fine-tuning.
+    fine_tune: whether to fine-tune, too.
+    baselines: raw pixels and the untrained encoder, too.
+    command: recorded.
+  """
+  pixels = {'raw pixels': None} if baselines else {}
+  encoders = _encoders(workdir, baselines)
+  result = transferring.table(
+    workdir, config, {**pixels, **encoders}, to, folder, spec, overrides, fine_tune, command
+  )
+  return _keep(workdir, 'transfer', result, encoders['pretrained'])
+
+
 def parameters(workdir: pathlib.Path) -> float:
   """Of a run's classifier, in millions."""
   variables = orbax.load_classifier(workdir).variables
@@ -183,11 +272,14 @@ def table(result: dict[str, Any]) -> str:
   ]
   for name, cells in result['rows'].items():
     lines.append(f'{name:{width}}' + ''.join(f'{cell(*c):>16}' for c in cells))
+  lines += [f'{name}: {text}' for name, text in result.get('notes', {}).items()]
   return '\n'.join(lines)
 
 
-def cell(mean: float, std: float | None) -> str:
+def cell(mean: float | None, std: float | None) -> str:
   """Mean and, if known, standard deviation."""
+  if mean is None:
+    return 'missing'
   return f'{mean:.1f}' if std is None else f'{mean:.1f} ± {std:.1f}'
 
 

@@ -26,8 +26,8 @@ class ProjectionHead(nn.Module):
     dim: size of the output z.
     norm: SimCLR's head or MoCo's.
     groups, layout: of the batch normalisation.
-    keep: how many of the layers there are, from the first; None: all.
     dtype: of the matrix products.
+    keep: how many of the layers there are, from the first; None: all.
   """
 
   mode: str = 'mlp'
@@ -36,8 +36,8 @@ class ProjectionHead(nn.Module):
   norm: bool = True
   groups: int = 1
   layout: str = 'contiguous'
-  keep: int | None = None
   dtype: Any = jnp.float32
+  keep: int | None = None
 
   @nn.compact
   def __call__(self, h: jax.Array, train: bool) -> list[jax.Array]:

@@ -159,9 +159,9 @@ class ResNet(nn.Module):
       blocks, average pooling in projections and three 3x3 convolutions for the 7x7 (ResNet-D).
     se_ratio: above 0, a squeeze-and-excitation layer at the end of every block.
     normalize: 'none', or a key of `NORMALIZE`: what is subtracted from images and divides them.
+    dtype: of the convolutions; parameters and statistics stay float32.
     frozen: the stem and the groups up to this one normalise with their running statistics and leave
       them alone in training, too; 0: the stem only, -1: nothing.
-    dtype: of the convolutions; parameters and statistics stay float32.
 
   Source: He et al. 2016; Chen et al. 2020a, 2020b (SimCLR v1, v2) for the first dialect; He et al.
   2019 for ResNet-D.
@@ -176,8 +176,8 @@ class ResNet(nn.Module):
   sk_ratio: float = 0.0
   se_ratio: float = 0.0
   normalize: str = 'none'
-  frozen: int = -1
   dtype: Any = jnp.float32
+  frozen: int = -1
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
