@@ -12,8 +12,8 @@ from simclr_jax import defaults
 
 def get_config() -> ml_collections.ConfigDict:
   config = defaults.recipe('distill')
-  config.epochs = 10
-  config.batch_size = 128
+  config.epochs = 5
+  config.batch_size = 64
 
   config.optimizer = 'adamw'
   config.learning_rate = 0.003

@@ -13,13 +13,13 @@ from simclr_jax import defaults
 
 def get_config() -> ml_collections.ConfigDict:
   config = defaults.recipe('supervised')
-  config.steps = 100
+  config.steps = 40
   config.batch_size = 64
   config.head_layer = 1
   config.data.unlabelled = 'drop'
 
   config.optimizer = 'nesterov'
-  config.learning_rate = 0.02
+  config.learning_rate = 0.03
   config.learning_rate_scaling = 'none'
   config.weight_decay = 0.0
 

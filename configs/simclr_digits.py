@@ -12,7 +12,7 @@ from simclr_jax import defaults
 
 def get_config() -> ml_collections.ConfigDict:
   config = defaults.recipe('simclr')
-  config.epochs = 14
+  config.epochs = 6
   config.batch_size = 256
   config.image_size = 32
 
