@@ -75,9 +75,9 @@ def label_curve(result: dict[str, Any]) -> str:
   """Accuracy against the number of labels a class, with the spread over the draws."""
   figure = matplotlib.figure.Figure(figsize=(6.2, 3.6), layout='constrained')
   axes = figure.subplots()
-  x = [int(c.split()[0]) for c in result['columns']]
+  x = result.get('labels_per_class') or [int(c.split()[0]) for c in result['columns']]
   for color, (name, cells) in zip(('#6b7280', '#d97706', BLUE), result['rows'].items()):
-    mean, std = np.array(cells, float).T
+    mean, std = np.nan_to_num(np.array(cells, float)).T  # of one seed there is no deviation
     axes.errorbar(x, mean, std, color=color, marker='o', ms=4, capsize=3)
     _name(axes, name, x[-1], mean[-1], color)
   axes.set_xscale('log')
@@ -88,6 +88,26 @@ def label_curve(result: dict[str, Any]) -> str:
   axes.set_ylim(0, 100)
   axes.set_xlabel('labels a class')
   axes.set_title('accuracy on held-out images, %', loc='left')
+  return _svg(figure)
+
+
+def confusion(counts: np.ndarray) -> str:
+  """A confusion matrix `[C, C]`, true classes by row, as shares of the rows in %."""
+  figure = matplotlib.figure.Figure(figsize=(5.2, 4.8), layout='constrained')
+  axes = figure.subplots()
+  share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+  axes.imshow(share, cmap='Blues', vmin=0, vmax=100)
+  for (row, column), value in np.ndenumerate(share):
+    if value >= 0.5:
+      color = 'white' if value > 55 else '#1f2937'
+      axes.text(column, row, f'{value:.0f}', ha='center', va='center', fontsize=9, color=color)
+  classes = range(len(counts))
+  axes.set_xticks(classes)
+  axes.set_yticks(classes)
+  axes.tick_params(length=0)
+  axes.set_xlabel('taken for')
+  axes.set_ylabel('is')
+  axes.spines[:].set_visible(False)
   return _svg(figure)
 
 

@@ -64,6 +64,9 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
       _figure(figures.label_curve(results['label_efficiency']), 'Accuracy against labels', '',
               'Bars: one standard deviation over the draws.')
     )  # fmt: skip
+  for result in results.values():
+    if 'runs' in result:
+      parts += _few_labels(result)
   parts += [
     '<h2>Training</h2>',
     _figure(figures.curves(records), 'Training curves') if records else '<p>No metrics yet.</p>',
@@ -104,7 +107,42 @@ def _table(result):
     for name, cells in result['rows'].items()
   )
   title = html.escape(f'{result["title"]} (step {result["step"]:,})')
-  return f'<h2>{title}</h2><table class="evaluation"><tr><th></th>{head}</tr>{rows}</table>'
+  notes = ''.join(
+    f'<p>{html.escape(name)}: {html.escape(text)}.</p>'
+    for name, text in result.get('notes', {}).items()
+  )
+  return f'<h2>{title}</h2><table class="evaluation"><tr><th></th>{head}</tr>{rows}</table>{notes}'
+
+
+def _few_labels(result):
+  """Curve, classes and confusions of fine-tuning."""
+  if len(result['columns']) > 1:
+    yield _figure(figures.label_curve(result), 'Accuracy against labels', '',
+                  'Bars: one standard deviation over the seeds.')  # fmt: skip
+  column = list(result['runs']['fine-tuned'])[-1]
+  runs = {name: by[column] for name, by in result['runs'].items() if 'confusion' in by[column][0]}
+  counts = {name: sum(np.array(r['confusion']) for r in found) for name, found in runs.items()}
+  if len(counts['fine-tuned']) > 20:
+    return  # too many classes to be read
+  head = ''.join(f'<th class="n">{html.escape(name)}</th>' for name in counts)
+  rows = ''.join(
+    f'<tr><td>{c}</td>'
+    + ''.join(
+      f'<td class="n">{100 * n[c, c] / max(n[c].sum(), 1):.1f}</td>' for n in counts.values()
+    )
+    + '</tr>'
+    for c in range(len(counts['fine-tuned']))
+  )
+  caption = (
+    f'Accuracy of each class, %, with {html.escape(column)} of the labels, all seeds together'
+  )
+  yield (
+    '<div class="two">'
+    f'<table class="evaluation"><caption>{caption}</caption><tr><th>class</th>{head}</tr>{rows}</table>'
+    + _figure(figures.confusion(counts['fine-tuned']), 'Confusion matrix', '',
+              'Fine-tuned: how often a class (row) is taken for another (column), in %.')
+    + '</div>'
+  )  # fmt: skip
 
 
 def _speed(records):

@@ -1,0 +1,71 @@
+"""Logistic regression on all devices, and its use on other data sets."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import TINY
+from sklearn.linear_model import LogisticRegression
+
+from simclr_jax import cli, config, train
+from simclr_jax.data import digits
+from simclr_jax.evaluate import logistic, metrics, transfer
+
+
+def blobs(n, seed, classes=4, d=12):
+  """Overlapping classes."""
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, classes, n)
+  centres = np.random.default_rng(99).normal(size=(classes, d))
+  return np.float32(centres[labels] + 1.5 * rng.normal(size=(n, d))), labels
+
+
+def test_fits_equal_scikit_learn(monkeypatch):
+  """Breaks if the penalty has another scale, reaches the bias, or rows that only fill up count."""
+  monkeypatch.setattr(logistic, 'TOLERANCE', 1e-7)
+  x, labels = blobs(301, 1)
+  weights = np.array([1000.0, 30.0, 1.0])
+  for weight, w in zip(weights, logistic.fits(x, labels, weights, 4, steps=1000)):
+    model = LogisticRegression(C=1 / weight, max_iter=10_000, tol=1e-10).fit(np.float64(x), labels)
+    ours, theirs = logistic.logits(w, x), model.decision_function(x)
+    ours, theirs = (z - z.mean(1, keepdims=True) for z in (ours, theirs))
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+def test_the_regularisation_is_chosen_without_the_test_images(monkeypatch):
+  """Breaks if the best weight is not that of the held-out images, or the last fit leaves some out."""
+  monkeypatch.setattr(logistic, 'SWEEP', np.array([1e-2, 1.0, 1e2, 1e6]))
+  x, labels = blobs(200, 1)
+  test, test_labels = blobs(500, 2)
+  scores, weight = logistic.swept(x, labels, test)
+  assert scores.shape == (500, 4) and weight in logistic.SWEEP and weight < 1e6
+  model = LogisticRegression(C=1 / weight, max_iter=10_000, tol=1e-8).fit(x, labels)
+  agree = np.mean(scores.argmax(1) == model.predict(test))
+  assert agree > 0.99
+  plain = model.score(test, test_labels)
+  assert metrics.top_k(scores, test_labels) == pytest.approx(plain, abs=0.01)
+
+
+def test_transfer(tmp_path, capsys, monkeypatch):
+  """Breaks if a data set is measured by the wrong number, or a missing one is passed over."""
+  monkeypatch.setattr(logistic, 'SWEEP', np.array([1e-1, 1e2]))
+  for split in ('train', 'test'):
+    found = digits.load(None, split).sample(200)
+    np.savez(tmp_path / f'{split}.npz', images=found.images, labels=found.labels)
+  run = tmp_path / 'run'
+  recipe = config.load('simclr_digits', {**TINY, 'steps': '2', 'model.depth': '8'})
+  assert train.pretrain(recipe, run, quiet=True) == 0
+  nowhere = tmp_path / 'nowhere'
+  argv = ['transfer', f'--workdir={run}', f'--to={tmp_path}/train.npz,{nowhere}', '--finetune',
+          '--baselines', '--config.steps=2']  # fmt: skip
+  assert cli.main(argv) == 0
+  out = capsys.readouterr().out
+  kept = json.loads((run / 'evaluation.json').read_text())['transfer']
+  assert kept['columns'] == ['raw pixels', 'untrained', 'pretrained', 'fine-tuned']
+  assert [c[0] for c in kept['rows']['nowhere (top-1)']] == [None] * 4
+  assert 'missing' in out and str(nowhere) in kept['notes']['nowhere (top-1)']
+  assert all(0 <= c[0] <= 100 for c in kept['rows']['train.npz (top-1)'])
+  assert kept['settings']['images'] == {'train.npz (top-1)': [200, 200]}
+  assert cli.main([*argv[:3], '--config.steps=2']) == 2
+  for what, how in (('oxford_iiit_pet:4.0.0', 'mean per class'), ('cifar10', 'top-1')):
+    assert transfer.metric(what) == how
