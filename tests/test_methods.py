@@ -61,7 +61,7 @@ VARIANTS = {
   'memory_bank_imagenet': ('info_nce', 'nce'),
   'end_to_end_imagenet': ('',),
   'supervised_imagenet': ('',),
-  'finetune_imagenet': ('v1_1pct', 'v1_10pct', 'v1_100pct', 'v2_1pct', 'v2_10pct', 'v2_100pct'),
+  'finetune_imagenet': ('v1_1pct', 'v2_1pct'),
   'finetune_small': ('',),
   'distill_imagenet': ('self', 'small'),
   'distill_small': ('',),

@@ -66,6 +66,8 @@ def test_transfer(tmp_path, capsys, monkeypatch):
   assert 'missing' in out and str(nowhere) in kept['notes']['nowhere (top-1)']
   assert all(0 <= c[0] <= 100 for c in kept['rows']['train.npz (top-1)'])
   assert kept['settings']['images'] == {'train.npz (top-1)': [200, 200]}
-  assert cli.main([*argv[:3], '--config.steps=2']) == 2
+  with pytest.raises(SystemExit, match='2'):
+    cli.main([*argv[:3], '--config.steps=2'])
+  assert '--config.* is for --finetune' in capsys.readouterr().err
   for what, how in (('oxford_iiit_pet:4.0.0', 'mean per class'), ('cifar10', 'top-1')):
     assert transfer.metric(what) == how
