@@ -2,7 +2,7 @@
 
   simclr-jax pretrain --config=simclr_digits --workdir=runs/digits
 
-Hardware: two CPU cores. Time: about four minutes to train. Result: see the README's table.
+Hardware: two CPU cores. Time: two minutes to train. Result: see the README's table.
 """
 
 import ml_collections

@@ -104,6 +104,7 @@ def confusion(counts: np.ndarray) -> str:
   classes = range(len(counts))
   axes.set_xticks(classes)
   axes.set_yticks(classes)
+  axes.grid(False)
   axes.tick_params(length=0)
   axes.set_xlabel('taken for')
   axes.set_ylabel('is')
