@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-browser lint bench bench-input mechanisms gpu-cifar10 clean
+.PHONY: demo test test-all test-browser lint bench bench-input mechanisms gpu-cifar10 clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --student-width=0.25 --seeds=5
@@ -12,6 +12,10 @@ demo: $(VENV)/.installed
 # Two workers: compiling, which takes most of the time, keeps one core busy.
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+
+# What `make test` leaves out to stay short.
+test-all: $(VENV)/.installed
+	SIMCLR_JAX_TEST_ALL=1 $(BIN)/python -m pytest tests/test_methods.py
 
 # Opens the report of a small run in headless Chromium (`apt-get install chromium`).
 test-browser: $(VENV)/.installed
