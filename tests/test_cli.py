@@ -60,7 +60,7 @@ def fails(capsys, *argv, code=2):
     ('learning_rate=fast', "learning_rate='fast' is not a number"),
     ('weight_decay=nan', 'weight_decay=nan is not a finite number'),
     ('temperature=0', 'temperature=0.0 is out of range'),
-    ('warmup_epochs=16', 'warmup_epochs=16 is longer than the training, epochs=14'),
+    ('warmup_epochs=16', 'warmup_epochs=16 is longer than the training, epochs=6'),
     ('epochs=0', 'epochs=0 and steps=0'),
     ('tensorboard=maybe', "tensorboard='maybe' is not true or false"),
     ('temperatur=1', "no field 'temperatur', did you mean 'temperature'?"),

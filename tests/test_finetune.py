@@ -134,7 +134,12 @@ def test_what_is_frozen_does_not_move_and_all_else_does(pretrained, block, froze
 def test_a_frozen_encoder_trains_as_its_features(pretrained):
   """Breaks if a frozen BatchNorm normalises with the batch: then this is not a linear classifier."""
   _, after, method, found = tuned(
-    pretrained, 1, fine_tune_after_block='4', head_layer='0', **{'augment.view1': 'center_crop(1)'}
+    pretrained,
+    1,
+    fine_tune_after_block='4',
+    head_layer='0',
+    learning_rate='0.02',
+    **{'augment.view1': 'center_crop(1)'},
   )
   recipe = recipes.load('finetune_small', {**TINY, 'data.labels': '1%'})
   few = data.load(recipe.data, 'train')
