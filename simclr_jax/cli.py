@@ -42,12 +42,14 @@ def _run(args, overrides):
   import jax
 
   from simclr_jax.checkpoint import CheckpointError
-  from simclr_jax.train import EXIT_NAN, NotFinite
+  from simclr_jax.train import EXIT_NAN, NotFinite, Stopped
 
   try:
     return args.run(args, overrides)
   except ConfigError as error:
     return _fail(error, 2)
+  except Stopped as stop:
+    return stop.args[0]
   except NotFinite as error:
     return _fail(error, EXIT_NAN)
   except (CheckpointError, OSError) as error:
@@ -449,80 +451,69 @@ def _knn(args, overrides):
 
 
 def _finetune(args, overrides):
-  from simclr_jax.evaluate import finetune, run
+  from simclr_jax.evaluate import run
 
   place = {k: v for k, v in overrides.items() if k == 'data.dir'}
-  try:
-    run.finetune(
-      args.workdir,
-      run.config_of(args.workdir, place),
-      args.config,
-      overrides,
-      args.labels,
-      args.seeds,
-      args.name,
-      args.baselines,
-      args.command,
-    )
-  except finetune.Stopped as stop:
-    return stop.args[0]
+  run.finetune(
+    args.workdir,
+    run.config_of(args.workdir, place),
+    args.config,
+    overrides,
+    args.labels,
+    args.seeds,
+    args.name,
+    args.baselines,
+    args.command,
+  )
   return 0
 
 
 def _distill(args, overrides):
-  from simclr_jax.evaluate import finetune, run
+  from simclr_jax.evaluate import run
 
-  try:
-    run.distill(args.teacher, args.workdir, args.config, overrides, args.command)
-  except finetune.Stopped as stop:
-    return stop.args[0]
+  run.distill(args.teacher, args.workdir, args.config, overrides, args.command)
   return 0
 
 
 def _simclrv2(args, overrides):
   from simclr_jax import config
   from simclr_jax.data import discover
-  from simclr_jax.evaluate import finetune, run
+  from simclr_jax.evaluate import run
 
   found = discover.fields(args.data) if args.data else {}
   size = {'model.depth': args.student_depth, 'model.width_multiplier': args.student_width}
   student = {k: str(v) for k, v in size.items() if v}
   for spec in (args.finetune, args.distill):
     config.load(spec)  # a typing error is told now and not in an hour
-  try:
-    return run.simclrv2(
-      args.workdir,
-      config.load(args.config, {**found, **overrides}),
-      args.finetune,
-      args.distill,
-      student,
-      args.labels,
-      args.seeds,
-      args.command,
-    )
-  except finetune.Stopped as stop:
-    return stop.args[0]
+  run.simclrv2(
+    args.workdir,
+    config.load(args.config, {**found, **overrides}),
+    args.finetune,
+    args.distill,
+    student,
+    args.labels,
+    args.seeds,
+    args.command,
+  )
+  return 0
 
 
 def _transfer(args, overrides):
-  from simclr_jax.evaluate import finetune, run
+  from simclr_jax.evaluate import run
 
   if overrides and not args.finetune:
     args.parser.error('--config.* is for --finetune')
-  try:
-    run.transfer(
-      args.workdir,
-      run.config_of(args.workdir),
-      args.to,
-      args.data_dir,
-      args.config,
-      overrides,
-      args.finetune,
-      args.baselines,
-      args.command,
-    )
-  except finetune.Stopped as stop:
-    return stop.args[0]
+  run.transfer(
+    args.workdir,
+    run.config_of(args.workdir),
+    args.to,
+    args.data_dir,
+    args.config,
+    overrides,
+    args.finetune,
+    args.baselines,
+    args.command,
+  )
   return 0
 
 

@@ -36,6 +36,10 @@ class NotFinite(RuntimeError):
   """The loss or its gradient is NaN or infinite."""
 
 
+class Stopped(RuntimeError):
+  """A signal stopped a training that other work waited for, after saving; `args[0]` is the exit code."""
+
+
 class Stop:
   """Turns SIGTERM and the first Ctrl-C into a wish that the loop grants between two steps.
 

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import pathlib
 import shutil
+import zlib
 
 import numpy as np
 from tqdm import tqdm
@@ -39,7 +40,9 @@ def embed(encoder: features.Encoder, dataset, out: pathlib.Path) -> None:
   """
   check(out)
   size = max(PART, -(-len(dataset) // 8)) if getattr(dataset, 'sequential', False) else PART
-  folder = _parts(out, {'encoder': encoder.digest(), 'images': len(dataset), 'size': size})
+  called = names(dataset)
+  about = {'encoder': encoder.digest(), 'size': size, 'images': len(dataset)}
+  folder = _parts(out, about | {'names': zlib.crc32('\n'.join(called).encode())})
   starts = range(0, len(dataset), size)
   with tqdm(total=len(dataset), unit='image') as bar:
     for start in starts:
@@ -57,7 +60,7 @@ def embed(encoder: features.Encoder, dataset, out: pathlib.Path) -> None:
   parts = [dict(np.load(folder / f'{start}.npz')) for start in starts]
   h, labels = (np.concatenate([p[k] for p in parts]) for k in ('features', 'labels'))
   new = out.with_name(f'{out.stem}.new{out.suffix}')
-  _write(new, h, labels, names(dataset))
+  _write(new, h, labels, called)
   new.rename(out)
   shutil.rmtree(folder)
   print(f'wrote {out}: features {list(h.shape)} float32')

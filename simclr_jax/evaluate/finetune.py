@@ -20,10 +20,6 @@ from simclr_jax.interop import orbax
 LABELS = ('data.labels', 'data.label_seed', 'data.unlabelled', 'data.examples', 'data.num_classes')
 
 
-class Stopped(Exception):
-  """A signal stopped a training, after saving; `args[0]` is the exit code."""
-
-
 def recipe(
   spec: str, source: ml_collections.ConfigDict, overrides: dict[str, str]
 ) -> ml_collections.ConfigDict:
@@ -65,12 +61,12 @@ def run(config: ml_collections.ConfigDict, dataset, workdir: pathlib.Path, comma
   """Trains to the end, or goes on.
 
   Raises:
-    Stopped: by a signal.
+    train.Stopped: by a signal.
   """
   print(f'\n{workdir}', flush=True)
   code = train.pretrain(config, workdir, command, dataset, quiet=True)
   if code:
-    raise Stopped(code)
+    raise train.Stopped(code)
 
 
 def test(workdir: pathlib.Path, dataset, like: features.Encoder | None = None):

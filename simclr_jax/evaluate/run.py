@@ -179,7 +179,7 @@ def simclrv2(
   labels: str,
   seeds: int,
   command: str,
-) -> int:
+) -> dict[str, Any]:
   """SimCLR v2 in one go: pretrain, fine-tune with few labels, distil; every stage goes on where it stopped.
 
   Args:
@@ -191,12 +191,12 @@ def simclrv2(
     seeds: of fine-tuning and distillation.
     command: recorded.
 
-  Returns:
-    The exit code: not 0 if a signal stopped it.
+  Raises:
+    train.Stopped: by a signal.
   """
   code = training.pretrain(pretraining, workdir, command)
   if code:
-    return code
+    raise training.Stopped(code)
   config = config_of(workdir, {'data.dir': pretraining.data.dir})
   finetune(workdir, config, finetuning, {}, [labels], seeds, 'finetune', True, command)
   short = tuning.short(labels)
@@ -218,8 +218,7 @@ def simclrv2(
     },
     'settings': {'seeds': seeds, 'finetuning': finetuning, 'distillation': distillation},
   }
-  _keep(workdir, 'simclrv2', story, orbax.load_encoder(workdir))
-  return 0
+  return _keep(workdir, 'simclrv2', story, orbax.load_encoder(workdir))
 
 
 def transfer(
