@@ -273,14 +273,10 @@ def _online_knn(config, train):
   method = methods.build(config)
   bank = train.sample(config.knn_images or len(train))
   queries = test.sample(-(-config.knn_images // 5) or len(test))
-  encoder = None
 
   def measure(state):
-    nonlocal encoder
     variables = method.encoder(state.params, state.state)
-    if encoder is None:
-      encoder = features.Encoder(recipes.architecture(config), variables)
-    encoder = encoder.with_variables(variables)
+    encoder = features.Encoder(recipes.architecture(config), variables)
     return knn.accuracy(*encoder.embed(bank), *encoder.embed(queries))
 
   return measure

@@ -241,7 +241,7 @@ def test_a_remainder_is_counted_once_on_any_number_of_devices(pretrained, tmp_pa
                                            'init_from': str(pretrained), 'steps': '4', 'batch_size': '32'})  # fmt: skip
   assert train.pretrain(recipe, tmp_path, quiet=True) == 0
   test = data.load(recipe.data, 'test').only(np.arange(77))
-  found, classifier = finetune.test(tmp_path, test)
+  found, classifier = finetune.test(tmp_path, test), orbax.load_classifier(tmp_path)
   assert found['images'] == 77 and np.sum(found['confusion']) == 77
   forward = features.make_forward(classifier.architecture)
   logits = np.asarray(forward(classifier.variables, np.float32(test.images) / 255))

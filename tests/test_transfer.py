@@ -1,5 +1,6 @@
 """Logistic regression on all devices, and its use on other data sets."""
 
+import io
 import json
 
 import numpy as np
@@ -30,6 +31,45 @@ def test_fits_equal_scikit_learn(monkeypatch):
     ours, theirs = logistic.logits(w, x), model.decision_function(x)
     ours, theirs = (z - z.mean(1, keepdims=True) for z in (ours, theirs))
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+def test_several_labels_an_image_are_regressions_of_one_against_the_rest(monkeypatch):
+  """Breaks if the classes share a softmax, or rows that only fill up count."""
+  monkeypatch.setattr(logistic, 'TOLERANCE', 1e-7)
+  x, _ = blobs(301, 1)
+  positive = np.random.default_rng(3).normal(size=(301, 3)) + x[:, :3] > 0.5
+  (w,) = logistic.fits(x, positive, np.array([10.0]), 3, steps=1000)
+  for c in range(3):
+    model = LogisticRegression(C=0.1, max_iter=10_000, tol=1e-10).fit(np.float64(x), positive[:, c])
+    ours, theirs = logistic.logits(w, x)[:, c], model.decision_function(x)
+    np.testing.assert_allclose(ours, theirs, atol=2e-3)
+
+
+def test_a_data_set_with_several_labels_an_image(tmp_path, monkeypatch):
+  """Breaks if the labels are not those of the images, or it is not measured by mean average precision."""
+  tfds = pytest.importorskip('tensorflow_datasets')
+  from test_records import jpeg, tfds_writes
+
+  parts = {
+    'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
+    'labels': tfds.features.Sequence(tfds.features.ClassLabel(num_classes=3)),
+  }
+  given = [[i % 3] if i % 2 else [i % 3, (i + 1) % 3] for i in range(30)]
+  splits = {'train': range(15), 'validation': range(15, 20), 'test': range(20, 30)}
+  where = tfds_writes(tmp_path, 'voclike', parts, {
+    name: [{'image': io.BytesIO(jpeg(i)), 'labels': given[i]} for i in which]
+    for name, which in splits.items()
+  })  # fmt: skip
+  task = transfer.load(str(where))
+  assert task.metric == transfer.MAP == transfer.metric('voc/2007')
+  assert (len(task.train), len(task.test)) == (20, 10)
+  for truth, which, part in zip(task.truth, (range(20), range(20, 30)), (task.train, task.test)):
+    # TFDS writes its examples in an order of its own: the pictures tell which is which.
+    pictures = [e['bytes'] for e in part.once().as_numpy_iterator()]
+    number = {jpeg(i): i for i in which}
+    assert [set(np.flatnonzero(row)) for row in truth] == [set(given[number[p]]) for p in pictures]
+  monkeypatch.setattr(logistic, 'SWEEP', np.array([1e-1, 1e2]))
+  assert 0 < transfer.linear({'raw pixels': None}, task)['raw pixels'] <= 1
 
 
 def test_the_regularisation_is_chosen_without_the_test_images(monkeypatch):

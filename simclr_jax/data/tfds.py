@@ -446,10 +446,31 @@ def _from_directory(folder):
     ) from None
 
 
+def positives(config: ml_collections.ConfigDict, split: str) -> np.ndarray | None:
+  """Which classes are on each image of a data set with several labels an image, such as VOC 2007.
+
+  Returns:
+    bool `[N, C]` in the order of `load`; None without a feature `labels` that is a sequence of classes.
+  """
+  builder = _builder(config)
+  labels = dict(builder.info.features).get('labels')
+  classes = getattr(labels, 'feature', None)
+  if not isinstance(classes, tfds.features.ClassLabel):
+    return None
+  examples = builder.as_dataset(
+    split=split,
+    decoders=tfds.decode.PartialDecoding({'labels': True}),
+    read_config=tfds.ReadConfig(interleave_cycle_length=1),  # file after file
+  )
+  found = [np.isin(np.arange(classes.num_classes), e['labels']) for e in tfds.as_numpy(examples)]
+  return np.array(found)
+
+
 def split_names(name: str, folder: str) -> list[str]:
   """Of a prepared data set, by its name or its folder; otherwise the usual ones."""
   try:
-    builder = tfds.builder(name) if name else tfds.builder_from_directory(folder)
+    place = stream.expand(folder) or None
+    builder = tfds.builder(name, data_dir=place) if name else tfds.builder_from_directory(place)
     return list(builder.info.splits) or ['train', 'test']
   except Exception:  # whatever is wrong will be said when it is loaded
     return ['train', 'test']

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import pathlib
 import shutil
-import zlib
 
 import numpy as np
 from tqdm import tqdm
@@ -41,8 +40,15 @@ def embed(encoder: features.Encoder, dataset, out: pathlib.Path) -> None:
   check(out)
   size = max(PART, -(-len(dataset) // 8)) if getattr(dataset, 'sequential', False) else PART
   called = names(dataset)
-  about = {'encoder': encoder.digest(), 'size': size, 'images': len(dataset)}
-  folder = _parts(out, about | {'names': zlib.crc32('\n'.join(called).encode())})
+  folder = _parts(
+    out,
+    {
+      'encoder': encoder.digest(),
+      'size': size,
+      'images': len(dataset),
+      'of': data.fingerprint(dataset),
+    },
+  )
   starts = range(0, len(dataset), size)
   with tqdm(total=len(dataset), unit='image') as bar:
     for start in starts:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -18,16 +19,19 @@ from simclr_jax.models import classifier, resnet
 PyTree = Any
 
 
-def make_forward(architecture: dict[str, Any]) -> Callable[[PyTree, jax.Array], jax.Array]:
+def make_forward(
+  architecture: dict[str, Any], dtype: Any = jnp.float32
+) -> Callable[[PyTree, jax.Array], jax.Array]:
   """`forward(variables, x)`: x float32 `[n, h, w, 3]` in [0, 1] -> h `[n, d]`.
 
   BatchNorm uses its running statistics. With 'classes' in `architecture`, logits come out.
+  `dtype` is that of the convolutions.
   """
   if 'classes' in architecture:
     head_layer, classes = architecture['head_layer'], architecture['classes']
-    with_head = classifier.build(architecture, classes, head_layer)
+    with_head = classifier.build(architecture, classes, head_layer, dtype=dtype)
     return lambda variables, x: with_head.apply(variables, x, False)[1]
-  net = resnet.from_config(architecture)
+  net = resnet.from_config(architecture, dtype)
   return functools.partial(net.apply, train=False)
 
 
@@ -54,23 +58,6 @@ class Encoder:
   variables: PyTree
   provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
-  @functools.cached_property
-  def _compiled(self):
-    mesh = sharding.make_mesh()
-    forward, size = make_forward(self.architecture), self.architecture['image_size']
-    pipeline = self.architecture['eval_view']
-
-    def encode(variables, batch):
-      return {
-        'h': forward(variables, eval_views(batch, pipeline, size)),
-        'label': batch['label'],
-        'index': batch['index'],
-      }
-
-    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
-    jitted = jax.jit(encode, in_shardings=(whole, rows), out_shardings=whole)
-    return mesh, jitted, sharding.put_replicated(mesh, self.variables)
-
   def embed(
     self, dataset, batch_size: int = 256, progress: Callable[[int], None] | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
@@ -90,13 +77,15 @@ class Encoder:
     """
     if not len(dataset):
       raise ValueError('there are no images to embed')
-    mesh, jitted, variables = self._compiled
+    mesh = sharding.make_mesh()
+    encode = _program(json.dumps(self.architecture, sort_keys=True), mesh)
+    variables = sharding.put_replicated(mesh, self.variables)
     batch_size += -batch_size % mesh.size
     h, labels = None, np.full(len(dataset), -1, np.int32)
     seen = np.zeros(len(dataset), np.int32)
     pipeline, size = self.architecture['eval_view'], self.architecture['image_size']
     for batch in feed.once(dataset, pipeline, size, batch_size, mesh):
-      out = jax.device_get(jitted(variables, batch))
+      out = jax.device_get(encode(variables, batch))
       real = out['index'] >= 0
       index = out['index'][real]
       if h is None:
@@ -113,19 +102,26 @@ class Encoder:
     """Features `[n, d]` of images, uint8 `[n, height, width, 3]`; see `embed`."""
     return self.embed(Arrays(images, np.full(len(images), -1, np.int32)), batch_size)[0]
 
-  def with_variables(self, variables: PyTree) -> 'Encoder':
-    """This encoder with other weights of the same shapes, sharing what is compiled."""
-    other = dataclasses.replace(self, variables=variables)
-    mesh, jitted, _ = self._compiled
-    other.__dict__['_compiled'] = mesh, jitted, sharding.put_replicated(mesh, variables)
-    return other
-
   def digest(self) -> int:
     """CRC-32 over all variables: equal before and after any evaluation."""
     crc = 0
     for leaf in jax.tree.leaves(jax.device_get(self.variables)):
       crc = zlib.crc32(np.ascontiguousarray(leaf), crc)
     return crc
+
+
+@functools.lru_cache(maxsize=8)
+def _program(architecture: str, mesh: jax.sharding.Mesh):
+  """What an encoder of this architecture (JSON) runs, compiled once for all weights."""
+  known = json.loads(architecture)
+  forward = make_forward(known)
+
+  def encode(variables, batch):
+    views = eval_views(batch, known['eval_view'], known['image_size'])
+    return {'h': forward(variables, views), 'label': batch['label'], 'index': batch['index']}
+
+  whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+  return jax.jit(encode, in_shardings=(whole, rows), out_shardings=whole)
 
 
 def untrained(architecture: dict[str, Any], seed: int = 0) -> Encoder:

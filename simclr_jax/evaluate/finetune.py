@@ -69,25 +69,23 @@ def run(config: ml_collections.ConfigDict, dataset, workdir: pathlib.Path, comma
     raise train.Stopped(code)
 
 
-def test(workdir: pathlib.Path, dataset, like: features.Encoder | None = None):
+def test(workdir: pathlib.Path, dataset) -> dict[str, Any]:
   """The classifier of a run on labelled images.
 
   Args:
     workdir: of the run; gets `test.json`.
     dataset: all of it is looked at, every image once.
-    like: a classifier of the same architecture, to share what is compiled.
 
   Returns:
-    `metrics.classification` and `confusion`, and the classifier.
+    `metrics.classification`, `confusion`, and `parameters`, how many there are.
   """
-  found = orbax.load_classifier(workdir)
-  if like and like.architecture == found.architecture:
-    found = like.with_variables(found.variables)
-  logits, truth = found.embed(dataset)
+  classifier = orbax.load_classifier(workdir)
+  logits, truth = classifier.embed(dataset)
   result = metrics.classification(logits, truth)
   result['confusion'] = metrics.confusion(logits, truth).tolist()
+  result['parameters'] = sum(x.size for x in jax.tree.leaves(classifier.variables['params']))
   (workdir / 'test.json').write_text(json.dumps(result) + '\n')
-  return result, found
+  return result
 
 
 def few_labels(
@@ -121,7 +119,7 @@ def few_labels(
   if baselines:
     starts = {'from scratch': ''} | starts
     pixels = [features.raw_pixels(x) for x in (dataset, held_out)]
-  found, like = {}, None
+  found = {}
   for text in labels:
     for seed in range(seeds):
       for row, start in starts.items():
@@ -132,7 +130,7 @@ def few_labels(
             chosen.head_layer, chosen.fine_tune_after_block = 0, -1
         folder = workdir / name / f'{short(text)}-seed{seed}{"" if start else "-scratch"}'
         run(chosen, subset, folder, command)
-        result, like = test(folder, held_out, like)
+        result = test(folder, held_out)
         found.setdefault(row, {}).setdefault(text, []).append(result)
         print(f'top-1 {result["top1"]:.1%}', flush=True)
       if baselines:
@@ -174,7 +172,7 @@ def students(
   Returns:
     For each, what `test` returns.
   """
-  found, like = [], None
+  found = []
   for teacher in teachers:
     taught = recipes.read_run(teacher)
     text, seed = taught['data']['labels'] or '100%', taught['seed']
@@ -183,7 +181,7 @@ def students(
       chosen.teacher = str(teacher.resolve())
     folder = workdir / teacher.name
     run(chosen, images, folder, command)
-    result, like = test(folder, held_out, like)
+    result = test(folder, held_out)
     print(f'top-1 {result["top1"]:.1%}', flush=True)
     found.append(result)
   return found

@@ -102,26 +102,29 @@ def swept(
   """The transfer protocol of SimCLR (appendix B.8): the regularisation is chosen on held-out training images.
 
   Of each class a part is held out; the weight of `SWEEP` that classifies it best (of several, the
-  strongest) is used to fit all of the training set again.
+  strongest) is used to fit all of the training set again. With several labels an image, each class is told
+  from the rest, and the best weight has the highest mean average precision.
 
   Args:
     train, test: features `[n, d]`, taken as they are.
-    labels: classes `[n]`.
+    labels: classes `[n]`; or bool `[n, C]`, any number an image.
     validation: the share that is held out.
     seed: of the choice.
 
   Returns:
     Scores of `test`, `[n, C]` with a column for each class up to the highest, and the weight.
   """
+  several = labels.ndim == 2
   order = np.random.default_rng(seed).permutation(len(labels))
-  members = [order[labels[order] == c] for c in np.unique(labels)]
+  members = [order] if several else [order[labels[order] == c] for c in np.unique(labels)]
   held = np.concatenate([m[: round(validation * len(m))] for m in members])
   if not len(held):
     raise ValueError(f'{len(labels)} images are too few to hold some out')
   rest = np.setdiff1d(np.arange(len(labels)), held)
-  classes, weights = int(labels.max()) + 1, SWEEP[::-1]
+  classes = labels.shape[1] if several else int(labels.max()) + 1
+  weights, measure = SWEEP[::-1], metrics.mean_average_precision if several else metrics.top_k
   path = fits(train[rest], labels[rest], weights, classes)
-  found = [metrics.top_k(logits(w, train[held]), labels[held]) for w in path]
+  found = [measure(logits(w, train[held]), labels[held]) for w in path]
   best = int(np.argmax(found))
   last = list(fits(train, labels, weights[: best + 1], classes))[-1]
   return logits(last, test), float(weights[best])
@@ -139,7 +142,7 @@ def fits(
 
   Args:
     x: features `[n, d]`; the rows are split over the devices.
-    labels: int `[n]`.
+    labels: int `[n]`, or bool `[n, C]` for C regressions of one class against the rest.
     weights: of the regularisation, the strongest first.
     classes: C, at least the highest label + 1.
     steps: of L-BFGS for each, at most.
@@ -149,9 +152,11 @@ def fits(
   """
   mesh = sharding.make_mesh()
   fill = -len(x) % mesh.size
-  rows = {
+  rows = {  # a label of -1 counts nothing
     'x': np.pad(np.asarray(x, np.float32), ((0, fill), (0, 0))),
-    'label': np.pad(labels, (0, fill), constant_values=-1),  # counts nothing
+    'label': np.pad(
+      labels.astype(np.int32), [(0, fill), (0, 0)][: labels.ndim], constant_values=-1
+    ),
   }
   rows = sharding.put_batch(mesh, rows)
   w = jnp.zeros((x.shape[1] + 1, classes))
@@ -163,11 +168,16 @@ def fits(
 
 @functools.partial(jax.jit, static_argnames='steps')
 def _minimize(rows, start, weight, steps):
-  n = jnp.sum(rows['label'] >= 0)
+  label = rows['label']
+  known = label >= 0
+  n = jnp.sum(known if label.ndim == 1 else known[:, 0])
 
   def objective(w):
     z = jnp.matmul(rows['x'], w[:-1], precision='highest') + w[-1]
-    mean, _ = losses.cross_entropy(z, rows['label'])
+    if label.ndim == 1:
+      mean, _ = losses.cross_entropy(z, label)
+    else:
+      mean = jnp.sum(optax.sigmoid_binary_cross_entropy(z, label), where=known) / n
     return mean + weight / n * jnp.sum(w[:-1] ** 2) / 2
 
   solver = optax.lbfgs()

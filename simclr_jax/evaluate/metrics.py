@@ -62,8 +62,9 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def mean_average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-  """`average_precision` averaged over the classes; `positive` is bool `[n, C]`, any number an image."""
-  return float(np.mean([average_precision(s, p) for s, p in zip(scores.T, positive.T)]))
+  """`average_precision` averaged over the classes that occur; `positive` is bool `[n, C]`."""
+  classes = [(s, p) for s, p in zip(scores.T, positive.T) if p.any()]
+  return float(np.mean([average_precision(s, p) for s, p in classes]))
 
 
 def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -4,7 +4,6 @@ import json
 import pathlib
 from typing import Any
 
-import jax
 import ml_collections
 
 from simclr_jax import config as recipes, data, train as training
@@ -28,9 +27,10 @@ def linear_probe(
   batch_size: int | None,
   learning_rates: tuple[float, ...],
   cached: bool,
+  seeds: int,
   baselines: bool,
 ) -> dict[str, Any]:
-  """The linear evaluation of a run (`probe.train_linear`), by encoder."""
+  """The linear evaluation of a run (`probe.train_linear`), by encoder, over so many seeds."""
   train, test = _labelled(config)
   scores = {}
   encoders = _encoders(workdir, baselines)
@@ -40,22 +40,27 @@ def linear_probe(
     def show(step, total, loss):
       print(f'  step {step}/{total}  loss {loss:.4f}', flush=True)
 
-    scores[name] = found = probe.train_linear(
-      encoder, train, test, probe.PROTOCOLS[protocol], epochs, batch_size, learning_rates, cached,
-      report=show,
-    )  # fmt: skip
-    for rate, accuracy in found.get('held_out', {}).items():
-      print(f'  learning rate {rate}: {accuracy:.1%} of the held-out images')
-  settings = scores['pretrained']
+    for seed in range(seeds):
+      found = probe.train_linear(
+        encoder, train, test, probe.PROTOCOLS[protocol], epochs, batch_size, learning_rates, cached,
+        seed, show,
+      )  # fmt: skip
+      scores.setdefault(name, []).append(found)
+      for rate, accuracy in found.get('held_out', {}).items():
+        print(f'  learning rate {rate}: {accuracy:.1%} of the held-out images')
+  settings = scores['pretrained'][0]
   by = {'top-1 %': 'top1', 'top-5 %': 'top5', 'mean per class %': 'mean_per_class'}
   by = {column: key for column, key in by.items() if key in settings}
   cut = ', cached features' if cached else ''
   title = {'simclr': 'SimCLR', 'moco': 'MoCo'}[protocol]
   result = {
-    'title': f"Linear probe, {title}'s protocol, {settings['epochs']} epochs{cut}",
+    'title': f"Linear probe, {title}'s protocol, {settings['epochs']} epochs{cut}{_over(seeds)}",
     'columns': list(by),
-    'rows': {name: [[100 * s[key], None] for key in by.values()] for name, s in scores.items()},
-    'settings': settings,
+    'rows': {
+      name: [tuning.spread([100 * s[key] for s in found]) for key in by.values()]
+      for name, found in scores.items()
+    },
+    'settings': settings | {'seeds': seeds},
   }
   name = f'linear_{protocol}{"_cached" if cached else ""}'
   return _keep(workdir, name, result, encoders['pretrained'])
@@ -129,8 +134,7 @@ def finetune(
   train, test = _labelled(config)
   recipe = tuning.recipe(spec, config, overrides)
   found = tuning.few_labels(workdir, recipe, train, test, labels, seeds, name, baselines, command)
-  over = f', mean over {seeds} seeds' if seeds > 1 else ''
-  result = tuning.summary(found, train, f'Fine-tuning with few labels, top-1 %{over}')
+  result = tuning.summary(found, train, f'Fine-tuning with few labels, top-1 %{_over(seeds)}')
   result['settings'] |= {'recipe': spec, 'seeds': seeds, 'test_images': len(test)}
   return _keep(workdir, name, result, orbax.load_encoder(workdir))
 
@@ -155,15 +159,14 @@ def distill(
   recipe = tuning.recipe(spec, source, overrides)
   workdir.mkdir(parents=True, exist_ok=True)
   learned = tuning.students(workdir, recipe, train, test, teachers, command)
-  taught = [tuning.test(t, test)[0] for t in teachers]
+  taught = [tuning.test(t, test) for t in teachers]
   rows = {'teacher': taught, 'student': learned}
   result = {
-    'title': f'Distillation, {len(train):,} images'
-    + (f', mean over {len(teachers)} seeds' if len(teachers) > 1 else ''),
+    'title': f'Distillation, {len(train):,} images{_over(len(teachers))}',
     'columns': ['top-1 %', 'parameters, millions'],
     'rows': {
-      name: [tuning.spread([100 * r['top1'] for r in found]), [parameters(runs[0]), None]]
-      for (name, found), runs in zip(rows.items(), (teachers, [workdir / teachers[0].name]))
+      name: [tuning.spread([100 * r['top1'] for r in found]), [found[0]['parameters'] / 1e6, None]]
+      for name, found in rows.items()
     },
     'settings': {'recipe': spec, 'test_images': len(test)},
   }
@@ -207,9 +210,8 @@ def simclrv2(
   rows['distilled student'] = [result['rows']['student'][0]]
   size = [result['rows'][name][1][0] for name in ('teacher', 'student')]
   order = ('raw pixels', 'from scratch', 'fine-tuned', 'distilled student')
-  over = f', mean over {seeds} seeds' if seeds > 1 else ''
   story = {
-    'title': f'SimCLR v2 with {labels} of the labels, top-1 %{over}',
+    'title': f'SimCLR v2 with {labels} of the labels, top-1 %{_over(seeds)}',
     'columns': kept(workdir)['finetune']['columns'],
     'rows': {name: [rows[name][0]] for name in order},
     'notes': {
@@ -249,12 +251,6 @@ def transfer(
     workdir, config, {**pixels, **encoders}, to, folder, spec, overrides, fine_tune, command
   )
   return _keep(workdir, 'transfer', result, encoders['pretrained'])
-
-
-def parameters(workdir: pathlib.Path) -> float:
-  """Of a run's classifier, in millions."""
-  variables = orbax.load_classifier(workdir).variables
-  return sum(x.size for x in jax.tree.leaves(variables['params'])) / 1e6
 
 
 def config_of(workdir: pathlib.Path, overrides: dict[str, str] | None = None):
@@ -299,6 +295,10 @@ def _keep(workdir, name, result, encoder):
   new.rename(workdir / 'evaluation.json')
   print(table(result), flush=True)
   return result
+
+
+def _over(seeds):
+  return f', mean over {seeds} seeds' if seeds > 1 else ''
 
 
 def _labelled(config):

@@ -16,26 +16,46 @@ from simclr_jax.data import discover
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features, finetune, logistic, metrics
 
-# Data sets of the paper that are not measured by top-1. VOC 2007, by mAP, has several labels an image,
-# which cannot be read.
+MAP = '11-point mAP'
+# Data sets of the paper that are not measured by top-1.
 METRICS = {
   'oxford_iiit_pet': 'mean per class',
   'oxford_flowers102': 'mean per class',
   'caltech101': 'mean per class',
   'fgvc_aircraft': 'mean per class',
+  'voc': MAP,
 }
 HELD_OUT = 0.2  # of a data set without a test split
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """A data set to transfer to.
+
+  Attributes:
+    train, test: its images.
+    place: the fields of a recipe that say where they are.
+    metric: 'top-1', 'mean per class' or, with several labels an image, `MAP`.
+    truth: the labels of train and of test, int `[n]` or, several an image, bool `[n, C]`.
+  """
+
+  train: Any
+  test: Any
+  place: dict[str, str]
+  metric: str
+  truth: tuple[np.ndarray, np.ndarray]
+
+
 def metric(what: str) -> str:
-  """How a data set is measured: 'top-1' or, as the paper does for some, 'mean per class'."""
+  """How the paper measures a data set of this name; 'top-1' for all that it does not have."""
   return METRICS.get(what.split('/')[0].split(':')[0], 'top-1')
 
 
-def load(what: str, folder: str = ''):
-  """(training set, test set, data part of a recipe) of what `--data` would take.
+def load(what: str, folder: str = '') -> Task:
+  """What `--data` would take.
 
-  Without a test split, a fifth of the training images is the test set.
+  The training set of TFDS's with a validation and a test split is both the others. Without a test split, a
+  fifth of the training images is the test set.
 
   Args:
     what: as of `discover.fields`.
@@ -44,44 +64,53 @@ def load(what: str, folder: str = ''):
   Raises:
     ConfigError: it is missing, or has no labels.
   """
-  found = discover.fields(what)
-  if found['data.name'] and folder:
-    found |= _splits(what, folder)
-  config = recipes.load('simclr_images', found).data
+  place = discover.fields(what)
+  if place['data.source'] == 'tfds':
+    place |= _splits(place['data.name'], place['data.dir'] or folder)
+  config = recipes.load('simclr_images', place).data
   train = data.load(config, 'train')
+  test = data.load(config, 'test') if config.test_split else None
+  if config.source == 'tfds' and not train.labelled:
+    from simclr_jax.data import tfds  # needs TensorFlow
+
+    several = tfds.positives(config, config.train_split)
+    if test and several is not None:
+      return Task(train, test, place, MAP, (several, tfds.positives(config, config.test_split)))
   if not train.labelled:
     raise ConfigError(f'{what} has no labels')
-  if config.test_split:
-    test = data.load(config, 'test')
-    if not test.labelled:
-      raise ConfigError(f'the test images of {what} have no labels')
-    return train, test, found
-  order = np.random.default_rng(0).permutation(len(train))
-  cut = round(HELD_OUT * len(train))
-  return train.only(np.sort(order[cut:])), train.only(np.sort(order[:cut])), found
+  if not test:
+    order = np.random.default_rng(0).permutation(len(train))
+    cut = round(HELD_OUT * len(train))
+    train, test = train.only(np.sort(order[cut:])), train.only(np.sort(order[:cut]))
+  if not test.labelled:
+    raise ConfigError(f'the test images of {what} have no labels')
+  return Task(train, test, place, metric(what), (train.labels, test.labels))
 
 
-def _splits(what, folder):
+def _splits(name, folder):
   from simclr_jax.data import tfds  # needs TensorFlow
 
-  prepared = tfds.split_names(what, folder)
-  test = next((name for name in discover.TEST if name in prepared), '')
-  return {'data.dir': folder, 'data.test_split': test}
+  prepared = tfds.split_names(name, folder)
+  test = next((split for split in discover.TEST if split in prepared), '')
+  train = 'train+validation' if {'train', 'validation', 'test'} <= set(prepared) else 'train'
+  return {'data.dir': folder, 'data.train_split': train, 'data.test_split': test}
 
 
-def linear(encoders: dict[str, features.Encoder], train, test, how: str) -> dict[str, float]:
-  """`metric` of logistic regression on the features of each encoder; None: raw pixels."""
+def linear(encoders: dict[str, features.Encoder], task: Task) -> dict[str, float]:
+  """The metric of logistic regression on the features of each encoder; None: raw pixels."""
+  measure = {MAP: metrics.mean_average_precision, 'mean per class': metrics.mean_per_class}
+  measure, (known, truth) = measure.get(task.metric, metrics.top_k), task.truth
   found = {}
   for name, encoder in encoders.items():
     embed = _whole(encoder).embed if encoder else features.raw_pixels
-    (x, labels), (test_x, test_labels) = embed(train), embed(test)
+    x, test = (embed(part)[0] for part in (task.train, task.test))
     if not encoder:
-      x, test_x = logistic.standardize(x, test_x)
-    scores, _ = logistic.swept(x, labels, test_x)
-    unseen = max(0, test_labels.max() + 1 - scores.shape[1])  # classes of the test images alone
-    scores = np.pad(scores, ((0, 0), (0, unseen)), constant_values=-np.inf)
-    measure = metrics.mean_per_class if how == 'mean per class' else metrics.top_k
-    found[name] = measure(scores, test_labels)
+      x, test = logistic.standardize(x, test)
+    scores, _ = logistic.swept(x, known, test)
+    if truth.ndim == 1:  # classes of the test images alone
+      unseen = max(0, truth.max() + 1 - scores.shape[1])
+      scores = np.pad(scores, ((0, 0), (0, unseen)), constant_values=-np.inf)
+    found[name] = measure(scores, truth)
   return found
 
 
@@ -96,20 +125,18 @@ def tuned(
   spec: str,
   overrides: dict[str, str],
   what: str,
-  place: dict[str, str],
-  train,
-  test,
+  task: Task,
   command: str,
 ) -> float:
-  """`metric` after fine-tuning the run `workdir` with all labels; the training is in workdir/transfer/."""
-  recipe = finetune.recipe(spec, config, {**place, 'data.test_split': '', **overrides})
-  chosen, images = finetune.with_labels(recipe, train, '100%', 0)
+  """The metric after fine-tuning the run `workdir` with all labels; the training is in workdir/transfer/."""
+  recipe = finetune.recipe(spec, config, {**task.place, 'data.test_split': '', **overrides})
+  chosen, images = finetune.with_labels(recipe, task.train, '100%', 0)
   with chosen.unlocked():
     chosen.init_from = str(workdir.resolve())
   folder = workdir / 'transfer' / pathlib.PurePosixPath(what.rstrip('/')).name.replace(':', '-')
   finetune.run(chosen, images, folder, command)
-  result, _ = finetune.test(folder, test)
-  return result['mean_per_class' if metric(what) == 'mean per class' else 'top1']
+  result = finetune.test(folder, task.test)
+  return result['mean_per_class' if task.metric == 'mean per class' else 'top1']
 
 
 def table(
@@ -127,23 +154,24 @@ def table(
   columns = list(encoders) + ['fine-tuned'] * fine_tune
   rows, notes, sizes = {}, {}, {}
   for what in to:
-    how = metric(what)
-    name = f'{pathlib.PurePosixPath(what.rstrip("/")).name} ({how})'
+    called = pathlib.PurePosixPath(what.rstrip('/')).name
     print(f'\n{what}', flush=True)
     try:
-      train, test, place = load(what, folder)
+      task = load(what, folder)
     except ConfigError as error:
+      name = f'{called} ({metric(what)})'
       rows[name], notes[name] = [[None, None]] * len(columns), f'missing: {error}'
       print(notes[name], flush=True)
       continue
-    sizes[name] = [len(train), len(test)]
-    found = linear(encoders, train, test, how)
-    if fine_tune:
-      found['fine-tuned'] = tuned(
-        workdir, config, spec, overrides, what, place, train, test, command
-      )
-    rows[name] = [[100 * found[c], None] for c in columns]
-    print('  '.join(f'{c} {100 * found[c]:.1f}' for c in columns), flush=True)
+    name = f'{called} ({task.metric})'
+    sizes[name] = [len(task.train), len(task.test)]
+    found = linear(encoders, task)
+    if fine_tune and task.metric == MAP:
+      notes[name] = 'not fine-tuned: it has several labels an image'
+    elif fine_tune:
+      found['fine-tuned'] = tuned(workdir, config, spec, overrides, what, task, command)
+    rows[name] = [[100 * found[c], None] if c in found else [None, None] for c in columns]
+    print('  '.join(f'{c} {100 * found[c]:.1f}' for c in found), flush=True)
   return {
     'title': 'Transfer: logistic regression on frozen features, %',
     'columns': columns,

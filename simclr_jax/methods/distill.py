@@ -15,6 +15,7 @@ from simclr_jax import losses
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features
 from simclr_jax.methods import Method, supervised
+from simclr_jax.models import resnet
 
 FIELDS = {
   **supervised.FIELDS,
@@ -41,6 +42,7 @@ class Teacher:
 def build(config: ml_collections.ConfigDict) -> Method:
   """The student, as in `supervised`; loss: alpha x distillation + (1 - alpha) x cross-entropy."""
   net, init, variables = supervised.network(config)
+  dtype = resnet.compute_dtype(config.dtype)
 
   def given():
     from simclr_jax.interop import orbax  # which needs to know the methods
@@ -58,7 +60,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
   def loss(params, state, batch, rng):
     del rng
     x, teacher = batch['views'][:, 0], batch['given']
-    teach = features.make_forward(json.loads(teacher.architecture))
+    teach = features.make_forward(json.loads(teacher.architecture), dtype)
     answers = teach(teacher.variables, x)
     h, logits, stats = net.apply(variables(params, state), x, True)
     distilled = losses.distillation(logits, answers, config.temperature, config.hard_labels)
