@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 PyTree = Any
@@ -12,9 +13,15 @@ PyTree = Any
 def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
   """A 1-D mesh over `devices` (default: all of them).
 
-  The axis type is Auto: the compiler propagates shardings, so models are written as for one device.
+  The devices of a slice are neighbours; of several slices, which only the data centre's network
+  connects, one comes after the other, so that most of a reduction stays inside them. The axis type is
+  Auto: the compiler propagates shardings, so models are written as for one device.
   """
   devices = jax.devices() if devices is None else devices
+  slices = len({getattr(d, 'slice_index', 0) for d in devices})
+  if slices > 1:
+    placed = mesh_utils.create_hybrid_device_mesh((len(devices) // slices,), (slices,), devices)
+    return jax.sharding.Mesh(placed, ('data',), axis_types=(AxisType.Auto,))
   return jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
 
 

@@ -145,7 +145,7 @@ def build(
   if method.views == 1 and config.augment.view2:
     raise ConfigError(f'augment.view2 is set, but method={config.method} looks at view1 only')
   seed = np.uint32(config.seed)
-  init, compiled = _programs(_Key(config), mesh)
+  init, compiled = programs(config, mesh)
   with jax.set_mesh(mesh):
     ts = init(seed)
   if method.start and start:
@@ -170,6 +170,20 @@ def build(
   return ts, run
 
 
+def programs(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
+  """What a run compiles, jitted for a mesh, whose devices may also be only described.
+
+  Args:
+    config: a recipe with `data.examples`.
+    mesh: to be set (`jax.set_mesh`) when either is called or lowered.
+
+  Returns:
+    `init(seed) -> state` and `step(state, seed, given, constants, rows) -> (state, metrics)`, see
+    `train_step`.
+  """
+  return _programs(_Key(config), mesh)
+
+
 class _Key:
   """A recipe, equal to another if they differ in nothing that is compiled."""
 
@@ -187,7 +201,6 @@ class _Key:
 
 @functools.lru_cache(maxsize=4)
 def _programs(key, mesh):
-  """Two jitted functions: seed -> state, and the step."""
   config = key.config
   method = methods.build(config)
   rate = optim.schedule(config, config.data.examples)

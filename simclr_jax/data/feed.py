@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from simclr_jax import sharding
-from simclr_jax.data import Arrays, order
+from simclr_jax.data import Arrays, crop, order
 from simclr_jax.errors import ConfigError
 
 AHEAD = 2  # batches on the devices that no step has used yet
@@ -142,6 +142,33 @@ def for_training(
     return Feed(gathered, put, {})
   arrays = {'images': dataset.images, 'label': dataset.labels}
   return Feed(rows, put, sharding.put_replicated(mesh, arrays))
+
+
+def shapes(
+  examples: int,
+  batch_size: int,
+  views: int,
+  size: int,
+  resize_on: str,
+  resident: tuple[int, int] | None = None,
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+  """What a step of `for_training` gets, for who has no images: `constants`, and a batch.
+
+  Args:
+    examples, batch_size: of the run.
+    views, size: number and side of the views.
+    resize_on: where streams are resized, `data.resize_on`.
+    resident: height and width of images that are kept on the devices; None for a stream.
+  """
+  integers = jax.ShapeDtypeStruct((batch_size,), np.int32)
+  rows = dict.fromkeys(('index', 'epoch', 'position'), integers)
+  if resident:
+    images = jax.ShapeDtypeStruct((examples, *resident, 3), np.uint8)
+    return {'images': images, 'label': jax.ShapeDtypeStruct((examples,), np.int32)}, rows
+  canvas = crop.canvas_shape(size, views, resize_on)
+  images = jax.ShapeDtypeStruct((batch_size, *canvas, 3), np.uint8)
+  crops = jax.ShapeDtypeStruct((batch_size, views, 2, 4), np.float32)
+  return {}, {**rows, 'images': images, 'crops': crops, 'label': integers}
 
 
 def pick(constants: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
