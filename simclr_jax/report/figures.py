@@ -116,7 +116,7 @@ def label_curve(result: dict[str, Any]) -> str:
   axes.set_xticks(x, [f'{n:,}' for n in x])
   axes.minorticks_off()
   axes.set_xlim(0.8 * x[0], x[-1] * (x[-1] / x[0]) ** 0.6 * 1.4)
-  axes.set_ylim(0, min(100, axes.get_ylim()[1]))
+  axes.set_ylim(0, min(106, 1.08 * axes.get_ylim()[1]))
   axes.set_xlabel('labels a class')
   axes.set_title('accuracy on held-out images, %', loc='left', fontsize=11)
   _name(axes, ends)
