@@ -35,6 +35,7 @@ setup(
     'tensorflow-cpu>=2.20; sys_platform == "linux" and platform_machine == "x86_64"',
     'tensorflow>=2.20; sys_platform != "linux" or platform_machine != "x86_64"',
     'tensorflow-datasets>=4.9.8',
+    'threadpoolctl',
     'tqdm',
   ],
   extras_require={'dev': ['pyarrow', 'pytest', 'pytest-xdist', 'ruff']},

@@ -181,7 +181,9 @@ def test_evaluations_and_report(run, tmp_path, capsys):
   page = tmp_path / 'page.html'
   assert cli.main(['report', f'--workdir={run}', f'--out={page}']) == 0
   text = page.read_text()
-  assert len(re.findall(r'<img[^>]+src="data:image/', text)) == 6
+  pictures = re.findall(r'<img[^>]+alt="([^"]+)" src="data:image/', text)
+  assert pictures.count('Embedding map') == 2 and pictures.count('Neighbour') == 6 * 9
+  assert {'Accuracy against labels', 'loss, nats', 'norms', 'Augmented views'} <= set(pictures)
   assert 'Is it healthy?' in text and 'effective rank of the embeddings' in text
   assert not re.search(r'(src|href)="(?!data:)', text) and '<script' not in text
   for word in ('raw pixels', 'simclr-jax pretrain', '&quot;batch_size&quot;: 32', 'jaxlib'):

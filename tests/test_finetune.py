@@ -279,6 +279,8 @@ def test_verbs(pretrained, tmp_path, capsys):
   kept = json.loads((tmp_path / 'students' / 'evaluation.json').read_text())['distillation']
   assert list(kept['rows']) == ['teacher', 'student']
   assert kept['rows']['student'][1][0] < kept['rows']['teacher'][1][0]
+  assert [len(kept['runs'][who]) for who in ('teacher', 'student')] == [2, 2]
+  assert np.sum(kept['runs']['student'][0]['confusion']) == kept['settings']['test_images']
   capsys.readouterr()
   for wrong in (
     ['--labels=1pct'],

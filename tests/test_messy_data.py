@@ -477,7 +477,7 @@ def test_small_images_of_one_size_are_read_into_memory(tmp_path, count):
     files[f'{"cat" if i % 2 else "dog"}/{i:03d}.{kind.lower()}'] = encoded(image, kind, **options)
   source = data.load(settings(fill(tmp_path, files)), 'train')
   assert isinstance(source, data.Arrays) and source.images.shape == (count, 20, 24, 3)
-  assert source.labelled and source.resident
+  assert source.labelled and source.resident and source.class_names == ['cat', 'dog']
   for i, name in enumerate(sorted(files)):
     assert np.abs(source.images[i] - shown(files[name])).max() <= tolerance(files[name]), name
     assert source.labels[i] == name.startswith('dog')

@@ -185,7 +185,7 @@ def test_what_tfds_wrote_itself_is_read(tmp_path, kind):
     got = data.load(settings(tmp_path if name else where, name=name, train_split=split), 'train')
     elements = list(got.once().as_numpy_iterator())
     assert len(got) == len(elements) == end - start
-    assert got.labelled and got.classes == CLASSES
+    assert got.labelled and got.classes == CLASSES and got.class_names[1] == 'class 1'
     for i, e in enumerate(elements):
       np.testing.assert_array_equal(Image.open(io.BytesIO(e['bytes'])), pictures[start + i])
       assert e['label'] == LABELS[start + i]

@@ -3,12 +3,14 @@
 A source is a module with `load(config, split)`, where `config` is the recipe's `data` part;
 `config.source` is its name. It returns one of four kinds of data set: `Arrays` here, or the streams
 `folder.Files`, `tfds.Records` and `tfds.IndexedRecords`. All have a length, `labels`, `labelled`, `classes`,
-`only`, `with_labels` and `sample`; streams have `examples` and `once`, tf.data of encoded images, too.
+`class_names`, `only`, `with_labels` and `sample`; streams have `examples` and `once`, tf.data of encoded
+images, too.
 """
 
 import dataclasses
 import importlib
 import zlib
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -28,12 +30,14 @@ class Arrays:
     labels: int32 `[N]`, -1 where unknown.
     resident: whether a run keeps the images on its devices.
     names: of the images, if they have any.
+    class_names: of the labels, if they have any.
   """
 
   images: np.ndarray
   labels: np.ndarray
   resident: bool = True
   names: list[str] | None = None
+  class_names: Sequence[str] = ()
 
   def __post_init__(self):
     if self.images.ndim != 4 or self.images.shape[-1] != 3 or self.images.dtype != np.uint8:

@@ -297,7 +297,7 @@ def read_all(source, height: int, width: int) -> Arrays | None:
     done += len(block)
   if done != count:
     raise ConfigError(f'{done:,} images were read instead of {count:,}')
-  return Arrays(images, labels)
+  return Arrays(images, labels, class_names=source.class_names)
 
 
 # What is wrong.

@@ -48,7 +48,7 @@ class Records:
     shards: of the split.
     parse: serialized record -> (encoded image, label).
     labelled: whether every image has a label.
-    classes: how many; 0 without labels.
+    class_names: of the labels; none without labels.
     settings: the recipe's `data` part.
     skipped: the indices of records that are left out.
     given: int32 `[N]`, labels instead of those of the records.
@@ -57,7 +57,7 @@ class Records:
   shards: list[Shard]
   parse: Any
   labelled: bool
-  classes: int
+  class_names: list[str]
   settings: ml_collections.ConfigDict
   skipped: tuple[int, ...] = ()
   given: np.ndarray | None = None
@@ -66,6 +66,11 @@ class Records:
 
   def __len__(self) -> int:
     return self._ends[-1] - len(self.skipped)
+
+  @property
+  def classes(self) -> int:
+    """How many there are; 0 without labels."""
+    return len(self.class_names)
 
   @functools.cached_property
   def _ends(self):
@@ -242,7 +247,7 @@ class IndexedRecords:
   Attributes:
     source: gives the serialized records of a list of places.
     places: int64 `[N]`, of each image.
-    parse, labelled, classes, settings, given: as of `Records`.
+    parse, labelled, class_names, settings, given: as of `Records`.
     where: the folder.
   """
 
@@ -250,7 +255,7 @@ class IndexedRecords:
   places: np.ndarray
   parse: Any
   labelled: bool
-  classes: int
+  class_names: list[str]
   settings: ml_collections.ConfigDict
   where: str
   given: np.ndarray | None = None
@@ -259,6 +264,11 @@ class IndexedRecords:
 
   def __len__(self) -> int:
     return len(self.places)
+
+  @property
+  def classes(self) -> int:
+    """How many there are; 0 without labels."""
+    return len(self.class_names)
 
   @functools.cached_property
   def labels(self) -> np.ndarray:
@@ -360,7 +370,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
     raise ConfigError(f'{what} has no images, only {", ".join(features)}')
   label = features.get('label')
   labelled = isinstance(label, tfds.features.ClassLabel)
-  classes = label.num_classes if labelled else 0
+  class_names = label.names if labelled else []
   parse = _parser(labelled)
   formats = tfds.core.FileFormat
   if info.file_format not in (formats.TFRECORD, formats.ARRAY_RECORD):
@@ -374,14 +384,16 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
     _check_lengths(chosen)
     source = builder.as_data_source(split).data_source
     places = np.arange(len(source), dtype=np.int64)
-    found = IndexedRecords(source, places, parse, labelled, classes, config, str(builder.data_dir))
+    found = IndexedRecords(
+      source, places, parse, labelled, class_names, config, str(builder.data_dir)
+    )
   else:
     shards = [
       Shard(str(f.filename), f.skip, f.take if f.take >= 0 else f.examples_in_shard - f.skip,
             f.examples_in_shard)
       for f in chosen.file_instructions
     ]  # fmt: skip
-    found = Records(shards, parse, labelled, classes, config)
+    found = Records(shards, parse, labelled, class_names, config)
   if not len(found):
     raise ConfigError(f'{what} has no images in {split!r}')
   if config.skip_bad:

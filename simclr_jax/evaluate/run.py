@@ -169,6 +169,7 @@ def distill(
       for name, found in rows.items()
     },
     'settings': {'recipe': spec, 'test_images': len(test)},
+    'runs': rows,
   }
   return _keep(workdir, 'distillation', result, orbax.load_encoder(workdir / teachers[0].name))
 
@@ -275,7 +276,9 @@ def cell(mean: float | None, std: float | None) -> str:
   """Mean and, if known, standard deviation."""
   if mean is None:
     return 'missing'
-  return f'{mean:.1f}' if std is None else f'{mean:.1f} ± {std:.1f}'
+  if std is None:
+    return f'{mean:.2g}' if 0 < mean < 1 else f'{mean:.1f}'
+  return f'{mean:.1f} ± {std:.1f}'
 
 
 def kept(workdir: pathlib.Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The report's pictures, as data URIs: nothing is fetched when the page is opened."""
+"""The report's pictures, as data URIs: nothing is fetched when the page is opened.
+
+Each is drawn for the size it is shown at, and none is wider than half a page: a phone shows it almost as it is.
+"""
 
 import base64
 import io
@@ -7,6 +10,9 @@ from typing import Any
 import matplotlib
 import matplotlib.figure
 import numpy as np
+import threadpoolctl
+from matplotlib import ticker
+from scipy.spatial import distance
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
@@ -20,90 +26,146 @@ matplotlib.rcParams.update(
     'axes.spines.right': False,
     'axes.grid': True,
     'grid.color': '#e6e6e6',
+    'text.color': '#1f2937',
+    'axes.labelcolor': '#1f2937',
+    'xtick.color': '#1f2937',
+    'ytick.color': '#1f2937',
     'svg.fonttype': 'none',
     'svg.hashsalt': 'simclr_jax',
   }
 )
-BLUE = '#2563eb'
+BLUE, BROWN, GREEN, VIOLET, GRAY = '#1d4ed8', '#b45309', '#047857', '#6d28d9', '#4b5563'
+OTHERS = '#d1d5db'  # classes without a colour of their own
+ROWS = {
+  'raw pixels': GRAY, 'untrained': BROWN, 'from scratch': BROWN, 'pretrained': BLUE,
+  'fine-tuned': BLUE, 'teacher': GRAY, 'student': BLUE,
+}  # fmt: skip
 
 
-def curves(records: list[dict[str, Any]]) -> str:
-  """Loss against chance, accuracies and learning rate against the step, side by side."""
-  figure = matplotlib.figure.Figure(figsize=(10.5, 3.1), layout='constrained')
-  loss, accuracy, rate = figure.subplots(1, 3)
-  _panel(loss, records, 'loss, nats', loss='loss', chance_loss='chance')
+def curves(records: list[dict[str, Any]]) -> dict[str, str]:
+  """Loss against chance, accuracies and learning rate against the step; by title, without empty ones."""
   shown = 'contrastive_acc' if any('contrastive_acc' in r for r in records) else 'contrastive_acc_n'
-  _panel(accuracy, records, 'accuracy, %', 100, **{shown: 'contrastive'}, probe_acc='online probe',
-         knn_acc='online kNN', train_acc='training batch')  # fmt: skip
-  _panel(rate, records, 'learning rate', learning_rate='')
-  rate.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
-  return _svg(figure)
+  panels = {
+    'loss, nats': {'loss': 'loss', 'chance_loss': 'chance'},
+    'accuracy, %': {shown: 'contrastive', 'probe_acc': 'online probe', 'knn_acc': 'online kNN',
+                    'train_acc': 'training batch'},
+    'learning rate': {'learning_rate': ''},
+  }  # fmt: skip
+  return _panels(records, panels, 3.3)
 
 
-def health_curves(records: list[dict[str, Any]]) -> str:
-  """The figures of the embeddings and the norms against the step."""
-  figure = matplotlib.figure.Figure(figsize=(10.5, 3.1), layout='constrained')
-  spread, sphere, rank, norms = figure.subplots(1, 4)
-  _panel(spread, records, 'spread of embeddings', z_std='')
-  spread.set_ylim(0, 1.1)
-  _panel(sphere, records, 'on the sphere', alignment='alignment', uniformity='uniformity')
-  _panel(rank, records, 'effective rank', rank='')
-  rank.set_ylim(bottom=0)
-  _panel(norms, records, 'norms', grad_norm='gradient', param_norm='parameters')
-  norms.set_yscale('log')
-  return _svg(figure)
+def health_curves(records: list[dict[str, Any]]) -> dict[str, str]:
+  """The figures of the embeddings and the norms against the step; as of `curves`."""
+  panels = {
+    'spread of embeddings': {'z_std': ''},
+    'on the sphere': {'alignment': 'alignment', 'uniformity': 'uniformity'},
+    'effective rank': {'rank': ''},
+    'norms': {'grad_norm': 'gradient', 'param_norm': 'parameters'},
+  }
+  return _panels(records, panels, 2.5)
 
 
-def _panel(axes, records, title, factor=1, **series):
-  """One line for each `key='its name'` that the records have."""
-  axes.set_title(title, loc='left')
-  axes.set_xlabel('step')
-  for color, (key, name) in zip((BLUE, '#d97706', '#059669', '#7c3aed'), series.items()):
-    points = [(r['step'], r[key]) for r in records if r.get(key) is not None]
-    if not points:
+def _panels(records, panels, width):
+  """One picture for each title, with one line for each `key: its name` that the records have."""
+  found = {}
+  for title, series in panels.items():
+    figure, ends = matplotlib.figure.Figure(figsize=(width, 2.9), layout='constrained'), []
+    axes = figure.subplots()
+    for color, (key, name) in zip((BLUE, BROWN, GREEN, VIOLET), series.items()):
+      points = [(r['step'], r[key]) for r in records if r.get(key) is not None]
+      if points:
+        x, y = np.array(points, float).T * [[1], [100 if '%' in title else 1]]
+        axes.plot(x, y, color=color, marker='o' if len(x) < 15 else None, ms=4)
+        ends.append((name, x[-1], y[-1], color))
+    if not ends:
       continue
-    x, y = np.array(points, float).T
-    marker = 'o' if len(x) < 15 else None
-    axes.plot(x, factor * y, color=color, marker=marker, ms=4)
-    if name:
-      _name(axes, name, x[-1], factor * y[-1], color)
-      axes.margins(x=0.35)
-  axes.set_xlim(left=0)
+    axes.set_title(title, loc='left', fontsize=11)
+    axes.set_xlabel('step')
+    axes.margins(x=0.45 if any(series.values()) else 0.05)
+    axes.set_xlim(left=0)
+    if title == 'norms':
+      axes.set_yscale('log')
+      axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+      axes.yaxis.set_major_formatter('{x:g}')
+      axes.minorticks_off()
+    elif title in ('spread of embeddings', 'effective rank'):
+      axes.set_ylim(bottom=0)
+    elif title == 'learning rate':
+      axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
+    _name(axes, ends)
+    found[title] = _svg(figure)
+  return found
 
 
 def label_curve(result: dict[str, Any]) -> str:
-  """Accuracy against the number of labels a class, with the spread over the draws."""
-  figure = matplotlib.figure.Figure(figsize=(6.2, 3.6), layout='constrained')
+  """Accuracy against the number of labels a class, with the spread over the draws.
+
+  Args:
+    result: a kept one: `rows` has a line's [mean, standard deviation] for each number of labels; these
+      are in `labels_per_class`, or else at the beginning of `columns`.
+  """
+  figure, ends = matplotlib.figure.Figure(figsize=(4.2, 3.3), layout='constrained'), []
   axes = figure.subplots()
   x = result.get('labels_per_class') or [int(c.split()[0]) for c in result['columns']]
-  for color, (name, cells) in zip(('#6b7280', '#d97706', BLUE), result['rows'].items()):
+  for row, cells in result['rows'].items():
     mean, std = np.nan_to_num(np.array(cells, float)).T  # of one seed there is no deviation
-    axes.errorbar(x, mean, std, color=color, marker='o', ms=4, capsize=3)
-    _name(axes, name, x[-1], mean[-1], color)
+    color = ROWS.get(row, VIOLET)
+    axes.errorbar(x, mean, std, color=color, marker='o', ms=5, capsize=4)
+    ends.append((f'{row} {mean[-1]:.0f}', x[-1], mean[-1], color))
   axes.set_xscale('log')
-  axes.set_xticks(x, [str(n) for n in x])
+  axes.set_xticks(x, [f'{n:,}' for n in x])
   axes.minorticks_off()
-  axes.margins(x=0.28)
-  axes.set_xlim(left=0.8 * x[0])
-  axes.set_ylim(0, 100)
+  axes.set_xlim(0.8 * x[0], x[-1] * (x[-1] / x[0]) ** 0.6 * 1.4)
+  axes.set_ylim(0, min(106, 1.08 * axes.get_ylim()[1]))
   axes.set_xlabel('labels a class')
-  axes.set_title('accuracy on held-out images, %', loc='left')
+  axes.set_title('accuracy on held-out images, %', loc='left', fontsize=11)
+  _name(axes, ends)
   return _svg(figure)
 
 
-def confusion(counts: np.ndarray) -> str:
-  """A confusion matrix `[C, C]`, true classes by row, as shares of the rows in %."""
-  figure = matplotlib.figure.Figure(figsize=(5.2, 4.8), layout='constrained')
-  axes = figure.subplots()
-  share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+def teacher_student(result: dict[str, Any], names: list[str]) -> str:
+  """Top-1 of teacher and student, of all classes and of each.
+
+  Args:
+    result: of a distillation; without the confusion matrices in its `runs`, only all classes are drawn.
+    names: of the classes to draw.
+  """
+  names = ['all', *(names if 'runs' in result else [])]
+  figure = matplotlib.figure.Figure(figsize=(4.2, 1.3 + 0.28 * len(names)), layout='constrained')
+  axes, y, dots = figure.subplots(), np.arange(len(names)), []
+  for who, row in (('teacher', -0.2), ('student', 0.2)):
+    (mean, std), (size, _) = result['rows'][who]
+    color = ROWS[who]
+    axes.errorbar(mean, row, xerr=std, color=color, marker='o', capsize=4)
+    text = f'{who} {mean:.1f}, {size:.2g} million parameters'
+    axes.text(np.clip(mean, 40, 60), 1.6 * row - 1.1, text, color=color, ha='center', va='center')
+    if len(names) > 1:
+      counts = sum(np.array(r['confusion']) for r in result['runs'][who])
+      dots.append(_shares(counts).diagonal())
+      axes.scatter(dots[-1], y[1:], color=color, s=36, zorder=3)
+  if dots:
+    axes.hlines(y[1:], *dots, color=GRAY, lw=1)
+  axes.set_yticks(y, names, parse_math=False)
+  axes.set_xlim(0, 100)
+  axes.set_ylim(len(names) - 0.5, -1.9)
+  axes.set_title('accuracy on held-out images, %', loc='left', fontsize=11)
+  return _svg(figure)
+
+
+def confusion(counts: np.ndarray, names: list[str]) -> str:
+  """A confusion matrix `[C, C]`, true classes by row, as shares of the rows in %; the C classes' names."""
+  side = 1.2 + 0.34 * len(counts)
+  figure = matplotlib.figure.Figure(figsize=(side, side), layout='constrained')
+  axes, share = figure.subplots(), _shares(counts)
   axes.imshow(share, cmap='Blues', vmin=0, vmax=100)
   for (row, column), value in np.ndenumerate(share):
     if value >= 0.5:
       color = 'white' if value > 55 else '#1f2937'
-      axes.text(column, row, f'{value:.0f}', ha='center', va='center', fontsize=9, color=color)
+      axes.text(column, row, f'{value:.0f}', ha='center', va='center', fontsize=10, color=color)
   classes = range(len(counts))
-  axes.set_xticks(classes)
-  axes.set_yticks(classes)
+  turn = {'rotation': 45, 'ha': 'right'} if max(map(len, names)) > 2 else {}
+  axes.set_xticks(classes, names, parse_math=False, rotation_mode='anchor', **turn)
+  axes.set_yticks(classes, names, parse_math=False)
   axes.grid(False)
   axes.tick_params(length=0)
   axes.set_xlabel('taken for')
@@ -112,27 +174,60 @@ def confusion(counts: np.ndarray) -> str:
   return _svg(figure)
 
 
-def embedding_map(h: np.ndarray, labels: np.ndarray | None, seed: int = 0) -> str:
-  """The features `[n, d]` in two dimensions (t-SNE of 50 principal components), coloured by label."""
-  figure = matplotlib.figure.Figure(figsize=(6.2, 5.2), layout='constrained')
+def _shares(counts):
+  """Rows in %."""
+  return 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+
+
+def class_colors(labels: np.ndarray) -> dict[int, str]:
+  """A colour for each of the (at most 20) most common labels."""
+  classes, counts = np.unique(labels, return_counts=True)
+  common = np.sort(classes[np.argsort(-counts, kind='stable')][:20])
+  palette = matplotlib.colormaps['tab10' if len(common) <= 10 else 'tab20']
+  return {int(c): matplotlib.colors.to_hex(palette(i)) for i, c in enumerate(common)}
+
+
+def embedding_map(h: np.ndarray, labels: np.ndarray | None, names: list[str], seed: int = 0) -> str:
+  """The features `[n, d]` in two dimensions (t-SNE of 50 principal components), in `class_colors`.
+
+  A class is named where it is densest, if most of the images there are of it and there is room.
+  """
+  figure = matplotlib.figure.Figure(figsize=(4.6, 4.2), layout='constrained')
   axes = figure.subplots()
   unit = np.asarray(losses.l2_normalize(h))
   reduced = PCA(min(50, *unit.shape), random_state=seed).fit_transform(unit)
   perplexity = min(30, (len(h) - 1) / 3)
-  xy = TSNE(perplexity=perplexity, init='pca', random_state=seed).fit_transform(reduced)
-  if labels is None:
-    axes.scatter(*xy.T, s=7, color=BLUE)
-  else:
-    for c in np.unique(labels):
-      here = labels == c
-      color = matplotlib.colormaps['tab10' if labels.max() < 10 else 'tab20'](c % 20)
-      axes.scatter(*xy[here].T, s=7, color=color)
-      axes.annotate(
-        str(c), np.median(xy[here], axis=0), ha='center', va='center', fontsize=11, weight='bold',
-        bbox={'boxstyle': 'circle,pad=0.25', 'fc': 'white', 'ec': color},
-      )  # fmt: skip
+  with threadpoolctl.threadpool_limits(
+    1
+  ):  # several threads are slower here, on a busy machine 6 times
+    xy = TSNE(perplexity=perplexity, init='pca', random_state=seed).fit_transform(reduced)
+  colors = {} if labels is None else class_colors(labels)
+  drawn = [BLUE] * len(xy) if labels is None else [colors.get(c, OTHERS) for c in labels.tolist()]
+  axes.scatter(*xy.T, s=9, lw=0, color=drawn, rasterized=True)
   axes.set_axis_off()
-  return _png(figure, dpi=130)
+  near = distance.cdist(xy, xy) < 0.07 * np.ptp(xy)
+  places = []
+  for c, color in colors.items():
+    own = near & (labels == c)
+    count = own.sum(1) * (labels == c) * (own.sum(1) > 0.5 * near.sum(1))
+    if count.max() < 2:
+      continue
+    place = xy[own[count.argmax()]].mean(0)
+    room = np.ptp(xy, axis=0) * [0.03 * len(names[c]) + 0.04, 0.08]
+    if all((np.abs(place - p) > room).any() for p in places):
+      places.append(place)
+      axes.annotate(names[c], place, ha='center', va='center', weight='bold', parse_math=False,
+                    bbox={'boxstyle': 'round,pad=0.25', 'fc': 'white', 'ec': color, 'lw': 2})  # fmt: skip
+  return _svg(figure)
+
+
+def picture(image: np.ndarray) -> str:
+  """An image, uint8 or float in [0, 1], `[h, w, 3]`."""
+  buffer = io.BytesIO()
+  matplotlib.image.imsave(
+    buffer, np.clip(image, 0, 255 if image.dtype == np.uint8 else 1), format='png'
+  )
+  return _uri(buffer, 'png')
 
 
 def image_grid(rows: list[list[np.ndarray]], scale: int, gap_after: int | None = None) -> str:
@@ -151,28 +246,26 @@ def image_grid(rows: list[list[np.ndarray]], scale: int, gap_after: int | None =
       big = np.repeat(np.repeat(image, scale, axis=0), scale, axis=1)
       canvas[i * (height + pad) : i * (height + pad) + height, x : x + width] = big
       x += width + pad + (gap if j == gap_after else 0)
-  buffer = io.BytesIO()
-  matplotlib.image.imsave(buffer, np.clip(canvas, 0, 1), format='png')
-  return _uri(buffer, 'png')
+  return picture(canvas)
 
 
-def _name(axes, text, x, y, color):
-  """The name of a line, behind its last point."""
-  axes.annotate(
-    text, (x, y), xytext=(6, 0), textcoords='offset points', color=color, va='center', fontsize=9
-  )
+def _name(axes, ends):
+  """Names of lines behind their last points, (name, x, y, colour), moved apart where they would meet."""
+  place = axes.transData + axes.transAxes.inverted()
+  ends = sorted((place.transform((x, y))[1], name, x, color) for name, x, y, color in ends)
+  low = -1.0
+  for y, name, x, color in ends:
+    low = max(y, low + 0.075)
+    axes.annotate(
+      name, (x, low), xycoords=('data', 'axes fraction'), xytext=(7, 0), textcoords='offset points',
+      color=color, va='center',
+    )  # fmt: skip
 
 
 def _svg(figure):
   buffer = io.BytesIO()
-  figure.savefig(buffer, format='svg', metadata={'Date': None})
+  figure.savefig(buffer, format='svg', dpi=192, metadata={'Date': None})
   return _uri(buffer, 'svg+xml')
-
-
-def _png(figure, dpi):
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', dpi=dpi)
-  return _uri(buffer, 'png')
 
 
 def _uri(buffer, kind):

@@ -17,21 +17,33 @@ from simclr_jax.report import figures
 
 MAP_IMAGES = 1500
 QUERIES, NEIGHBOURS = 6, 8
+CLASSES = 20  # above, there are too many to be read
 SHOWN = 96  # least side of a view, in pixels
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 1040px; margin: 2rem auto;
        padding: 0 1rem }
-h1 { margin-bottom: 0 } h2 { margin-top: 2.5rem; font-size: 1.2rem }
-p.lead, figcaption, caption { color: #6b7280 } figcaption, caption { font-size: .9rem; text-align: left }
-img { max-width: 100%; display: block } figure { margin: 1rem 0 0 }
+h1 { margin-bottom: 0; overflow-wrap: anywhere } h2 { margin-top: 2.5rem; font-size: 1.2rem }
+p.lead, figcaption, caption { color: #4b5563 } figcaption, caption { font-size: .9rem; text-align: left }
+figcaption { contain: inline-size } .strip figcaption { font-size: .8rem; text-align: center }
+img { max-width: 100%; display: block } figure { margin: 1rem 0 0; max-width: 100%; overflow-x: auto }
 .pixels { image-rendering: pixelated }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 2rem;
-       align-items: start }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto }
+.row { display: flex; flex-wrap: wrap; gap: 0 .8rem; align-items: flex-start }
+.row table { margin-right: 2rem; margin-top: 1rem }
+.strip { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: 1rem }
+.strip figure { margin: 0; width: 4.6rem; overflow-wrap: anywhere; line-height: 1.2 } .strip img { width: 100% }
+.strip figure:first-child img { box-sizing: border-box; border: 3px solid #1d4ed8 }
+.other { color: #b91c1c; font-weight: bold }
+.dot { display: inline-block; width: .8em; height: .8em; border-radius: 50%; margin-right: .3em }
+.name { display: inline-block; margin-right: 1em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; display: block; overflow-x: auto;
+        max-width: 100% }
 td, th { padding: .25rem .9rem .25rem 0; text-align: left; border-bottom: 1px solid #e5e7eb }
-td.n, th.n { text-align: right }
+td.n, th.n { text-align: right } td.n { white-space: nowrap }
 pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; font-size: .85rem }
+@media (max-width: 480px) {
+  table { font-size: .85rem } .strip figure { width: 4rem } .strip figcaption { font-size: .68rem }
+}
 """
 
 
@@ -47,42 +59,30 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
     test, whose = train, 'training'
   about = json.loads((workdir / 'config.json').read_text())
   records = logs.read(workdir)
-  results = run.kept(workdir)
+  # The whole story comes first.
+  results = sorted(run.kept(workdir).items(), key=lambda kept: kept[0] != 'simclrv2')
+  below = sorted(workdir.glob('*/evaluation.json'))
 
   shown = test.sample(MAP_IMAGES)
   h, labels = encoder.embed(shown)
+  labels = labels if shown.labelled else None
   step = encoder.provenance['step']
 
   parts = [
     f'<h1>{html.escape(workdir.resolve().name)}</h1>',
     f'<p class="lead">{html.escape(config.method)}, ResNet-{config.model.depth}, '
     f'{len(train):,} training images, step {step:,}</p>',
-    *(_table(r) for r in results.values()),
-  ]
-  if 'label_efficiency' in results and len(results['label_efficiency']['columns']) > 1:
-    parts.append(
-      _figure(figures.label_curve(results['label_efficiency']), 'Accuracy against labels', '',
-              'Bars: one standard deviation over the draws.')
-    )  # fmt: skip
-  for result in results.values():
-    if 'runs' in result:
-      parts += _few_labels(result)
-  parts += [
+    *(part for name, result in results for part in _result(name, result, test)),
+    *(part for path in below for part in _distilled(path.parent, test)),
     '<h2>Training</h2>',
-    _figure(figures.curves(records), 'Training curves') if records else '<p>No metrics yet.</p>',
+    _row(figures.curves(records)) if records else '<p>No metrics yet.</p>',
     *_speed(records),
     '<h2>Is it healthy?</h2>',
     *_health(config, records),
     '<h2>What the encoder sees</h2>',
     _figure(_view_grid(train, config), 'Augmented views', 'pixels',
             'Left: training images. Right: views of each in two epochs, drawn as in training.'),
-    '<h2>What it makes of it</h2><div class="two">',
-    _figure(figures.embedding_map(h, labels if shown.labelled else None), 'Embedding map', '',
-            f'{len(shown):,} {whose} images, t-SNE of their features'
-            + (', coloured by their labels.' if shown.labelled else '.')),
-    _figure(_neighbour_grid(shown, h, encoder), 'Nearest neighbours', 'pixels',
-            f'Left: {QUERIES} images. Right: their {NEIGHBOURS} nearest by cosine similarity.'),
-    '</div>',
+    *(_embedding(shown, whose, encoder, h, labels) if len(shown) > NEIGHBOURS else ()),
     '<h2>How it was made</h2>',
     f'<pre>{html.escape(about["command"] or "from Python")}</pre>',
     '<table><caption>Versions</caption>',
@@ -106,43 +106,102 @@ def _table(result):
     + '</tr>'
     for name, cells in result['rows'].items()
   )
-  title = html.escape(f'{result["title"]} (step {result["step"]:,})')
   notes = ''.join(
     f'<p>{html.escape(name)}: {html.escape(text)}.</p>'
     for name, text in result.get('notes', {}).items()
   )
-  return f'<h2>{title}</h2><table class="evaluation"><tr><th></th>{head}</tr>{rows}</table>{notes}'
+  return f'<table class="evaluation"><tr><th></th>{head}</tr>{rows}</table>{notes}'
 
 
-def _few_labels(result):
-  """Curve, classes and confusions of fine-tuning."""
-  if len(result['columns']) > 1:
-    yield _figure(figures.label_curve(result), 'Accuracy against labels', '',
-                  'Bars: one standard deviation over the seeds.')  # fmt: skip
-  column = list(result['runs']['fine-tuned'])[-1]
-  runs = {name: by[column] for name, by in result['runs'].items() if 'confusion' in by[column][0]}
-  counts = {name: sum(np.array(r['confusion']) for r in found) for name, found in runs.items()}
-  if len(counts['fine-tuned']) > 20:
-    return  # too many classes to be read
+def _heading(result):
+  return f'<h2>{html.escape(result["title"])} (step {result["step"]:,})</h2>'
+
+
+def _result(name, result, test):
+  """The table of an evaluation and, of learning with few labels, its pictures."""
+  yield _heading(result)
+  if name != 'label_efficiency' and 'runs' not in result:
+    yield _table(result)
+    return
+  curve = _figure(figures.label_curve(result), 'Accuracy against labels', '', _bars(result))
+  yield f'<div class="row">{_table(result)}{curve}</div>'
+  yield from _classes(result.get('runs', {}), test)
+
+
+def _classes(runs, test):
+  """Accuracy of each class and confusions, of fine-tuning with the most labels."""
+  column = list(runs.get('fine-tuned', ['']))[-1]
+  counts = {
+    name: sum(np.array(r['confusion']) for r in by_labels[column])
+    for name, by_labels in runs.items()
+    if 'confusion' in by_labels.get(column, [{}])[0]
+  }
+  if 'fine-tuned' not in counts or len(counts['fine-tuned']) > CLASSES:
+    return
+  names = _names(test, len(counts['fine-tuned']))
   head = ''.join(f'<th class="n">{html.escape(name)}</th>' for name in counts)
   rows = ''.join(
-    f'<tr><td>{c}</td>'
-    + ''.join(
-      f'<td class="n">{100 * n[c, c] / max(n[c].sum(), 1):.1f}</td>' for n in counts.values()
-    )
+    f'<tr><td>{html.escape(name)}</td>'
+    + ''.join(f'<td class="n">{100 * n[c, c] / max(n[c].sum(), 1):.1f}</td>' for n in counts.values())
     + '</tr>'
-    for c in range(len(counts['fine-tuned']))
-  )
-  caption = (
-    f'Accuracy of each class, %, with {html.escape(column)} of the labels, all seeds together'
-  )
-  yield (
-    '<div class="two">'
-    f'<table class="evaluation"><caption>{caption}</caption><tr><th>class</th>{head}</tr>{rows}</table>'
-    + _figure(figures.confusion(counts['fine-tuned']), 'Confusion matrix', '',
-              'Fine-tuned: how often a class (row) is taken for another (column), in %.')
-    + '</div>'
+    for c, name in enumerate(names)
   )  # fmt: skip
+  caption = f'Accuracy of each class, %, labels: {html.escape(column)}; all seeds together'
+  matrix = _figure(figures.confusion(counts['fine-tuned'], names), 'Confusion matrix', '',
+                   'Fine-tuned: how often a class (row) is taken for another (column), in %.',
+                   f'min-width: {30 * len(names)}px')  # fmt: skip
+  yield (
+    f'<div class="row"><table class="evaluation"><caption>{caption}</caption>'
+    f'<tr><th>class</th>{head}</tr>{rows}</table>{matrix}</div>'
+  )
+
+
+def _distilled(workdir, test):
+  """Teacher against student, of students that are kept below the run."""
+  result = run.kept(workdir).get('distillation')
+  if not result:
+    return
+  found = result.get('runs', {}).get('student')
+  classes = len(found[0]['confusion']) if found else 0
+  names = _names(test, classes) if classes <= CLASSES else []
+  figure = _figure(figures.teacher_student(result, names), 'Teacher against student', '',
+                   'Held-out images of all classes' + (', and of each. ' if names else '. ')
+                   + _bars(result))  # fmt: skip
+  yield _heading({**result, 'title': f'{result["title"]}, {workdir.name}/'})
+  yield f'<div class="row">{_table(result)}{figure}</div>'
+
+
+def _bars(result):
+  spread = any(std is not None for cells in result['rows'].values() for _, std in cells)
+  return 'Bars: one standard deviation over draws or seeds.' if spread else ''
+
+
+def _names(dataset, count):
+  """Names of the classes, fit to be drawn; of one without a name, its number."""
+  known = [' '.join(n.encode(errors='replace').decode().split()) for n in dataset.class_names]
+  known = [n if len(n) <= 18 else f'{n[:17]}…' for n in known[:count]]
+  return known + [str(c) for c in range(len(known), count)]
+
+
+def _embedding(shown, whose, encoder, h, labels):
+  """The map before and after the training, and nearest neighbours."""
+  names = [] if labels is None else _names(shown, int(labels.max()) + 1)
+  untrained = features.untrained(encoder.architecture)
+  before = encoder.with_variables(untrained.variables).embed(shown)[0]
+  yield '<h2>What it makes of it</h2>'
+  yield f'<p>{len(shown):,} {whose} images, t-SNE of their features before and after the training.</p><p>'
+  if names:
+    colors = figures.class_colors(labels)
+    yield from (_dot(color, names[c]) for c, color in colors.items())
+    if len(colors) < len(np.unique(labels)):
+      yield _dot(figures.OTHERS, 'others')
+  yield '</p><div class="row">'
+  for when, found in (('Before: an untrained encoder.', before), ('After: the pretrained one.', h)):
+    yield _figure(figures.embedding_map(found, labels, names), 'Embedding map', '', when)
+  yield '</div>'
+  other = '; in red, those of another class' if names else ''
+  yield f'<p>Framed: {QUERIES} images. Beside each, its {NEIGHBOURS} nearest by cosine similarity{other}.</p>'
+  yield from _neighbours(shown, h, encoder, labels, names)
 
 
 def _speed(records):
@@ -163,7 +222,7 @@ def _health(config, records):
     yield f'<p>{html.escape(sentence)}</p>'
   if not records:
     return
-  yield _figure(figures.health_curves(records), 'Health curves')
+  yield _row(figures.health_curves(records))
   last = {k: v for r in records for k, v in r.items() if v is not None}
   rows = ''.join(
     f'<tr><td>{name}</td><td class="n">{last[name]:.4g}</td><td>{html.escape(meaning)}</td></tr>'
@@ -173,9 +232,15 @@ def _health(config, records):
   yield f'<table><caption>Last values</caption>{rows}</table>'
 
 
-def _figure(uri, alt, css='', caption=''):
+def _figure(uri, alt, css='', caption='', style=''):
   caption = f'<figcaption>{caption}</figcaption>' if caption else ''
-  return f'<figure><img class="{css}" alt="{alt}" src="{uri}">{caption}</figure>'
+  return f'<figure><img class="{css}" style="{style}" alt="{alt}" src="{uri}">{caption}</figure>'
+
+
+def _row(pictures):
+  """Pictures by title side by side, as many as there is room for."""
+  drawn = ''.join(_figure(uri, alt) for alt, uri in pictures.items())
+  return f'<div class="row">{drawn}</div>'
 
 
 def _view_grid(train, config):
@@ -204,7 +269,12 @@ def _view_grid(train, config):
   return figures.image_grid(rows, max(round(SHOWN / config.image_size), 1), gap_after=0)
 
 
-def _neighbour_grid(shown, h, encoder):
+def _dot(color, name):
+  return f'<span class="name"><span class="dot" style="background:{color}"></span>{html.escape(name)}</span>'
+
+
+def _neighbours(shown, h, encoder, labels, names):
+  """An image and those nearest to it, with the names of their classes; one row each."""
   z = np.asarray(losses.l2_normalize(h))
   queries = np.linspace(0, len(z) - 1, QUERIES).astype(int)
   similarity = z[queries] @ z.T
@@ -213,6 +283,12 @@ def _neighbour_grid(shown, h, encoder):
   wanted = np.unique(np.concatenate([queries, nearest.ravel()]))
   size = encoder.architecture['image_size']
   drawn = features.pictures(shown.only(wanted), encoder.architecture['eval_view'], size)[0]
-  picture = dict(zip(wanted, drawn))
-  rows = [[picture[i] for i in (q, *found)] for q, found in zip(queries, nearest)]
-  return figures.image_grid(rows, max(round(56 / size), 1), gap_after=0)
+  uris = {i: figures.picture(image) for i, image in zip(wanted, drawn)}
+  for query, found in zip(queries, nearest):
+    yield '<div class="strip">'
+    for i in (query, *found):
+      name = html.escape(names[labels[i]]) if names else ''
+      if names and labels[i] != labels[query]:
+        name = f'<span class="other">{name}</span>'
+      yield _figure(uris[i], 'Neighbour', 'pixels', name)
+    yield '</div>'
