@@ -187,7 +187,7 @@ def _embedding(shown, whose, encoder, h, labels):
   """The map before and after the training, and nearest neighbours."""
   names = [] if labels is None else _names(shown, int(labels.max()) + 1)
   untrained = features.untrained(encoder.architecture)
-  before = encoder.with_variables(untrained.variables).embed(shown)[0]
+  before = untrained.embed(shown)[0]
   yield '<h2>What it makes of it</h2>'
   yield f'<p>{len(shown):,} {whose} images, t-SNE of their features before and after the training.</p><p>'
   if names:
