@@ -2,7 +2,9 @@
 
 import argparse
 import math
-import pathlib
+
+from simclr_jax import paths
+from simclr_jax.errors import ConfigError
 
 DESCRIPTION = """Contrastive pretraining of image encoders in JAX.
 
@@ -32,6 +34,14 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
       allow_abbrev=False,
     )
     p.set_defaults(verb=name, parser=p)
+    several = p.add_argument_group(
+      'one of several processes', 'On Cloud TPU and Slurm these are found out.'
+    )
+    several.add_argument(
+      '--coordinator', metavar='HOST:PORT', help='where process 0 can be reached'
+    )
+    several.add_argument('--num-processes', type=_positive, metavar='N')
+    several.add_argument('--process-id', type=int, metavar='I', help='from 0')
     return p
 
   moved = 'The data is read from where the run read it; --config.data.dir=DIR names another place.'
@@ -270,7 +280,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
 
 
 def _path(text):
-  return pathlib.Path(text).expanduser()
+  try:
+    return paths.path(text)
+  except ConfigError as error:
+    raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text):

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from simclr_jax import __version__
+from simclr_jax import __version__, distributed, paths
 from simclr_jax.errors import ConfigError
 
 PyTree = Any
@@ -31,9 +32,16 @@ class CheckpointError(RuntimeError):
 def digest(tree: PyTree) -> dict[str, int]:
   """CRC-32 of the bytes of every leaf, by its path."""
   return {
-    jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(leaf))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(tree))
+    jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(_whole(leaf)))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
+
+
+def _whole(leaf):
+  """An array on this host, though its parts may be on several."""
+  if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+    return multihost_utils.process_allgather(leaf, tiled=True)
+  return jax.device_get(leaf)
 
 
 @functools.cache  # every save records them, and git is a process of its own
@@ -66,7 +74,7 @@ def abstract(tree: PyTree) -> PyTree:
 
 def save_tree(path: pathlib.Path, tree: PyTree, metadata: dict[str, Any]) -> None:
   """Writes one tree of arrays to the new directory `path`."""
-  ocp.save(path.resolve(), tree, custom_metadata={**metadata, 'crc32': digest(tree)})
+  ocp.save(paths.absolute(path), tree, custom_metadata={**metadata, 'crc32': digest(tree)})
 
 
 def load_tree(path: pathlib.Path, target: PyTree | None = None) -> tuple[PyTree, dict[str, Any]]:
@@ -79,7 +87,7 @@ def load_tree(path: pathlib.Path, target: PyTree | None = None) -> tuple[PyTree,
   Raises:
     CheckpointError: it cannot be read, or its bytes are not those that were written.
   """
-  path = path.resolve()
+  path = paths.absolute(path)
   try:
     metadata = ocp.metadata(path)
     if target is None:
@@ -123,22 +131,27 @@ def restore(
     ConfigError: the newest is sound but of another network.
   """
   damaged = []
-  for step in reversed(steps(folder)):
-    path = folder / str(step)
+  there = distributed.gather(steps(folder))[0]  # one process decides what there is
+  for step in reversed(there):
+    path, restored, problem = folder / str(step), None, ''
     try:
       _check_shapes(path, _shapes(target))
       restored = load_tree(path, target)
     except CheckpointError as error:
-      logging.warning('%s', error)
+      problem = str(error)
+    problem = next((p for p in distributed.gather(problem) if p), '')
+    if problem:
+      logging.warning('%s', problem)
       damaged.append(path)
       continue
-    for bad in damaged if quarantine else []:
+    for bad in damaged if quarantine and distributed.leader() else []:
       names = (f'corrupt-{bad.name}{suffix}' for suffix in ('', *(f'-{i}' for i in range(2, 99))))
       aside = next(folder / name for name in names if not (folder / name).exists())
       bad.rename(aside)
       logging.warning('moved %s to %s; going on from step %d', bad.name, aside, step)
+    distributed.wait('restored')
     return restored
-  if exists(folder):
+  if there or exists(folder):
     raise CheckpointError(
       f'no checkpoint in {folder} can be read ({len(damaged)} tried): restore the folder from a '
       'backup, or choose a new --workdir to begin again'
@@ -156,7 +169,7 @@ def _shapes(tree):
 def _check_shapes(path, shapes):
   """A sound checkpoint of another network is the user's mistake and no damage."""
   try:
-    stored = (ocp.metadata(path.resolve()).custom_metadata or {})['shapes']
+    stored = (ocp.metadata(paths.absolute(path)).custom_metadata or {})['shapes']
   except Exception as error:
     raise CheckpointError(f'{path} is unreadable: {type(error).__name__}') from error
   for leaf in sorted(stored.keys() | shapes.keys()):
@@ -174,7 +187,7 @@ class Saver:
     """Keeps the `keep` newest checkpoints in `folder`."""
     self._folder = folder
     self._checkpointer = ocp.training.Checkpointer(
-      folder.resolve(),  # a relative path would fail in the background only
+      paths.absolute(folder),  # a relative path would fail in the background only
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
       cleanup_tmp_directories=True,
     )

@@ -1,7 +1,7 @@
 """`simclr-jax VERB ...`: parses words, calls the function that does the work, turns errors into codes.
 
-Exit codes: 0 done, 1 a failure named on stderr, 2 wrong usage or recipe, 3 the loss is not finite,
-75 stopped by SIGTERM after saving, 130 stopped by Ctrl-C (the first one lets `pretrain` save).
+Exit codes: 0 done, 1 a failure named on stderr, 2 wrong usage or recipe, 3 the loss is not finite, 4 a step
+hung, 75 stopped by SIGTERM after saving, 130 stopped by Ctrl-C (the first one lets `pretrain` save).
 """
 
 import logging
@@ -9,6 +9,7 @@ import os
 import pathlib
 import shlex
 import sys
+import traceback
 
 from simclr_jax import arguments
 from simclr_jax.errors import ConfigError
@@ -26,19 +27,38 @@ def main(argv: list[str] | None = None) -> int:
   args, overrides = arguments.parse(argv)
   args.command = 'simclr-jax ' + shlex.join(argv)
   try:
-    return _run(args, overrides)
+    code = _run(args, overrides)
   except KeyboardInterrupt:
-    return _fail('stopped by Ctrl-C', 130)
+    code = _fail('stopped by Ctrl-C', 130)
+  except Exception:
+    if not _one_of_several():
+      raise
+    traceback.print_exc()
+    code = 1
+  if code and _one_of_several():
+    # The usual end of a process waits for the others, which may be waiting for this one.
+    sys.stderr.flush()
+    os._exit(code)
+  return code
+
+
+def _one_of_several():
+  import jax
+
+  return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def _run(args, overrides):
   # After parsing: JAX takes seconds to import, and --help should not.
   import jax
 
+  from simclr_jax import distributed
   from simclr_jax.checkpoint import CheckpointError
-  from simclr_jax.train import EXIT_NAN, NotFinite, Stopped
+  from simclr_jax.stopping import Stopped
+  from simclr_jax.train import EXIT_NAN, NotFinite
 
   try:
+    distributed.join(args.coordinator, args.num_processes, args.process_id)
     return VERBS[args.verb](args, overrides)
   except ConfigError as error:
     return _fail(error, 2)

@@ -8,7 +8,7 @@ import pathlib
 
 import ml_collections
 
-from simclr_jax import methods, optim
+from simclr_jax import defaults, methods, optim
 from simclr_jax.data import augment
 from simclr_jax.errors import ConfigError
 from simclr_jax.models import heads, norm, resnet
@@ -27,6 +27,10 @@ FREE = (
   'knn_every_epochs',
   'knn_images',
   'tensorboard',
+  'watchdog_seconds',
+  'profile_steps',
+  'sharding',
+  'rematerialize',
   'first_loss',
   'data.dir',
   'data.test_split',
@@ -112,6 +116,9 @@ ALLOWED = {
   'log_every_steps': (1, None),
   'checkpoint_every_steps': (0, None),
   'keep_checkpoints': (1, None),
+  'watchdog_seconds': (0.0, None),
+  'sharding': ('replicated', 'fsdp'),
+  'accumulate_steps': (1, None),
   'knn_every_epochs': (0, None),
   'knn_images': (0, None),
   'data.label_seed': (0, 2**32 - 1),
@@ -158,6 +165,15 @@ def check(config: ml_collections.ConfigDict) -> None:
     _check_pipeline(f'augment.{field}', _get(flat, f'augment.{field}'), field)
   if len(_get(flat, 'first_loss')) != 2:
     raise ConfigError(f'first_loss={flat["first_loss"]} is not two numbers: lowest,highest')
+  if config.profile_steps and not (
+    len(config.profile_steps) == 2 and 1 <= config.profile_steps[0] <= config.profile_steps[1]
+  ):
+    raise ConfigError(f'profile_steps={config.profile_steps} is not FIRST,LAST')
+  if config.batch_size % config.accumulate_steps:
+    raise ConfigError(
+      f'batch_size={config.batch_size} is not divisible by accumulate_steps={config.accumulate_steps}'
+    )
+  part = config.batch_size // config.accumulate_steps
   if not config.steps and not config.epochs:
     raise ConfigError('epochs=0 and steps=0: one of them says how long to train')
   if not config.steps and config.warmup_epochs > config.epochs:
@@ -178,15 +194,20 @@ def check(config: ml_collections.ConfigDict) -> None:
       f'model.sk_ratio={config.model.sk_ratio}: selective kernels are of model.dialect=simclr, '
       f'not {config.model.dialect}'
     )
-  if config.batch_size % config.model.bn_groups:
+  if part % config.model.bn_groups:
     raise ConfigError(
-      f'batch_size={config.batch_size} is not divisible by model.bn_groups={config.model.bn_groups}'
+      f'batch_size={config.batch_size}{_parts(config)} is not divisible by '
+      f'model.bn_groups={config.model.bn_groups}'
     )
-  if config.batch_size == config.model.bn_groups and config.method != 'simclr':
+  if part == config.model.bn_groups and config.method != 'simclr':
     raise ConfigError(
       f'model.bn_groups={config.model.bn_groups} leaves one example in each group: '
       'use a larger batch_size'
     )
+
+
+def _parts(config):
+  return f' / accumulate_steps={config.accumulate_steps}' if config.accumulate_steps > 1 else ''
 
 
 def _check(field, value, allowed):
@@ -242,9 +263,10 @@ def check_against(
     raise ConfigError(
       f'batch_size={config.batch_size} is larger than the data set, {examples} images'
     )
-  if config.batch_size % devices:
+  if config.batch_size // config.accumulate_steps % devices:
     raise ConfigError(
-      f'batch_size={config.batch_size} is not divisible by the number of devices, {devices}'
+      f'batch_size={config.batch_size}{_parts(config)} is not divisible by the number of devices, '
+      f'{devices}'
     )
   if warmup_steps > steps:
     raise ConfigError(
@@ -257,11 +279,21 @@ def read_run(workdir: pathlib.Path) -> dict:
   """The recipe that a workdir was begun with, as plain data."""
   path = workdir / 'config.json'
   try:
-    return json.loads(path.read_text())['config']
+    found = json.loads(path.read_text())['config']
+    # Fields that are newer than the run have their neutral values.
+    return _filled(defaults.recipe(found['method']).to_dict(), found)
   except FileNotFoundError:
     raise ConfigError(f'{workdir} is not the workdir of a run: it has no config.json') from None
   except (ValueError, KeyError, TypeError):
     raise ConfigError(f'{path} is damaged: it does not hold a recipe') from None
+
+
+def _filled(values, others):
+  both = {
+    k: _filled(values[k], v) if isinstance(v, dict) and k in values else v
+    for k, v in others.items()
+  }
+  return {**values, **both}
 
 
 def architecture(config: ml_collections.ConfigDict | dict, classifier: bool = False) -> dict:

@@ -58,6 +58,17 @@ def recipe(method: str) -> ml_collections.ConfigDict:
   config.model.head_dim = 128
   config.model.head_norm = True  # SimCLR's BatchNorm; False: MoCo's biases
 
+  # How a step is laid out; of these only accumulate_steps changes what is computed.
+  config.sharding = (
+    'replicated'  # or fsdp: parameters and the optimizer's slots split over the devices
+  )
+  config.accumulate_steps = (
+    1  # parts of a batch, one after the other: negatives and BatchNorm are of a part
+  )
+  config.rematerialize = (
+    False  # compute a block's activations again for its gradient: slower, less memory
+  )
+
   config.optimizer = 'lars'
   config.learning_rate = 0.3
   config.learning_rate_scaling = 'linear'  # with the batch size
@@ -78,6 +89,8 @@ def recipe(method: str) -> ml_collections.ConfigDict:
   config.knn_every_epochs = 10  # the online kNN; 0: never
   config.knn_images = 10_000  # in its bank, and a fifth as many queries; 0: all
   config.tensorboard = True
+  config.watchdog_seconds = 1800.0  # without a finished step the process ends; 0: it waits for ever
+  config.profile_steps = ()  # (first, last): a trace of these steps, in WORKDIR/profile
 
   for field, (value, _) in methods.module(method).FIELDS.items():
     config[field] = value

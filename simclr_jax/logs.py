@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -14,21 +15,35 @@ from tqdm import tqdm
 class Log:
   """metrics.jsonl, TensorBoard and the progress line."""
 
-  def __init__(self, workdir: pathlib.Path, first_step: int, steps: int, tensorboard: bool):
-    _drop_later(workdir, first_step)
-    self._file = (workdir / 'metrics.jsonl').open('a')
-    self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
+  def __init__(
+    self, workdir: pathlib.Path, first_step: int, steps: int, tensorboard: bool, writes: bool = True
+  ):
+    """`writes`: whether this process does; the others keep quiet."""
+    self._file = self._writer = None
+    if writes:
+      _drop_later(workdir, first_step)
+      self._file = (workdir / 'metrics.jsonl').open('a')
+      self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
     self._steps = steps
-    terminal = sys.stderr.isatty()
+    terminal = sys.stderr.isatty() and writes
     self._bar = tqdm(total=steps, initial=first_step, unit='step', disable=not terminal)
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Records metrics under `step`."""
     finite = {k: v if np.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+    if not self._file:
+      return
     self._file.write(json.dumps({'step': step, **finite}) + '\n')
     self._file.flush()
     if self._writer:
       self._writer.write_scalars(step, metrics)
+
+  def event(self, step: int, name: str, values: dict[str, float] | None = None) -> None:
+    """Records something that happened to the run. Resuming does not drop it."""
+    if self._file:
+      record = {'step': step, 'event': name, 'time': round(time.time(), 3), **(values or {})}
+      self._file.write(json.dumps(record) + '\n')
+      self._file.flush()
 
   def progress(self, step: int, metrics: dict[str, float]) -> None:
     """One line: a bar's text on a terminal, a plain line elsewhere."""
@@ -52,7 +67,8 @@ class Log:
   def close(self) -> None:
     """Everything is on disk when this returns."""
     self._bar.close()
-    self._file.close()
+    if self._file:
+      self._file.close()
     if self._writer:
       self._writer.flush()
       self._writer.close()
@@ -71,11 +87,16 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def _drop_later(workdir, last_step):
-  """Drops the records of steps that a resumed run will take again."""
-  kept = [r for r in read(workdir) if r['step'] <= last_step]
+  """Drops the records of steps that a resumed run will take again, and keeps how far they went."""
+  found = read(workdir)
+  kept = [r for r in found if r['step'] <= last_step or 'event' in r]
+  timed = [r for r in found if 'time' in r]
+  if timed and timed[-1]['step'] > last_step and 'event' not in timed[-1]:
+    seconds = {k: v for k, v in timed[-1].items() if k == 'time' or k.startswith('seconds_')}
+    kept.append({'step': timed[-1]['step'], 'event': 'killed', **seconds})
   new = workdir / 'metrics.jsonl.new'
   new.write_text(''.join(json.dumps(r) + '\n' for r in kept))
-  new.rename(workdir / 'metrics.jsonl')
+  new.replace(workdir / 'metrics.jsonl')
 
 
 def _tensorboard(folder):

@@ -8,6 +8,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 PyTree = Any
+SMALL = 2**14  # numbers in an array that is not worth splitting
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -39,6 +40,18 @@ def _constrain(x, spec):
   if jax.sharding.get_abstract_mesh().empty:
     return x
   return jax.lax.with_sharding_constraint(x, spec)
+
+
+def split(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:
+  """Each device has a part of an array of parameters: of its longest axis that can be divided evenly.
+
+  Small ones, and those that have no such axis, are whole on every device.
+  """
+  axes = [i for i, size in enumerate(shape) if size % mesh.size == 0]
+  if not axes or np.prod(shape) < SMALL:
+    return NamedSharding(mesh, P())
+  longest = max(axes, key=lambda i: shape[i])
+  return NamedSharding(mesh, P(*[None] * longest, 'data'))
 
 
 def put_replicated(mesh: jax.sharding.Mesh, tree: PyTree) -> PyTree:
@@ -73,5 +86,7 @@ def put_local(
 def _put(x, sharding):
   if jax.process_count() == 1:
     return jax.device_put(x, sharding)
+  if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    return jax.jit(lambda x: x, out_shardings=sharding)(x)
   x = np.asarray(x)
   return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])

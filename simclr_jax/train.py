@@ -3,10 +3,10 @@
 import contextlib
 import fcntl
 import json
-import os
 import pathlib
 import signal
 import time
+from typing import Any
 
 import jax
 import ml_collections
@@ -18,58 +18,25 @@ from simclr_jax import (
   checkpoint,
   config as recipes,
   data,
+  distributed,
+  goodput,
   health,
   logs,
   methods,
   optim,
+  paths,
   sharding,
+  stopping,
   train_state,
 )
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features, knn
 
 EXIT_NAN = 3  # the loss is not finite
-EXIT_PREEMPTED = 75  # SIGTERM: saved; the same command goes on
 
 
 class NotFinite(RuntimeError):
   """The loss or its gradient is NaN or infinite."""
-
-
-class Stopped(RuntimeError):
-  """A signal stopped a training that other work waited for, after saving; `args[0]` is the exit code."""
-
-
-class Stop:
-  """Turns SIGTERM and the first Ctrl-C into a wish that the loop grants between two steps.
-
-  A second Ctrl-C stops at once. (Several processes need jax.distributed's own handler instead, so
-  that all save the same step.)
-  """
-
-  def __init__(self):
-    self.signal: int | None = None
-    self._old: dict[int, object] = {}
-
-  def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._old[number] = signal.signal(number, self._note)
-    return self
-
-  def __exit__(self, *error):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
-
-  def _note(self, number, frame):
-    self.signal = number
-    if number == signal.SIGINT:
-      signal.signal(number, signal.default_int_handler)
-      os.write(2, b'\nCtrl-C: saving after this step; press again to stop at once\n')
-
-  @property
-  def exit_code(self) -> int:
-    """The process's exit code: 75 after SIGTERM, 130 after Ctrl-C, 0 without a signal."""
-    return {None: 0, signal.SIGTERM: EXIT_PREEMPTED, signal.SIGINT: 130}[self.signal]
 
 
 def pretrain(
@@ -96,15 +63,29 @@ def pretrain(
     CheckpointError: no checkpoint can be read, or one cannot be written.
     NotFinite: the loss became NaN or infinite; the last checkpoint is from before.
   """
-  with Stop() as stop, _locked(workdir), contextlib.ExitStack() as cleanup:
-    train = data.load(config.data, 'train') if train is None else train
-    config = recipes.with_examples(config, len(train))
-    _check_workdir(config, workdir)
-    steps = optim.train_steps(config, len(train))
-    warmup = optim.warmup_steps(config, len(train))
-    recipes.check_against(config, train, jax.device_count(), warmup, steps)
-    _warn(config, train)
-    online_knn = _online_knn(config, train) if config.knn_every_epochs else None
+  with (
+    stopping.Stop() as stop,
+    stopping.Watchdog(config.watchdog_seconds) as watchdog,
+    contextlib.ExitStack() as cleanup,
+  ):
+    spent = goodput.Clock()
+
+    def prepare():
+      distributed.check_accelerator()
+      images = data.load(config.data, 'train') if train is None else train
+      filled = recipes.with_examples(config, len(images))
+      if distributed.leader():
+        cleanup.enter_context(_locked(workdir))
+        _check_workdir(filled, workdir)
+      steps = optim.train_steps(filled, len(images))
+      warmup = optim.warmup_steps(filled, len(images))
+      recipes.check_against(filled, images, jax.device_count(), warmup, steps)
+      _warn(filled, images)
+      measure = _online_knn(filled, images) if filled.knn_every_epochs else None
+      return filled, images, steps, measure
+
+    config, train, steps, online_knn = distributed.together(prepare)
+    distributed.agree(_identity(config, train))
 
     mesh = sharding.make_mesh()
     folder = workdir / 'checkpoints'
@@ -122,16 +103,19 @@ def pretrain(
     if first >= steps:
       print(f'{workdir} is complete: {first} steps', flush=True)
       return 0
-    _write_config(config, workdir, command)
+    if distributed.leader():
+      _write_config(config, workdir, command)
 
     saver = cleanup.enter_context(checkpoint.Saver(folder, config.keep_checkpoints))
-    log = logs.Log(workdir, first, steps, config.tensorboard)
+    log = logs.Log(workdir, first, steps, config.tensorboard, distributed.leader())
     cleanup.callback(log.close)
+    log.event(first, 'start', {'time': spent.started})
     every_epoch = max(len(train) // config.batch_size, 1)
     save_every = config.checkpoint_every_steps or every_epoch
     knn_every = config.knn_every_epochs * every_epoch
     records, known = logs.read(workdir), set(health.findings(config, []))
     clock, clock_step, waited = time.monotonic(), first, 0.0
+    tracing = False
     pending = None
 
     def finish(done, metrics):
@@ -149,12 +133,12 @@ def pretrain(
       if done % config.log_every_steps and done not in (1, steps):
         return
       now = time.monotonic()
-      values['data_wait'] = waited / max(now - clock, 1e-9)
+      values['data_wait'] = (spent.seconds['data'] - waited) / max(now - clock, 1e-9)
       values['steps_per_second'] = (done - clock_step) / max(now - clock, 1e-9)
       values['examples_per_second'] = values['steps_per_second'] * config.batch_size
       values['epoch'] = done * config.batch_size / len(train)
-      clock, clock_step, waited = now, done, 0.0
-      log.write(done, values)
+      clock, clock_step, waited = now, done, spent.seconds['data']
+      log.write(done, values | spent.fields())
       log.progress(done, values)
       records.append({'step': done, **values})
       del records[1:-200]  # the first step and the recent ones tell enough
@@ -171,37 +155,59 @@ def pretrain(
 
     def save(done):
       flush()  # nothing is saved before its loss is known to be finite
-      saver.save(done, state, {'config': config.to_dict(), 'versions': checkpoint.versions()})
+      with spent.on('checkpoint'):
+        saver.save(done, state, {'config': config.to_dict(), 'versions': checkpoint.versions()})
 
     done = first
     for i in range(first, steps):
       if not step_fn.feed.ready(i):
         flush()  # the device is idle from here on
-        start = time.monotonic()
-        step_fn.feed.wait(i)
-        waited += time.monotonic() - start
+        with spent.on('data'):
+          step_fn.feed.wait(i)
+      if i + 1 in config.profile_steps[:1]:
+        jax.profiler.start_trace(str(workdir / 'profile'))
+        tracing = True
       state, metrics = step_fn(state, i)
       done = i + 1
       flush()
+      watchdog.beat()
+      if done == first + 1:
+        jax.block_until_ready(metrics)
+        spent.begun()
+      if tracing and done >= min(config.profile_steps[1], steps):
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+        tracing = False
+        log.say(
+          f'wrote a trace of steps {config.profile_steps[0]} to {done}: {workdir / "profile"}'
+        )
       pending = (done, metrics)
       if done % save_every == 0 or done == steps:
         save(done)
-      if online_knn and (done % knn_every == 0 or done == steps):
+      stopped = stop.wanted()
+      if online_knn and not stopped and (done % knn_every == 0 or done == steps):
         flush()
-        accuracy = online_knn(state)
-        log.write(done, {'knn_acc': accuracy})
-        log.say(f'step {done}/{steps}  online kNN {accuracy:.1%}')
-        clock, clock_step, waited = time.monotonic(), done, 0.0
-      if stop.signal:
+        with spent.on('evaluation'):
+          accuracy = online_knn(state, lambda: watchdog.beat(compiling=True) or stop.wanted())
+        stopped = accuracy is None
+        if not stopped:
+          log.write(done, {'knn_acc': accuracy})
+          log.say(f'step {done}/{steps}  online kNN {accuracy:.1%}')
+        clock, clock_step, waited = time.monotonic(), done, spent.seconds['data']
+      if stopped:
         break
-    if stop.signal and done < steps:
+    if stopped and done < steps:
       if done % save_every:
         save(done)
-      saver.wait()
+      with spent.on('checkpoint'):
+        saver.wait()
+      log.event(done, 'stopped', spent.fields())
       name = signal.Signals(stop.signal).name
       log.say(f'{name}: saved step {done} of {steps}; the same command goes on from there')
       return stop.exit_code
-    saver.wait()
+    with spent.on('checkpoint'):
+      saver.wait()
+    log.event(done, 'complete', spent.fields())
     log.say(f'complete: {steps} steps, in {workdir}')
     return 0
 
@@ -211,6 +217,9 @@ def _locked(workdir):
   """One run in a workdir at a time."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    if paths.remote(workdir):  # buckets have no locks
+      yield
+      return
     file = (workdir / '.lock').open('w')
   except OSError as error:
     raise ConfigError(f'--workdir={workdir} cannot be written: {error.strerror}') from None
@@ -230,6 +239,14 @@ def _check_workdir(config, workdir):
   recipes.check_unchanged(recipes.read_run(workdir), config, str(workdir))
 
 
+def _identity(config, train) -> dict[str, Any]:
+  """What all processes of a run must have in common."""
+  own = ('data.dir', 'data.threads')
+  fields = {k: v for k, v in recipes.flatten(config).items() if k not in own}
+  identity = fields | checkpoint.versions() | {'the images': data.fingerprint(train)}
+  return json.loads(json.dumps(identity))  # as the others will look after their journey
+
+
 def _write_config(config, workdir, command):
   values = config.to_dict()
   if config.data.dir and '://' not in config.data.dir:
@@ -237,7 +254,7 @@ def _write_config(config, workdir, command):
   about = {'config': values, 'command': command, 'versions': checkpoint.versions()}
   new = workdir / 'config.json.new'
   new.write_text(json.dumps(about, indent=1) + '\n')
-  new.rename(workdir / 'config.json')
+  new.replace(workdir / 'config.json')
 
 
 def _describe(config, mesh, train, steps, state):
@@ -259,7 +276,10 @@ def _warn(config, train):
 
 
 def _online_knn(config, train):
-  """A function state -> kNN accuracy on the test split, or None if there is nothing to measure."""
+  """A function (state, stop) -> kNN accuracy on the test split, or None if there is nothing to measure.
+
+  It calls `stop()` now and then, and returns None if that is true.
+  """
   if not train.labelled:
     return None
   try:
@@ -274,10 +294,21 @@ def _online_knn(config, train):
   bank = train.sample(config.knn_images or len(train))
   queries = test.sample(-(-config.knn_images // 5) or len(test))
 
-  def measure(state):
+  class Enough(Exception):
+    pass
+
+  def measure(state, stop):
+    def look(done):
+      if stop():
+        raise Enough
+
     variables = method.encoder(state.params, state.state)
     encoder = features.Encoder(recipes.architecture(config), variables)
-    return knn.accuracy(*encoder.embed(bank), *encoder.embed(queries))
+    try:
+      known, asked = (encoder.embed(images, progress=look) for images in (bank, queries))
+    except Enough:
+      return None
+    return knn.accuracy(*known, *asked)
 
   return measure
 

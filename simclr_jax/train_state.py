@@ -77,21 +77,33 @@ def train_step(
     figures of the embeddings in steps that are logged, and `batch_hash`, a uint32 checksum of the
     views, in which a changed pixel or order shows.
   """
-  batch = feed.pick(constants, rows)
-  views = augment.views(
-    batch['images'],
-    batch['epoch'],
-    batch['position'],
-    augment.pipelines(config.augment, method.views),
-    seed,
-    config.image_size,
-    batch.get('crops'),
-  )
-  batch = {'views': views, 'label': batch['label'], 'index': batch['index'], 'given': given}
   # The base key is never advanced, so a resumed run draws what the uninterrupted one would have.
-  rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), ts.step)
-  gradient = jax.value_and_grad(method.loss, has_aux=True)
-  (_, (state, metrics)), grads = gradient(ts.params, ts.state, batch, rng)
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), ts.step)
+
+  def objective(params, state, rows, key):
+    if config.sharding == 'fsdp':  # gathered here, layer by layer as the compiler sees fit
+      params = jax.tree.map(sharding.replicate, params)
+      if 'key' in state:  # of the moving average
+        state = {**state, 'key': jax.tree.map(sharding.replicate, state['key'])}
+    batch = feed.pick(constants, rows)
+    views = augment.views(
+      batch['images'],
+      batch['epoch'],
+      batch['position'],
+      augment.pipelines(config.augment, method.views),
+      seed,
+      config.image_size,
+      batch.get('crops'),
+    )
+    batch = {'views': views, 'label': batch['label'], 'index': batch['index'], 'given': given}
+    loss, (state, metrics) = method.loss(params, state, batch, key)
+    return loss, (state, metrics | {'batch_hash': _hash(views)})
+
+  gradient = jax.grad(objective, has_aux=True)
+  if config.accumulate_steps == 1:
+    grads, (state, metrics) = gradient(ts.params, ts.state, rows, key)
+  else:
+    grads, state, metrics = _accumulated(gradient, config.accumulate_steps, ts, rows, key)
   updates, opt_state = optimizer.update(grads, ts.opt_state, ts.params)
   done, total = ts.step + 1, optim.train_steps(config, config.data.examples)
   logged = (done % config.log_every_steps == 0) | (done == 1) | (done == total)
@@ -99,9 +111,30 @@ def train_step(
   metrics['learning_rate'] = rate(ts.step)
   metrics['grad_norm'] = optax.tree.norm(grads)
   metrics['param_norm'] = optax.tree.norm(ts.params)
-  metrics['batch_hash'] = _hash(views)
   new = TrainState(ts.step + 1, optax.apply_updates(ts.params, updates), state, opt_state)
   return new, metrics
+
+
+def _accumulated(gradient, parts, ts, rows, key):
+  """`gradient` over the parts of a batch, one after the other: the mean, the last state, the metrics.
+
+  Of p parts, the first has the rows 0, p, 2 p, ...: each device has as many rows of every part.
+  """
+
+  def add(carry, part):
+    total, state = carry
+    i, rows = part
+    rows = jax.tree.map(sharding.by_rows, rows)
+    grads, (state, metrics) = gradient(ts.params, state, rows, jax.random.fold_in(key, i))
+    return (jax.tree.map(jnp.add, total, grads), state), metrics
+
+  rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+  zeros = jax.tree.map(jnp.zeros_like, ts.params)
+  (total, state), metrics = jax.lax.scan(add, (zeros, ts.state), (jnp.arange(parts), rows))
+  z, checksum = metrics.pop('embeddings'), metrics.pop('batch_hash')
+  metrics = jax.tree.map(lambda x: x.mean(0), metrics)
+  metrics |= {'embeddings': z.reshape(-1, *z.shape[2:]), 'batch_hash': checksum.sum()}
+  return jax.tree.map(lambda x: x / parts, total), state, metrics
 
 
 def _health(z, due):
@@ -214,10 +247,16 @@ def _programs(key, mesh):
     return create(method, optimizer, seed, config.image_size)
 
   shapes = jax.eval_shape(init, np.uint32(0))
-  places = dataclasses.replace(
-    jax.tree.map(lambda _: replicated, shapes),
-    state={k: by_row if k in method.row_state else replicated for k in shapes.state},
-  )
+
+  def place(path, leaf):
+    part, key = path[0].name, getattr(path[-1] if len(path) < 2 else path[1], 'key', None)
+    if part == 'state' and key in method.row_state:
+      return by_row
+    if config.sharding == 'fsdp' and (part != 'state' or key == 'key'):
+      return sharding.split(mesh, leaf.shape)
+    return replicated
+
+  places = jax.tree_util.tree_map_with_path(place, shapes)
   compiled = jax.jit(
     step,
     donate_argnums=0,

@@ -70,8 +70,12 @@ def records(workdir):
   """metrics.jsonl without the timings."""
   path = workdir / 'metrics.jsonl'
   lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-  timings = ('steps_per_second', 'examples_per_second', 'data_wait')
-  return [{k: v for k, v in r.items() if k not in timings} for r in lines]
+  timings = ('steps_per_second', 'examples_per_second', 'data_wait', 'time')
+  return [
+    {k: v for k, v in r.items() if k not in timings and not k.startswith('seconds_')}
+    for r in lines
+    if 'event' not in r
+  ]
 
 
 def leaves(workdir, step=STEPS):

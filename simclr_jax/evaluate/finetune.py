@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, train
+from simclr_jax import config as recipes, distributed, paths, stopping, train
 from simclr_jax.data import labels as subsets
 from simclr_jax.evaluate import features, logistic, metrics
 from simclr_jax.interop import orbax
@@ -61,12 +61,12 @@ def run(config: ml_collections.ConfigDict, dataset, workdir: pathlib.Path, comma
   """Trains to the end, or goes on.
 
   Raises:
-    train.Stopped: by a signal.
+    stopping.Stopped: by a signal.
   """
   print(f'\n{workdir}', flush=True)
   code = train.pretrain(config, workdir, command, dataset, quiet=True)
   if code:
-    raise train.Stopped(code)
+    raise stopping.Stopped(code)
 
 
 def test(workdir: pathlib.Path, dataset) -> dict[str, Any]:
@@ -84,7 +84,8 @@ def test(workdir: pathlib.Path, dataset) -> dict[str, Any]:
   result = metrics.classification(logits, truth)
   result['confusion'] = metrics.confusion(logits, truth).tolist()
   result['parameters'] = sum(x.size for x in jax.tree.leaves(classifier.variables['params']))
-  (workdir / 'test.json').write_text(json.dumps(result) + '\n')
+  if distributed.leader():
+    (workdir / 'test.json').write_text(json.dumps(result) + '\n')
   return result
 
 
@@ -115,7 +116,7 @@ def few_labels(
   Returns:
     name of the row -> labels -> for each seed, what `test` returns.
   """
-  starts = {'fine-tuned': str(workdir.resolve())}
+  starts = {'fine-tuned': str(paths.absolute(workdir))}
   if baselines:
     starts = {'from scratch': ''} | starts
     pixels = [features.raw_pixels(x) for x in (dataset, held_out)]
@@ -178,7 +179,7 @@ def students(
     text, seed = taught['data']['labels'] or '100%', taught['seed']
     chosen, images = with_labels(config, dataset, text, seed)
     with chosen.unlocked():
-      chosen.teacher = str(teacher.resolve())
+      chosen.teacher = str(paths.absolute(teacher))
     folder = workdir / teacher.name
     run(chosen, images, folder, command)
     result = test(folder, held_out)

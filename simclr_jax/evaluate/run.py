@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from simclr_jax import config as recipes, data, train as training
+from simclr_jax import config as recipes, data, distributed, stopping, train as training
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import (
   features,
@@ -196,11 +196,11 @@ def simclrv2(
     command: recorded.
 
   Raises:
-    train.Stopped: by a signal.
+    stopping.Stopped: by a signal.
   """
   code = training.pretrain(pretraining, workdir, command)
   if code:
-    raise training.Stopped(code)
+    raise stopping.Stopped(code)
   config = config_of(workdir, {'data.dir': pretraining.data.dir})
   finetune(workdir, config, finetuning, {}, [labels], seeds, 'finetune', True, command)
   short = tuning.short(labels)
@@ -292,10 +292,12 @@ def kept(workdir: pathlib.Path) -> dict[str, Any]:
 
 def _keep(workdir, name, result, encoder):
   result['step'] = encoder.provenance['step']
-  results = {**kept(workdir), name: result}
-  new = workdir / 'evaluation.json.new'
-  new.write_text(json.dumps(results, indent=1) + '\n')
-  new.rename(workdir / 'evaluation.json')
+  if distributed.leader():
+    results = {**kept(workdir), name: result}
+    new = workdir / 'evaluation.json.new'
+    new.write_text(json.dumps(results, indent=1) + '\n')
+    new.replace(workdir / 'evaluation.json')
+  distributed.wait('evaluation.json')
   print(table(result), flush=True)
   return result
 

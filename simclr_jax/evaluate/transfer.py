@@ -11,7 +11,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, data
+from simclr_jax import config as recipes, data, paths
 from simclr_jax.data import discover
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features, finetune, logistic, metrics
@@ -132,7 +132,7 @@ def tuned(
   recipe = finetune.recipe(spec, config, {**task.place, 'data.test_split': '', **overrides})
   chosen, images = finetune.with_labels(recipe, task.train, '100%', 0)
   with chosen.unlocked():
-    chosen.init_from = str(workdir.resolve())
+    chosen.init_from = str(paths.absolute(workdir))
   folder = workdir / 'transfer' / pathlib.PurePosixPath(what.rstrip('/')).name.replace(':', '-')
   finetune.run(chosen, images, folder, command)
   result = finetune.test(folder, task.test)

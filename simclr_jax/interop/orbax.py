@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from simclr_jax import checkpoint, config as recipes, methods, optim, train_state
+from simclr_jax import checkpoint, config as recipes, methods, optim, paths, train_state
 from simclr_jax.data import augment
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate.features import Encoder
@@ -24,7 +24,7 @@ def load_encoder(folder: str | pathlib.Path) -> Encoder:
     ConfigError: `folder` is neither.
     CheckpointError: what it holds cannot be read or is damaged.
   """
-  folder = pathlib.Path(folder)
+  folder = paths.path(folder)
   card = folder / 'encoder.json'
   if card.is_file():
     try:
@@ -51,7 +51,7 @@ def load_tower(folder: str | pathlib.Path, head: bool) -> dict[str, Any]:
     ConfigError: `folder` is neither a run nor an exported encoder, or that lacks the head.
     CheckpointError: as of `load_encoder`.
   """
-  folder = pathlib.Path(folder)
+  folder = paths.path(folder)
   if (folder / 'config.json').is_file():
     _, _, state, _ = _restore(folder)
     params, stats = state.params, state.state['stats']
@@ -76,7 +76,7 @@ def load_classifier(workdir: str | pathlib.Path) -> Encoder:
     ConfigError: `workdir` holds no such run.
     CheckpointError: as of `load_encoder`.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = paths.path(workdir)
   config, method, state, metadata = _restore(workdir)
   if not method.classifier:
     raise ConfigError(f'{workdir} has no classifier: it was trained with method={config.method}')
@@ -122,7 +122,7 @@ def export(encoder: Encoder, out: str | pathlib.Path) -> None:
   Raises:
     ConfigError: `out` exists and is not an empty folder.
   """
-  out = pathlib.Path(out)
+  out = paths.path(out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise ConfigError(f'--out={out} exists already: name a new folder')
   out.mkdir(parents=True, exist_ok=True)

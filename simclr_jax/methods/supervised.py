@@ -56,7 +56,7 @@ def network(config: ml_collections.ConfigDict):
   if kept > heads.count(config.model.head, config.model.head_layers):
     raise ConfigError(f'head_layer={kept}: the projection head has no such layer')
   dtype = resnet.compute_dtype(config.dtype)
-  net = classifier.build(config.model, classes, kept, frozen, dtype)
+  net = classifier.build(config.model, classes, kept, frozen, dtype, config.rematerialize)
 
   def init(rng, batch):
     net_key, head_key = jax.random.split(rng)

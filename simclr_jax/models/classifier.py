@@ -28,7 +28,12 @@ class Classifier(NamedTuple):
 
 
 def build(
-  config: Any, classes: int, head_layer: int = 0, frozen: int = -1, dtype: Any = jnp.float32
+  config: Any,
+  classes: int,
+  head_layer: int = 0,
+  frozen: int = -1,
+  dtype: Any = jnp.float32,
+  rematerialize: bool = False,
 ) -> Classifier:
   """The classifier of a recipe's `model` part.
 
@@ -36,10 +41,10 @@ def build(
     config: the `model` part.
     classes: how many.
     head_layer: how many layers of the projection head stay below the classifier; SimCLR v2 keeps 1.
-    frozen: as of `resnet.ResNet`.
+    frozen, rematerialize: as of `resnet.ResNet`.
     dtype: of convolutions and of the head's products; the classifier's are float32.
   """
-  f = resnet.from_config(config, dtype, frozen)
+  f = resnet.from_config(config, dtype, frozen, rematerialize)
   g = heads.from_config(config, dtype, keep=head_layer)
 
   def init(rng, x):

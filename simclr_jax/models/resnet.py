@@ -160,6 +160,7 @@ class ResNet(nn.Module):
     se_ratio: above 0, a squeeze-and-excitation layer at the end of every block.
     normalize: 'none', or a key of `NORMALIZE`: what is subtracted from images and divides them.
     dtype: of the convolutions; parameters and statistics stay float32.
+    rematerialize: whether a block's activations are computed again for its gradient, and not kept.
     frozen: the stem and the groups up to this one normalise with their running statistics and leave
       them alone in training, too; 0: the stem only, -1: nothing.
 
@@ -178,6 +179,7 @@ class ResNet(nn.Module):
   normalize: str = 'none'
   dtype: Any = jnp.float32
   frozen: int = -1
+  rematerialize: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -230,12 +232,13 @@ class ResNet(nn.Module):
     if pool:
       x = nn.max_pool(x, (3, 3), (2, 2), 'SAME' if simclr else [(1, 1), (1, 1)])
 
+    residual = nn.remat(Block, static_argnums=(2,)) if self.rematerialize else Block
     for group, count in enumerate(blocks):
       filters = width * 2**group
       for block in range(count):
         stride = 2 if group and not block else 1
         reshapes = stride > 1 or x.shape[-1] != filters * (4 if bottleneck else 1)
-        x = Block(
+        x = residual(
           filters,
           stride,
           bottleneck,
@@ -262,7 +265,9 @@ def compute_dtype(name: str) -> Any:
   return jnp.dtype(name)
 
 
-def from_config(config: Any, dtype: Any = jnp.float32, frozen: int = -1) -> ResNet:
+def from_config(
+  config: Any, dtype: Any = jnp.float32, frozen: int = -1, rematerialize: bool = False
+) -> ResNet:
   """The network of a recipe's `model` part."""
   return ResNet(
     depth=config['depth'],
@@ -276,4 +281,5 @@ def from_config(config: Any, dtype: Any = jnp.float32, frozen: int = -1) -> ResN
     normalize=config['normalize'],
     frozen=frozen,
     dtype=dtype,
+    rematerialize=rematerialize,
   )

@@ -28,7 +28,7 @@ class Tower(NamedTuple):
 def build(config: ml_collections.ConfigDict) -> Tower:
   """The tower of a recipe."""
   dtype = resnet.compute_dtype(config.dtype)
-  f = resnet.from_config(config.model, dtype)
+  f = resnet.from_config(config.model, dtype, rematerialize=config.rematerialize)
   g = heads.from_config(config.model, dtype)
 
   def init(rng, x):

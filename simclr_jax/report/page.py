@@ -8,7 +8,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from simclr_jax import data, health, logs, losses, methods, sharding
+from simclr_jax import data, goodput, health, logs, losses, methods, paths, sharding
 from simclr_jax.data import augment, feed
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features, run
@@ -69,7 +69,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
   step = encoder.provenance['step']
 
   parts = [
-    f'<h1>{html.escape(workdir.resolve().name)}</h1>',
+    f'<h1>{html.escape(paths.absolute(workdir).name)}</h1>',
     f'<p class="lead">{html.escape(config.method)}, ResNet-{config.model.depth}, '
     f'{len(train):,} training images, step {step:,}</p>',
     *(part for name, result in results for part in _result(name, result, test)),
@@ -77,6 +77,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
     '<h2>Training</h2>',
     _row(figures.curves(records)) if records else '<p>No metrics yet.</p>',
     *_speed(records),
+    *_goodput(records),
     '<h2>Is it healthy?</h2>',
     *_health(config, records),
     '<h2>What the encoder sees</h2>',
@@ -90,7 +91,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
     '</table><p>Recipe</p>',
     f'<pre>{html.escape(json.dumps(about["config"], indent=1))}</pre>',
   ]  # fmt: skip
-  title = html.escape(f'simclr_jax: {workdir.resolve().name}')
+  title = html.escape(f'simclr_jax: {paths.absolute(workdir).name}')
   out.write_text(
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width">'
@@ -169,6 +170,33 @@ def _distilled(workdir, test):
                    + _bars(result))  # fmt: skip
   yield _heading({**result, 'title': f'{result["title"]}, {workdir.name}/'})
   yield f'<div class="row">{_table(result)}{figure}</div>'
+
+
+def _goodput(records):
+  """What the time of all attempts went into."""
+  found = goodput.account(records)
+  if not found:
+    return
+  kinds = {
+    'steps': 'steps that were kept',
+    'redone': f'{found["steps_redone"]:,} steps done twice',
+    'start': 'starting and compiling',
+    'data': 'waiting for data',
+    'checkpoint': 'waiting for checkpoints',
+    'evaluation': 'evaluating',
+    'gaps': 'between attempts',
+  }
+  rows = ''.join(
+    f'<tr><td>{text}</td><td class="n">{found[kind]:,.1f} s</td>'
+    f'<td class="n">{found[kind] / max(found["wall"], 1e-9):.1%}</td></tr>'
+    for kind, text in kinds.items()
+    if found[kind] > 0
+  )
+  attempts = found['attempts']
+  yield (
+    f'<table><caption>Goodput {found["goodput"]:.1%}: where the time of '
+    f'{attempts} attempt{"s" if attempts > 1 else ""} went</caption>{rows}</table>'
+  )
 
 
 def _bars(result):

@@ -1,0 +1,181 @@
+"""Several processes as one run: joining, failing together, agreeing, stopping at the same step."""
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from simclr_jax.errors import ConfigError
+
+T = TypeVar('T')
+
+HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead
+START = 600  # seconds that the processes wait for each other at the start
+
+
+def join(coordinator: str | None, processes: int | None, process: int | None) -> None:
+  """Makes this process one of several, before any device is used.
+
+  On Cloud TPU, Slurm and others that JAX knows, all is found out. Elsewhere the arguments say it, or the
+  environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Otherwise this process
+  is the only one.
+
+  Args:
+    coordinator: HOST:PORT where process 0 can be reached.
+    processes: how many there are.
+    process: which one this is, from 0.
+
+  Raises:
+    ConfigError: only some of the three are given, or they make no sense.
+  """
+  if jax.distributed.is_initialized():
+    return
+  coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS')
+  processes = _number('JAX_NUM_PROCESSES') if processes is None else processes
+  process = _number('JAX_PROCESS_ID') if process is None else process
+  given = {'--coordinator': coordinator, '--num-processes': processes, '--process-id': process}
+  missing = [name for name, value in given.items() if value is None]
+  if 0 < len(missing) < 3:
+    raise ConfigError(f'{" and ".join(missing)} must be given, too, for several processes')
+  # A coordinator in vain costs seconds: asked for only where several processes are likely.
+  if missing and not _in_a_cluster():
+    return
+  if not missing:
+    host, _, port = coordinator.rpartition(':')
+    if not host or not port.isdecimal():
+      raise ConfigError(f'--coordinator={coordinator} is not HOST:PORT')
+    if not 0 <= process < processes:
+      raise ConfigError(
+        f'--process-id={process} is not from 0 to {processes - 1}, --num-processes={processes}'
+      )
+    print(f'process {process} of {processes}: meeting at {coordinator}', flush=True)
+  jax.distributed.initialize(
+    coordinator,
+    processes,
+    process,
+    initialization_timeout=int(os.environ.get('SIMCLR_JAX_START_SECONDS', START)),
+    heartbeat_timeout_seconds=int(os.environ.get('SIMCLR_JAX_HEARTBEAT_SECONDS', HEARTBEAT)),
+    shutdown_timeout_seconds=30,
+  )
+  hosts = gather(socket.gethostname())
+  for i, host in enumerate(hosts):
+    print(f'process {i} of {len(hosts)} runs on {host}', flush=True)
+  if not leader():
+    sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  (till the end of the process)
+    logging.set_verbosity(logging.ERROR)
+
+
+def _number(variable):
+  text = os.environ.get(variable)
+  if text and not text.isdecimal():
+    raise ConfigError(f'the environment variable {variable}={text!r} is not a number')
+  return int(text) if text else None
+
+
+def _in_a_cluster():
+  hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
+  tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
+  return len(hosts) > 1 or tasks != '1' or _on_a_tpu_pod()
+
+
+def _on_a_tpu_pod():
+  """Whether the machine's metadata tell of a TPU slice of several hosts."""
+  if not any(os.path.exists(path) for path in ('/dev/accel0', '/dev/vfio/0')):
+    return False
+  from jax._src.clusters import cloud_tpu_cluster  # there is no public name for it
+
+  try:
+    return cloud_tpu_cluster.GceTpuCluster.get_process_count() > 1
+  except Exception:  # no metadata server: not a Cloud TPU VM
+    return False
+
+
+def check_accelerator(tpus: Callable[[], tuple[int, Any]] | None = None) -> None:
+  """Refuses to train for days on the CPU of a machine that has a TPU.
+
+  Args:
+    tpus: () -> (how many, which kind) are plugged in; by default JAX's own look at the PCI bus.
+
+  Raises:
+    ConfigError: there is one, JAX does not see it, and JAX_PLATFORMS=cpu was not said.
+  """
+  if jax.default_backend() != 'cpu' or (jax.config.jax_platforms or '').startswith('cpu'):
+    return
+  from jax._src import hardware_utils  # there is no public name for it
+
+  count = (tpus or hardware_utils.num_available_tpu_chips_and_device_id)()[0]
+  if count:
+    raise ConfigError(
+      f"this machine has {count} TPU chips, but JAX sees only the CPU: pip install 'jax[tpu]', or say "
+      'JAX_PLATFORMS=cpu'
+    )
+
+
+def leader() -> bool:
+  """Whether this process is the one that writes and reports."""
+  return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+  """What each process gave, by process. All must call it, with a value that JSON can hold."""
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.int32(len(text)))
+  padded = np.zeros(lengths.max(), np.uint8)
+  padded[: len(text)] = text
+  rows = multihost_utils.process_allgather(padded)
+  return [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths)]
+
+
+def together(work: Callable[[], T]) -> T:
+  """`work()`, which must not wait for other processes; if it fails on one, it does on all.
+
+  Raises:
+    ConfigError: that of the first process that has one; of any other error, its own process raises it and
+      the others this.
+  """
+  result, problem, failure = None, '', None
+  try:
+    result = work()
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    problem, failure = f'{error}' or type(error).__name__, error
+  problems = gather(problem)
+  if failure and not isinstance(failure, ConfigError):
+    raise failure
+  for process, said in enumerate(problems):
+    if said:
+      raise ConfigError(f'process {process}: {said}')
+  return result
+
+
+def agree(values: dict[str, Any]) -> None:
+  """Checks that all processes have the same values, which JSON can hold.
+
+  Raises:
+    ConfigError: naming each one that differs, and what it is where.
+  """
+  first, *others = gather(values)
+  for process, other in enumerate(others, 1):
+    differing = [k for k in sorted(first.keys() | other.keys()) if first.get(k) != other.get(k)]
+    if differing:
+      each = '; '.join(
+        f'{k} is {first.get(k)!r} on process 0 and {other.get(k)!r} on process {process}'
+        for k in differing
+      )
+      raise ConfigError(f'the processes do not agree: {each}')
+
+
+def wait(name: str) -> None:
+  """Returns when all processes have come here."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

@@ -1,0 +1,33 @@
+"""Runs in other places than this machine's folders."""
+
+import pathlib
+
+import pytest
+from conftest import TINY
+
+from simclr_jax import cli, config, paths, train
+from simclr_jax.errors import ConfigError
+
+epath = pytest.importorskip('etils.epath')
+
+
+def test_places():
+  """Breaks if a bucket's name is taken for a folder: gs:/bucket below the working directory."""
+  bucket = paths.path('gs://bucket/a b/run')
+  assert str(paths.absolute(bucket) / 'checkpoints') == 'gs://bucket/a b/run/checkpoints'
+  assert paths.remote(bucket) and not paths.remote(paths.path('runs/x'))
+  assert paths.absolute(paths.path('runs/x')) == pathlib.Path.cwd() / 'runs/x'
+  assert paths.path('~/x') == pathlib.Path.home() / 'x'
+  with pytest.raises(ConfigError, match='only local folders and gs://'):
+    paths.path('ftp://x/y')
+
+
+def test_a_run_needs_no_more_of_a_path_than_buckets_have(tmp_path, monkeypatch, capsys):
+  """Breaks if a file of a run is handled by what only local paths can do; no bucket is there to try."""
+  monkeypatch.setattr(paths, 'path', epath.Path)
+  place = epath.Path(tmp_path / 'run')
+  for steps in ('2', '2'):
+    recipe = config.load('simclr_digits', {**TINY, 'steps': steps, 'checkpoint_every_steps': '1'})
+    assert train.pretrain(recipe, place, quiet=True) == 0
+  assert 'is complete: 2 steps' in capsys.readouterr().out
+  assert cli.main(['probe', f'--workdir={tmp_path}/run', '--cached', '--epochs=1']) == 0
