@@ -113,87 +113,50 @@ def pretrain(
     every_epoch = max(len(train) // config.batch_size, 1)
     save_every = config.checkpoint_every_steps or every_epoch
     knn_every = config.knn_every_epochs * every_epoch
-    records, known = logs.read(workdir), set(health.findings(config, []))
-    clock, clock_step, waited = time.monotonic(), first, 0.0
+    metrics = _Metrics(config, workdir, log, spent, first, steps, len(train))
     tracing = False
-    pending = None
-
-    def finish(done, metrics):
-      """Fetches the metrics of step `done`; while the loop runs, the next one is on the device."""
-      nonlocal clock, clock_step, waited
-      values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-      values = {k: v for k, v in values.items() if k in ('loss', 'grad_norm') or not np.isnan(v)}
-      if not np.isfinite([values['loss'], values['grad_norm']]).all():
-        log.write(done, values)
-        raise NotFinite(
-          f'step {done}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, learning rate '
-          f'{values["learning_rate"]:.4g}: training stopped before the next checkpoint; '
-          f'{_newest(folder)}. A lower learning_rate or a longer warm-up usually helps'
-        )
-      if done % config.log_every_steps and done not in (1, steps):
-        return
-      now = time.monotonic()
-      values['data_wait'] = (spent.seconds['data'] - waited) / max(now - clock, 1e-9)
-      values['steps_per_second'] = (done - clock_step) / max(now - clock, 1e-9)
-      values['examples_per_second'] = values['steps_per_second'] * config.batch_size
-      values['epoch'] = done * config.batch_size / len(train)
-      clock, clock_step, waited = now, done, spent.seconds['data']
-      log.write(done, values | spent.fields())
-      log.progress(done, values)
-      records.append({'step': done, **values})
-      del records[1:-200]  # the first step and the recent ones tell enough
-      for name, sentence in health.findings(config, records).items():
-        if name not in known:
-          log.say(sentence)
-          known.add(name)
-
-    def flush():
-      nonlocal pending
-      if pending:
-        finish(*pending)
-      pending = None
 
     def save(done):
-      flush()  # nothing is saved before its loss is known to be finite
+      metrics.flush()  # nothing is saved before its loss is known to be finite
       with spent.on('checkpoint'):
         saver.save(done, state, {'config': config.to_dict(), 'versions': checkpoint.versions()})
 
     done = first
     for i in range(first, steps):
       if not step_fn.feed.ready(i):
-        flush()  # the device is idle from here on
+        metrics.flush()  # the device is idle from here on
         with spent.on('data'):
           step_fn.feed.wait(i)
       if i + 1 in config.profile_steps[:1]:
         jax.profiler.start_trace(str(workdir / 'profile'))
         tracing = True
-      state, metrics = step_fn(state, i)
+      state, values = step_fn(state, i)
       done = i + 1
-      flush()
+      metrics.flush()
       watchdog.beat()
       if done == first + 1:
-        jax.block_until_ready(metrics)
+        jax.block_until_ready(values)
         spent.begun()
       if tracing and done >= min(config.profile_steps[1], steps):
-        jax.block_until_ready(metrics)
+        jax.block_until_ready(values)
         jax.profiler.stop_trace()
         tracing = False
         log.say(
           f'wrote a trace of steps {config.profile_steps[0]} to {done}: {workdir / "profile"}'
         )
-      pending = (done, metrics)
+      metrics.pending = (done, values)
       if done % save_every == 0 or done == steps:
         save(done)
       stopped = stop.wanted()
       if online_knn and not stopped and (done % knn_every == 0 or done == steps):
-        flush()
+        metrics.flush()
         with spent.on('evaluation'):
           accuracy = online_knn(state, lambda: watchdog.beat(compiling=True) or stop.wanted())
         stopped = accuracy is None
         if not stopped:
           log.write(done, {'knn_acc': accuracy})
           log.say(f'step {done}/{steps}  online kNN {accuracy:.1%}')
-        clock, clock_step, waited = time.monotonic(), done, spent.seconds['data']
+        metrics.restart_clock(done)
       if stopped:
         break
     if stopped and done < steps:
@@ -210,6 +173,64 @@ def pretrain(
     log.event(done, 'complete', spent.fields())
     log.say(f'complete: {steps} steps, in {workdir}')
     return 0
+
+
+class _Metrics:
+  """What the steps report, fetched while the next step is on the device.
+
+  Attributes:
+    pending: (step, its metrics on the device), not fetched yet.
+  """
+
+  def __init__(self, config, workdir, log, spent, first, steps, examples):
+    self.pending = None
+    self._config, self._workdir, self._log, self._spent = config, workdir, log, spent
+    self._steps, self._examples = steps, examples
+    self._records, self._known = logs.read(workdir), set(health.findings(config, []))
+    self.restart_clock(first)
+
+  def restart_clock(self, done):
+    """Speeds are of the time from here on."""
+    self._since, self._since_step = time.monotonic(), done
+    self._waited = self._spent.seconds['data']
+
+  def flush(self):
+    """Fetches what is pending, and logs it when due.
+
+    Raises:
+      NotFinite: the loss or its gradient is not.
+    """
+    if self.pending:
+      (done, metrics), self.pending = self.pending, None
+      values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+      values = {k: v for k, v in values.items() if k in ('loss', 'grad_norm') or not np.isnan(v)}
+      if not np.isfinite([values['loss'], values['grad_norm']]).all():
+        self._log.write(done, values)
+        raise NotFinite(
+          f'step {done}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, learning rate '
+          f'{values["learning_rate"]:.4g}: training stopped before the next checkpoint; '
+          f'{_newest(self._workdir / "checkpoints")}. A lower learning_rate or a longer warm-up usually '
+          'helps'
+        )
+      if done % self._config.log_every_steps == 0 or done in (1, self._steps):
+        self._record(done, values)
+
+  def _record(self, done, values):
+    seconds = max(time.monotonic() - self._since, 1e-9)
+    batch = self._config.batch_size
+    values['data_wait'] = (self._spent.seconds['data'] - self._waited) / seconds
+    values['steps_per_second'] = (done - self._since_step) / seconds
+    values['examples_per_second'] = values['steps_per_second'] * batch
+    values['epoch'] = done * batch / self._examples
+    self.restart_clock(done)
+    self._log.write(done, values | self._spent.fields())
+    self._log.progress(done, values)
+    self._records.append({'step': done, **values})
+    del self._records[1:-200]  # the first step and the recent ones tell enough
+    for name, sentence in health.findings(self._config, self._records).items():
+      if name not in self._known:
+        self._log.say(sentence)
+        self._known.add(name)
 
 
 @contextlib.contextmanager
