@@ -37,6 +37,9 @@ setup(
     'tensorflow-datasets>=4.9.8',
     'tqdm',
   ],
-  extras_require={'dev': ['pyarrow', 'pytest', 'pytest-xdist', 'ruff']},
+  extras_require={
+    'compile-check': ['libtpu; sys_platform == "linux" and platform_machine == "x86_64"'],
+    'dev': ['pyarrow', 'pytest', 'pytest-xdist', 'ruff'],
+  },
   entry_points={'console_scripts': ['simclr-jax = simclr_jax.cli:main']},
 )

@@ -309,6 +309,26 @@ def _parse(argv):
   workdir(p)
   p.add_argument('--out', type=_path, metavar='FILE', help='(RUN/report.html)')
 
+  p = verb(
+    'compile-check', _compile_check, 'compile a recipe for a TPU that is not there',
+    'Examples:\n'
+    '  simclr-jax compile-check --config=simclr_imagenet:v1 --topology=v3-128\n'
+    '  simclr-jax compile-check --config=moco_imagenet:v2 --topology="2x v5e-16" --json\n'
+    '  simclr-jax compile-check --config=simclr_imagenet:v1 --topology=v5e-64 --find-batch\n\n'
+    'The TPU compiler (pip install .[compile-check]) compiles the training step as a run would, which\n'
+    'takes minutes and no TPU. Printed are memory, operations, every collective and what it is for, and\n'
+    'what bounds the time of a step. The exit code is 1 if the step does not fit, if negatives or\n'
+    'BatchNorm do not reach all devices, or if images move between devices. Fields are set as in pretrain.',
+  )  # fmt: skip
+  p.add_argument('--config', required=True, metavar='RECIPE', help='RECIPE or RECIPE:VARIANT')
+  p.add_argument(
+    '--topology', required=True, metavar='TPU', help='v3-128, v4-128, v5e-256, v5p-8, v6e-64, v5e:4x4'
+  )
+  p.add_argument('--slices', type=_positive, default=1, metavar='N', help='so many of them (1)')
+  p.add_argument('--json', action='store_true', help='print one JSON object')
+  p.add_argument('--hlo', type=_path, metavar='FILE', help='write the compiled program, as text')
+  p.add_argument('--find-batch', action='store_true', help='find the largest batch that fits')
+
   args, rest = parser.parse_known_args(argv)
   overrides = {}
   while rest:
@@ -552,4 +572,30 @@ def _report(args, overrides):
   out = args.out or args.workdir / 'report.html'
   page.write(args.workdir, _run_config(args, overrides), out)
   print(f'wrote {out}')
+  return 0
+
+
+def _compile_check(args, overrides):
+  import json
+
+  import jax
+
+  from simclr_jax import compile_check, config, hardware
+
+  os.environ.update(hardware.ENVIRONMENT)
+  jax.config.update('jax_platforms', 'cpu')  # only describes the TPU
+  topology = hardware.topology(args.topology, args.slices)
+  recipe = config.load(args.config, overrides)
+  if args.find_batch:
+    found = compile_check.find_batch(
+      recipe, topology, lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    about = {'recipe': args.config, 'topology': args.topology, 'largest_batch': found}
+    print(json.dumps(about) if args.json else f'the largest batch that fits: {found:,}')
+    return 0 if found else 1
+  words = shlex.join([args.config, *(f'--config.{k}={v}' for k, v in overrides.items())])
+  result = compile_check.check(recipe, topology, words, args.hlo)
+  print(json.dumps(result, indent=1) if args.json else compile_check.report(result))
+  if result['problems']:
+    return _fail('; '.join(result['problems']), 1)
   return 0

@@ -1,0 +1,530 @@
+"""Compiles a recipe's training step for TPUs that are not there, and looks at what came out.
+
+The step is that of `train_state`, the compiler is the one that TPUs use (libtpu), the topology is described
+and not found. What the compiler says is memory, operations and collectives; times are what the published
+peaks of the chip allow at best, not a prediction.
+"""
+
+import collections
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from simclr_jax import config as recipes, hardware, hlo, methods, sharding, train_state
+from simclr_jax.data import crop, feed
+from simclr_jax.errors import ConfigError
+from simclr_jax.models import tower
+
+IMAGENET = 1_281_167  # training images
+GIB = 2**30
+
+
+class DoesNotFit(RuntimeError):
+  """The step needs more memory than a device has: `needed` and `limit` in bytes, None where unsaid."""
+
+  def __init__(self, message: str):
+    super().__init__(message)
+    self.needed, self.limit = memory_in(message)
+
+
+def memory_in(message: str) -> tuple[float | None, float | None]:
+  """Bytes needed and bytes there, of the compiler's RESOURCE_EXHAUSTED."""
+  unit = {'': 1, 'K': 2**10, 'M': 2**20, 'G': GIB, 'T': 2**40}
+
+  def size(match):
+    return float(match[1]) * unit[match[2]] if match else None
+
+  number = r'([\d.]+)([KMGT]?)i?B?'
+  needed = re.search(rf'(?:Used |temporaries \(|requirement is |allocate ){number}', message)
+  limit = re.search(rf'(?: of |\(HBM \(|available HBM \(|limit (?:is|of) ){number}', message)
+  return size(needed), size(limit)
+
+
+def devices_of(topology: hardware.Topology) -> list[Any]:
+  """The JAX devices of a topology, described.
+
+  Raises:
+    ConfigError: TPU's library is missing, or it knows no such topology.
+  """
+  from jax.experimental import topologies
+
+  os.environ.update(hardware.ENVIRONMENT)  # read when the library is loaded, now
+  try:
+    import libtpu  # noqa: F401
+  except ImportError:
+    raise ConfigError(
+      'the TPU compiler is missing: pip install libtpu (or simclr_jax[compile-check]); there are wheels '
+      'for Linux on x86-64'
+    ) from None
+  try:
+    found = topologies.get_topology_desc(
+      platform='tpu', topology_name=topology.name, **topology.options
+    ).devices
+  except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
+    reason = str(error).split('\n')[0]
+    raise ConfigError(
+      f'--topology={topology.text!r}: the TPU compiler refuses it: {reason}'
+    ) from None
+  if len(found) != topology.devices:
+    raise ConfigError(
+      f'--topology={topology.text!r} should have {topology.devices} devices, but the TPU compiler '
+      f'describes {len(found)}'
+    )
+  return list(found)
+
+
+def prepared(
+  config: ml_collections.ConfigDict, devices: int
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+  """The recipe as it is on TPUs, and what was assumed for it.
+
+  Raises:
+    ConfigError: it cannot be run on so many devices.
+  """
+  notes = []
+  examples = config.data.examples
+  if not examples:
+    examples = IMAGENET
+    if not config.data.name.startswith('imagenet2012'):
+      notes.append(f'assumed: {examples:,} training images, ImageNet (--config.data.examples=N)')
+  filled = recipes.with_examples(config, examples)
+  with filled.unlocked():
+    if filled.dtype == 'auto':
+      filled.dtype = 'bfloat16'
+  if filled.batch_size % devices:
+    below, above = (
+      filled.batch_size // devices * devices,
+      -(-filled.batch_size // devices) * devices,
+    )
+    near = ' or '.join(f'{n}' for n in (below, above) if n)
+    raise ConfigError(
+      f'batch_size={filled.batch_size} is not divisible by the number of devices, {devices}: '
+      f'set --config.batch_size={near}'
+    )
+  return filled.lock(), notes
+
+
+def lowered(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
+  """The training step of a prepared recipe, `train_state.train_step`, not yet compiled."""
+  method = methods.build(config)
+  init, step = train_state.programs(config, mesh)
+  resident = None
+  if config.data.on_device == 'yes' or config.data.source == 'digits':
+    resident = (config.image_size, config.image_size)
+  constants, rows = feed.shapes(
+    config.data.examples,
+    config.batch_size,
+    method.views,
+    config.image_size,
+    config.data.resize_on,
+    resident,
+  )
+  seed = jax.ShapeDtypeStruct((), np.uint32)
+  with jax.set_mesh(mesh):
+    state = jax.eval_shape(init, seed)
+    return state, step.lower(state, seed, _given(config, method), constants, rows)
+
+
+def _given(config, method):
+  """What the method finds in `batch['given']`, or a stand-in for it."""
+  if not method.given:
+    return {}
+  if config.get('teacher'):
+    return jax.eval_shape(lambda: method.given())
+  from simclr_jax.methods import distill, supervised
+
+  _, init, variables = supervised.network(config)
+  views = jax.ShapeDtypeStruct((2, 1, config.image_size, config.image_size, 3), jnp.float32)
+  shapes = jax.eval_shape(
+    lambda key, x: variables(*init(key, {'views': x})), jax.random.key(0), views
+  )
+  return distill.Teacher(shapes, json.dumps(recipes.architecture(config, classifier=True)))
+
+
+def compiled(step) -> Any:
+  """Compiles.
+
+  Raises:
+    DoesNotFit: into the memory of a device.
+  """
+  try:
+    return step.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    raise DoesNotFit(str(error)) from None
+
+
+# What came out.
+
+
+def memory(program, limit: float) -> dict[str, float]:
+  """HBM of a device by kind, bytes. What is aliased is both argument and output, and there once."""
+  m = program.memory_analysis()
+  found = {
+    'arguments': m.argument_size_in_bytes,
+    'outputs': m.output_size_in_bytes,
+    'aliased': -m.alias_size_in_bytes,
+    'temporaries': m.temp_size_in_bytes,
+    'code': m.generated_code_size_in_bytes,
+  }
+  return {**found, 'total': sum(found.values()), 'limit': limit}
+
+
+def known(config: ml_collections.ConfigDict, state, devices: int) -> hlo.Known:
+  """What the collectives of this recipe may move."""
+  method, n, side = methods.build(config), config.batch_size, config.image_size
+  d, m = tower.output_size(config), method.views * config.batch_size
+  shapes = {tuple(p.shape) for p in jax.tree.leaves(state.params)}
+  shapes |= {  # and a device's part of each, where it is split
+    (*p[:i], size // devices, *p[i + 1 :])
+    for p in shapes
+    for i, size in enumerate(p)
+    if not size % devices
+  }
+  canvas = crop.canvas_shape(side, method.views, config.data.resize_on)
+  bank = state.state.get('bank')
+  return hlo.Known(
+    embeddings=frozenset({(n, d), (m, d), (n, method.views, d)}),
+    similarities=frozenset({(a, b) for a in (n, m) for b in (n, m)}),
+    parameters=frozenset(shapes),
+    sides=((side, side), canvas),
+    shuffled=n * side * side * 3 if config.get('shuffle', 'none') != 'none' else 0,
+    bank=(bank.shape[0] // devices, bank.shape[1]) if bank is not None else (),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Moved:
+  """Equal collectives.
+
+  Attributes:
+    kind, devices: as in `hlo.Collective`.
+    purposes: bytes by purpose.
+    count: how many run in a step.
+    traffic: bytes that a device sends for all of them, at least.
+  """
+
+  kind: str
+  purposes: tuple[tuple[str, int], ...]
+  devices: int
+  count: int
+  traffic: float
+
+  @property
+  def bytes(self) -> int:
+    """Of one of them."""
+    return sum(size for _, size in self.purposes)
+
+  @property
+  def text(self) -> str:
+    """What it is for, the largest part first."""
+    return ', '.join(name for name, _ in sorted(self.purposes, key=lambda p: -p[1]))
+
+
+def moved(found: list[hlo.Collective], what: hlo.Known, devices: int) -> list[Moved]:
+  """Collectives with their purposes, equal ones together, in the order of the program."""
+  groups = collections.defaultdict(lambda: [0, 0.0])
+  for c in found:
+    sizes = collections.Counter()
+    for array in c.arrays:
+      scattered = c.devices if c.kind == 'reduce-scatter' else 1
+      sizes[hlo.purpose(array, what, devices)] += scattered * array.bytes
+    group = groups[c.kind, tuple(sorted(sizes.items())), c.devices]
+    group[0] += c.times
+    group[1] += c.traffic
+  return [Moved(kind, sizes, n, *group) for (kind, sizes, n), group in groups.items()]
+
+
+def problems(
+  config: ml_collections.ConfigDict, state, found: list[Moved], devices: int
+) -> list[str]:
+  """What a recipe on several devices must not lose, and what it must not move: a sentence each."""
+  if devices == 1:
+    return []
+  wrong = []
+
+  def moves(purpose):
+    return [g for g in found if any(p == purpose for p, _ in g.purposes)]
+
+  images = [*moves('images'), *moves('activations'), *moves('activations (backward)')]
+  if images:
+    largest = max(images, key=lambda g: g.bytes)
+    wrong.append(
+      f'images move between devices: {sum(g.count for g in images)} collectives, the largest '
+      f'{largest.kind} of {_bytes(largest.bytes)} ({largest.text})'
+    )
+  gathered = [g for g in moves('embeddings') if g.kind in ('all-gather', 'all-reduce')]
+  if config.method in ('simclr', 'moco', 'end_to_end', 'memory_bank') and not gathered:
+    wrong.append(
+      'the embeddings are not gathered from all devices: each device contrasts its own images only'
+    )
+  groups = config.model.bn_groups
+  frozen = config.get('fine_tune_after_block', -1) == 4
+  if groups % devices and not frozen:
+    stats = jax.tree.leaves(state.state['stats'])
+    expected = sum(math.prod(s.shape) for s in stats) * 4
+    there = sum(
+      g.count * size
+      for g in moves('BatchNorm (forward)')
+      for p, size in g.purposes
+      if p == 'BatchNorm (forward)'
+    )
+    if there < expected * (groups == 1) or not there:
+      wrong.append(
+        f'BatchNorm of {groups} group(s) does not reach all devices: its statistics take {_bytes(expected)}, '
+        f'and {_bytes(there)} are exchanged'
+      )
+  return wrong
+
+
+def bounds(topology: hardware.Topology, flops: float, bytes_accessed: float, found: list[Moved]):
+  """Seconds that a step takes at least, by what the chip's published peaks allow.
+
+  Collectives of several slices are counted against the data centre's network with the share that a
+  device has to send there, where its speed is published.
+  """
+  chip = topology.chip
+  seconds = {
+    'compute': flops * chip.devices / chip.flops,
+    'memory': bytes_accessed * chip.devices / chip.bandwidth,
+    'links': sum(g.traffic for g in found) * chip.devices / chip.links,
+  }
+  if topology.slices > 1 and chip.network:
+    # Between slices a device exchanges its part of what its slice has reduced.
+    inside = topology.devices // topology.slices
+    across = sum(g.traffic / inside for g in found if g.devices > inside)
+    seconds['network'] = across * chip.devices / chip.network
+  return seconds
+
+
+def check(
+  config: ml_collections.ConfigDict,
+  topology: hardware.Topology,
+  recipe: str = '',
+  text_to: pathlib.Path | None = None,
+) -> dict[str, Any]:
+  """Compiles and judges.
+
+  Args:
+    config: a checked recipe (`config.load`).
+    topology: what it is compiled for.
+    recipe: its name, for the report.
+    text_to: a file that gets the compiled program, as XLA writes it.
+
+  Returns:
+    Plain data: what was compiled, `memory`, `flops`, `bytes_accessed`, `collectives`, `seconds_at_least`,
+    `bound`, `problems` (none: all is well), `notes`. Figures are of one device and step.
+
+  Raises:
+    ConfigError: it cannot be compiled at all: the recipe, the topology, a missing library.
+  """
+  devices = devices_of(topology)
+  mesh = sharding.make_mesh(devices)
+  config, notes = prepared(config, len(devices))
+  result = {
+    'recipe': recipe,
+    'method': config.method,
+    'topology': topology.text,
+    'shape': topology.name,
+    'slices': topology.slices,
+    'devices': len(devices),
+    'hosts': len({d.process_index for d in devices}),
+    'device_kind': devices[0].device_kind,
+    'batch_size': config.batch_size,
+    'dtype': config.dtype,
+    'bn_groups': config.model.bn_groups,
+    'versions': {'jax': jax.__version__, 'libtpu': importlib.metadata.version('libtpu')},
+    'notes': notes,
+  }
+  if config.method == 'distill' and not config.teacher:
+    notes.append("assumed: a teacher of the student's size (--config.teacher=RUN)")
+  state, step = lowered(config, mesh)
+  parameters = jax.tree.leaves(state.params)
+  result['parameters'] = sum(math.prod(p.shape) for p in parameters)
+  began = time.monotonic()
+  try:
+    program = compiled(step)
+  except DoesNotFit as error:
+    limit = error.limit or topology.chip.hbm
+    needs = f'needs {_bytes(error.needed)} of HBM on a device' if error.needed else 'does not fit'
+    result |= {
+      'compile_seconds': round(time.monotonic() - began, 1),
+      'memory': {'total': error.needed, 'limit': limit},
+      'problems': [
+        f'batch_size={config.batch_size} {needs}, there are {_bytes(limit)}: lower --config.batch_size '
+        '(--find-batch finds the largest) or take more devices'
+      ],
+    }
+    return result
+  result['compile_seconds'] = round(time.monotonic() - began, 1)
+  text = program.as_text()
+  if text_to:
+    text_to.write_text(text)
+  cost = program.cost_analysis()
+  flops, accessed = cost['flops'], cost['bytes accessed']
+  what = known(config, state, len(devices))
+  found = moved(hlo.collectives(text, len(devices)), what, len(devices))
+  seconds = bounds(topology, flops, accessed, found)
+  if any(p == 'shuffled images' for g in found for p, _ in g.purposes):
+    notes.append(
+      f'shuffle={config.shuffle} moves the key images between devices, as the recipe asks'
+      + (': shuffle=transpose moves fewer' if config.shuffle == 'permute' else '')
+    )
+  result |= {
+    'memory': memory(program, topology.chip.hbm),
+    'flops': flops,
+    'bytes_accessed': accessed,
+    'intensity': flops / accessed,
+    'collectives': [
+      {
+        'kind': g.kind,
+        'purpose': g.text,
+        'count': g.count,
+        'bytes': g.bytes,
+        'bytes_by_purpose': dict(g.purposes),
+        'devices': g.devices,
+      }
+      for g in found
+    ],
+    'seconds_at_least': seconds,
+    'bound': max(seconds, key=seconds.get),
+    'problems': problems(config, state, found, len(devices)),
+  }
+  return result
+
+
+def fits(config: ml_collections.ConfigDict, topology: hardware.Topology) -> bool:
+  """Whether the step can be compiled."""
+  devices = devices_of(topology)
+  config, _ = prepared(config, len(devices))
+  try:
+    compiled(lowered(config, sharding.make_mesh(devices))[1])
+  except DoesNotFit:
+    return False
+  return True
+
+
+def largest(start: int, unit: int, fits, most: int = 2**20) -> int:
+  """The largest multiple of `unit` up to `most` that fits; 0 if `unit` itself does not.
+
+  Doubles or halves from near `start`, then bisects; what fits is assumed to fit when smaller.
+
+  Args:
+    start: a first guess.
+    unit: of the search.
+    fits: a function of a multiple of `unit`.
+    most: the end of the search.
+  """
+  low, high = 0, most // unit + 1  # in units: the largest that fits, the smallest that does not
+  guess = max(2 ** round(math.log2(max(start / unit, 1))), 1)
+  while high - low > 1:
+    guess = min(max(guess, low + 1), high - 1)
+    if fits(guess * unit):
+      low = guess
+    else:
+      high = guess
+    if low == 0:
+      guess = high // 2
+    elif high > most // unit:
+      guess = 2 * low
+    else:
+      guess = (low + high) // 2
+  return low * unit
+
+
+def find_batch(
+  config: ml_collections.ConfigDict, topology: hardware.Topology, say=lambda text: None
+) -> int:
+  """The largest global batch of a recipe that fits; 0 if none does."""
+  unit = math.lcm(topology.devices, config.model.bn_groups)
+
+  def try_batch(size):
+    changed = config.copy_and_resolve_references()
+    changed.batch_size = size
+    recipes.check(changed)
+    found = fits(changed.lock(), topology)
+    say(f'batch {size:,}: {"fits" if found else "does not fit"}')
+    return found
+
+  examples = config.data.examples or IMAGENET
+  return largest(config.batch_size, unit, try_batch, examples)
+
+
+# In words.
+
+
+def _bytes(size: float | None) -> str:
+  if size is None:
+    return 'more'
+  for unit, name in ((GIB, 'GiB'), (2**20, 'MiB'), (2**10, 'KiB')):
+    if abs(size) >= unit:
+      return f'{size / unit:.3g} {name}' if abs(size) < 1000 * unit else f'{size / unit:.0f} {name}'
+  return f'{size:.0f} B'
+
+
+def report(result: dict[str, Any]) -> str:
+  """The result of `check` for a reader."""
+  r = result
+  per_device = r['batch_size'] // r['devices']
+  slices = f'{r["slices"]} slices of ' if r['slices'] > 1 else ''
+  lines = [
+    f'{r["recipe"]} on {r["topology"]}: {r["devices"]} devices ({slices}{r["device_kind"]}), {r["hosts"]} '
+    f'hosts; batch {r["batch_size"]:,}, {per_device} images a device; {r["dtype"]}',
+    f'compiled in {r["compile_seconds"]:.0f} s by libtpu {r["versions"]["libtpu"]}',
+    *r['notes'],
+  ]
+  if 'flops' in r:
+    lines += ['', 'Memory of a device']
+    for name, size in r['memory'].items():
+      if name not in ('total', 'limit'):
+        lines.append(f'  {name:<12} {size / GIB:8.3f} GiB')
+    total, limit = r['memory']['total'], r['memory']['limit']
+    lines.append(
+      f'  {"total":<12} {total / GIB:8.3f} GiB of {limit / GIB:.2f}, {total / limit:.0%}'
+    )
+    lines += [
+      '',
+      f'Work of a device in a step: {r["flops"] / 1e12:.3g} TFLOP, {r["bytes_accessed"] / 1e9:.3g} GB read '
+      f'and written, {r["intensity"]:.0f} FLOP a byte',
+      '',
+      'Collectives in a step        number   bytes of each           devices  for',
+    ]
+    lines += _table(r['collectives'])
+    lines += ['', 'A step takes at least, at the published peaks of the chip']
+    for name, seconds in r['seconds_at_least'].items():
+      mark = '  <- the bound' if name == r['bound'] else ''
+      lines.append(f'  {name:<12} {1000 * seconds:8.2f} ms{mark}')
+  lines.append('')
+  if r['problems']:
+    lines += [f'FAILS: {problem}' for problem in r['problems']]
+  else:
+    lines.append('OK: it fits, and what must reach all devices does')
+  return '\n'.join(lines)
+
+
+def _table(rows):
+  """Collectives of one kind and purpose in a line."""
+  groups = collections.defaultdict(list)
+  for row in rows:
+    groups[row['kind'], row['purpose'], row['devices']].append(row)
+  lines = []
+  for (kind, purpose, devices), found in groups.items():
+    sizes = sorted(row['bytes'] for row in found)
+    size = (
+      _bytes(sizes[0]) if sizes[0] == sizes[-1] else f'{_bytes(sizes[0])} to {_bytes(sizes[-1])}'
+    )
+    count = sum(row['count'] for row in found)
+    lines.append(f'  {kind:<24} {count:8}   {size:<24} {devices:6}  {purpose}')
+  return lines
