@@ -322,7 +322,10 @@ def _parse(argv):
   )  # fmt: skip
   p.add_argument('--config', required=True, metavar='RECIPE', help='RECIPE or RECIPE:VARIANT')
   p.add_argument(
-    '--topology', required=True, metavar='TPU', help='v3-128, v4-128, v5e-256, v5p-8, v6e-64, v5e:4x4'
+    '--topology',
+    required=True,
+    metavar='TPU',
+    help='v3-128, v4-128, v5e-256, v5p-8, v6e-64, v5e:4x4',
   )
   p.add_argument('--slices', type=_positive, default=1, metavar='N', help='so many of them (1)')
   p.add_argument('--json', action='store_true', help='print one JSON object')

@@ -191,7 +191,7 @@ def known(config: ml_collections.ConfigDict, state, devices: int) -> hlo.Known:
     (*p[:i], size // devices, *p[i + 1 :])
     for p in shapes
     for i, size in enumerate(p)
-    if not size % devices
+    if not size % devices and size > devices
   }
   canvas = crop.canvas_shape(side, method.views, config.data.resize_on)
   bank = state.state.get('bank')

@@ -20,10 +20,12 @@ _COLLECTIVE = re.compile(
 _NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"')
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
 _CALLED = re.compile(
-  r'(calls|to_apply|body|condition|branch_computations|called_computations)=\{?([^,}]+(?:, %[^,}]+)*)'
+  r'(?:calls|to_apply|branch_computations|called_computations)=\{?([^,}]+(?:, %[^,}]+)*)'
 )
+_LOOP = re.compile(r' while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)')
+_CONSTANT = re.compile(r'^\s*%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)')
+_UP_TO = re.compile(r'^\s*ROOT .* compare\([^,]*, %?([\w.\-]+)\), direction=LT')
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,25 +144,30 @@ def _group(line, devices):
 
 
 def _times(text):
-  """computation -> how often it runs in a step, where loops say how often they turn."""
-  callers, computation = {}, ''
+  """computation -> how often it runs in a step; loops that count up to a constant are told by their condition."""
+  callers, constants, limits, computation = {}, {}, {}, ''
   for line in text.splitlines():
     header = _COMPUTATION.match(line)
     if header:
-      computation = header[1]
+      computation, constants = header[1], {}
       continue
-    trips = _TRIPS.search(line) if ' while(' in line else None
-    for role, called in _CALLED.findall(line):
-      turns = int(trips[1]) if trips and role == 'body' else 1
+    if constant := _CONSTANT.match(line):
+      constants[constant[1]] = int(constant[2])
+    elif (condition := _UP_TO.match(line)) and condition[1] in constants:
+      limits[computation] = constants[condition[1]]
+    if loop := _LOOP.search(line):
+      callers.setdefault(loop[2], (computation, loop[1]))
+      continue
+    for called in _CALLED.findall(line):
       for name in re.findall(r'[\w.\-]+', called):
-        callers.setdefault(name, (computation, turns))
+        callers.setdefault(name, (computation, None))
   times = {}
   for name in callers:
     total, at, seen = 1, name, set()
     while at in callers and at not in seen:
       seen.add(at)
-      at, turns = callers[at]
-      total *= turns
+      at, condition = callers[at]
+      total *= limits.get(condition, 1)
     times[name] = total
   return times
 
@@ -204,7 +211,7 @@ def purpose(array: Array, known: Known, devices: int) -> str:
     return 'gradients'
   if dims in {_without_ones(e) for e in known.embeddings}:
     return 'embeddings' + backward
-  if re.search(r'(^|/|_)bn\d*(/|$)', array.name) and len(dims) <= 2:
+  if re.search(r'(^|/|_)bn\d*(/|$)', array.name) and len(dims) in (1, 2):
     return 'BatchNorm' + (backward or ' (forward)')
   if array.size <= 16 and not is_parameter:
     return 'metrics'
