@@ -22,6 +22,7 @@ _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
 _CALLED = re.compile(
   r'(?:calls|to_apply|branch_computations|called_computations)=\{?([^,}]+(?:, %[^,}]+)*)'
 )
+_TRANSFER = re.compile(r'^\s*%?[\w.\-]+ = \((\w+)\[([\d,]*)\].* send\(')
 _LOOP = re.compile(r' while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)')
 _CONSTANT = re.compile(r'^\s*%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)')
 _UP_TO = re.compile(r'^\s*ROOT .* compare\([^,]*, %?([\w.\-]+)\), direction=LT')
@@ -122,6 +123,22 @@ def collectives(text: str, devices: int) -> list[Collective]:
       key, Collective(kind, parsed, _group(line, devices), times.get(computation, 1))
     )
   return [c for c in found.values() if c.devices > 1]
+
+
+def between_slices(text: str) -> list[tuple[str, int]]:
+  """What a device sends to other slices: the kind of exchange, and its part in bytes.
+
+  The compiler splits a collective of several slices into one inside each and a transfer between hosts, in which
+  names are lost.
+  """
+  found = []
+  for line in text.splitlines():
+    transfer = _TRANSFER.match(line)
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
+    if transfer and kind:
+      array = Array(transfer[1], tuple(int(d) for d in transfer[2].split(',') if d), '')
+      found.append((kind[1].lower().replace('_', '-'), array.bytes))
+  return found
 
 
 def _group(line, devices):
