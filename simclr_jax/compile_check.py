@@ -102,14 +102,12 @@ def prepared(
   with filled.unlocked():
     if filled.dtype == 'auto':
       filled.dtype = 'bfloat16'
-  if filled.batch_size % devices:
-    below, above = (
-      filled.batch_size // devices * devices,
-      -(-filled.batch_size // devices) * devices,
-    )
-    near = ' or '.join(f'{n}' for n in (below, above) if n)
+  size = filled.batch_size
+  if size % devices:
+    unit = math.lcm(devices, filled.model.bn_groups)
+    near = ' or '.join(f'{n}' for n in (size // unit * unit, -(-size // unit) * unit) if n)
     raise ConfigError(
-      f'batch_size={filled.batch_size} is not divisible by the number of devices, {devices}: '
+      f'batch_size={size} is not divisible by the number of devices, {devices}: '
       f'set --config.batch_size={near}'
     )
   return filled.lock(), notes
