@@ -1,6 +1,6 @@
 """Compiles the shipped ImageNet recipes for TPUs, and writes the table in docs/tpu.md.
 
-  python benchmarks/tpu_table.py [--only=RECIPE,...] [--write]
+  python benchmarks/tpu_table.py [--only=RECIPE[@TPU],...] [--write]
 
 One compilation a cell, each in a process of its own and minutes long; what is done stays in --cache, so the
 command can be stopped and goes on. Delete the folder after a change of the code. --write: only the table, from
@@ -49,27 +49,33 @@ def compile_cell(recipe, topology, path, texts):
   return True
 
 
-def row(cell):
+def row(recipe, topology, cell):
   """A line of the table."""
+  name = [f'`{recipe}`', topology]
+  if not cell:
+    return [*name, *[''] * 7, 'not compiled yet']
   gib = 2**30
   total, limit = cell['memory']['total'], cell['memory']['limit']
-  share = f'{total / gib:.1f} of {limit / gib:.1f}' if total else f'more than {limit / gib:.1f}'
-  head = [f'`{cell["recipe"].split()[0]}`', cell['topology'], f'{cell["batch_size"]:,}', share]
-  verdict = 'ok' if not cell['problems'] else cell['problems'][0].split(':')[0]
+  used = f'{total / gib:.1f} of {limit / gib:.1f}' if total else f'more than {limit / gib:.1f}'
+  name += [f'{cell["batch_size"]:,}', used]
   if 'flops' not in cell:
-    return [*head, *['–'] * 7, '**does not fit**']
-  counts = {'embeddings': 0, 'BatchNorm': 0, 'gradients': 0, 'images': 0}
+    return [*name, *[''] * 5, '**does not fit**']
+  counts = dict.fromkeys(('embeddings', 'gradients', 'BatchNorm', 'images'), 0)
   for c in cell['collectives']:
     parts = c['bytes_by_purpose']
-    main = max(parts, key=parts.get)
+    largest = max(parts, key=parts.get)
     for word in counts:
-      counts[word] += c['count'] * (word in main)
-  seconds = cell['seconds_at_least']
-  times = [f'{1000 * seconds[k]:.1f}' for k in ('compute', 'memory', 'links')]
-  index = ('compute', 'memory', 'links').index(cell['bound'])
-  times[index] = f'**{times[index]}**'
-  numbers = [str(counts[w]) for w in ('embeddings', 'gradients', 'BatchNorm', 'images')]
-  return [*head, f'{cell["flops"] / 1e12:.2f}', *times, '/'.join(numbers), verdict]
+      counts[word] += c['count'] * (word in largest)
+  times = {k: f'{1000 * v:.1f}' for k, v in cell['seconds_at_least'].items()}
+  times[cell['bound']] = f'**{times[cell["bound"]]}**'
+  verdict = '**fails**: ' + '; '.join(cell['problems']) if cell['problems'] else 'ok'
+  return [
+    *name,
+    f'{cell["flops"] / 1e12:.2f}',
+    *(times[k] for k in ('compute', 'memory', 'links')),
+    ' / '.join(map(str, counts.values())),
+    verdict,
+  ]
 
 
 def table(cells):
@@ -77,43 +83,49 @@ def table(cells):
     'recipe', 'TPU', 'batch', 'GiB a device', 'TFLOP', 'compute, ms', 'memory, ms', 'links, ms',
     'collectives', 'verdict',
   ]  # fmt: skip
-  lines = [head, ['---'] * len(head)]
-  for recipe in RECIPES:
-    for topology in TOPOLOGIES:
-      cell = cells.get((recipe, topology))
-      if cell:
-        found = row(cell)
-        lines.append(found if 'flops' in cell else [*found[:4], *['–'] * 5, found[-1]])
-      else:
-        lines.append([f'`{recipe}`', topology, *['–'] * 7, 'not compiled yet'])
-  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+  rows = [row(r, t, cells.get((r, t))) for r in RECIPES for t in TOPOLOGIES]
+  return '\n'.join(f'| {" | ".join(line)} |' for line in [head, ['---'] * len(head), *rows])
 
 
 def main():
-  parser = argparse.ArgumentParser(description=__doc__)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--cache', type=pathlib.Path, default=HERE / 'tpu_table')
   parser.add_argument('--texts', type=pathlib.Path, help='also keep the compiled programs, here')
-  parser.add_argument('--only', default='', help='recipes')
-  parser.add_argument('--write', action='store_true')
+  parser.add_argument('--only', default='', metavar='RECIPE[@TPU],...', help='these, in this order')
+  parser.add_argument('--write', action='store_true', help='compile nothing')
   parser.add_argument('--page', type=pathlib.Path, default=HERE.parent / 'docs/tpu.md')
   args = parser.parse_args()
   args.cache.mkdir(parents=True, exist_ok=True)
-  wanted = args.only.split(',') if args.only else list(RECIPES)
-  cells, failed = {}, 0
-  for recipe in RECIPES:
-    for topology in TOPOLOGIES:
-      path = args.cache / f'{recipe.replace(":", "-")}-{topology}.json'
-      if not path.exists() and not args.write and recipe in wanted:
-        began = time.monotonic()
-        print(f'{recipe} on {topology} ...', end=' ', flush=True)
-        failed += not compile_cell(recipe, topology, path, args.texts)
-        print(f'{time.monotonic() - began:.0f} s', flush=True)
-      if path.exists():
-        cells[recipe, topology] = json.loads(path.read_text())
-  if args.page.exists():
-    text = args.page.read_text()
-    before, rest = text.split(BEGIN)
+
+  def path(recipe, topology):
+    return args.cache / f'{recipe.replace(":", "-")}-{topology}.json'
+
+  def write():
+    cells = {
+      (r, t): json.loads(path(r, t).read_text())
+      for r in RECIPES
+      for t in TOPOLOGIES
+      if path(r, t).exists()
+    }
+    before, rest = args.page.read_text().split(BEGIN)
     args.page.write_text(f'{before}{BEGIN}\n{table(cells)}\n{END}{rest.split(END)[1]}')
+
+  wanted = []
+  for word in args.only.split(',') if args.only else RECIPES:
+    recipe, _, topology = word.partition('@')
+    wanted += [(recipe, t) for t in ([topology] if topology else TOPOLOGIES)]
+  failed = 0
+  for recipe, topology in [] if args.write else wanted:
+    if path(recipe, topology).exists():
+      continue
+    began = time.monotonic()
+    print(f'{recipe} on {topology} ...', end=' ', flush=True)
+    failed += not compile_cell(recipe, topology, path(recipe, topology), args.texts)
+    print(f'{time.monotonic() - began:.0f} s', flush=True)
+    write()
+  write()
   return 1 if failed else 0
 
 
