@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 
@@ -26,6 +27,8 @@ from simclr_jax import (
 )
 from simclr_jax.data import augment, feed
 from simclr_jax.errors import ConfigError
+
+TABLE = pathlib.Path(__file__).parents[1] / 'benchmarks/tpu_table'
 
 
 @pytest.mark.parametrize(
@@ -377,3 +380,47 @@ def test_real_compilation():
   probe = sum(p.size for p in jax.tree.leaves(params.pop('probe')))
   kernels = sum(p.size for p in jax.tree.leaves(params) if p.ndim > 1)
   assert total['gradients'] == 2 * kernels + 4 * probe
+
+
+def multiply_adds(size):
+  """Of ResNet-50's convolutions on one image, layer by layer, from the papers' table; and of the stem alone."""
+  side = size // 2
+  stem = total = side**2 * 7 * 7 * 3 * 64
+  side, channels = side // 2, 64
+  for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
+    for block in range(blocks):
+      before = side
+      side = side // stride if block == 0 else side
+      total += before**2 * channels * width + side**2 * (9 * width * width + 4 * width * width)
+      total += side**2 * channels * 4 * width * (block == 0)
+      channels = 4 * width
+  return total, stem
+
+
+def test_figures_of_the_published_setting():
+  """Breaks if the table's ResNet-50 does other work, or moves other bytes, than counting says it should."""
+  cell = TABLE / 'simclr_imagenet-v1-v3-128.json'
+  if not cell.exists():
+    pytest.skip('benchmarks/tpu_table has no such cell: make tpu-table')
+  cell = json.loads(cell.read_text())
+  views = 2 * 4096 // 128
+  total, stem = multiply_adds(224)
+  assert 4.08e9 < total < 4.10e9  # the 4.1 GFLOP that are told of ResNet-50
+  crop = 224 * 512 * 512 * 3 + 224 * 224 * 512 * 3  # two products with matrices
+  expected = 2 * views * (3 * total - stem + crop)  # images need no gradient
+  np.testing.assert_allclose(cell['flops'], expected, rtol=0.02)
+
+  moved = dict.fromkeys(('embeddings', 'BatchNorm (forward)', 'gradients'), 0)
+  for c in cell['collectives']:
+    for name in moved:
+      moved[name] += c['count'] * c['bytes_by_purpose'].get(name, 0)
+  state = shapes_of(compile_check.prepared(config.load('simclr_imagenet'), 128)[0])
+  stats = sum(x.size for x in jax.tree.leaves(state.state['stats']))
+  params = dict(state.params)
+  probe = sum(p.size for p in jax.tree.leaves(params.pop('probe')))
+  kernels = sum(p.size for p in jax.tree.leaves(params) if p.ndim > 1)
+  assert moved == {
+    'embeddings': 2 * 4096 * 128 * 4,
+    'BatchNorm (forward)': 4 * stats,
+    'gradients': 2 * kernels + 4 * probe,
+  }
