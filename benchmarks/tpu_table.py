@@ -66,7 +66,7 @@ def row(recipe, topology, cell):
     largest = max(parts, key=parts.get)
     for word in counts:
       counts[word] += c['count'] * (word in largest)
-  times = {k: f'{1000 * v:.1f}' for k, v in cell['seconds_at_least'].items()}
+  times = {k: f'{1000 * v:.1f}' for k, v in cell['seconds'].items()}
   times[cell['bound']] = f'**{times[cell["bound"]]}**'
   verdict = '**fails**: ' + '; '.join(cell['problems']) if cell['problems'] else 'ok'
   return [

@@ -1,8 +1,8 @@
 """Compiles a recipe's training step for TPUs that are not there, and looks at what came out.
 
 The step is that of `train_state`, the compiler is the one that TPUs use (libtpu), the topology is described
-and not found. What the compiler says is memory, operations and collectives; times are what the published
-peaks of the chip allow at best, not a prediction.
+and not found. What the compiler says is memory, operations and collectives; times are those divided by the
+published peaks of the chip, not a prediction.
 """
 
 import collections
@@ -298,7 +298,9 @@ def bounds(
   found: list[Moved],
   transfers: list[tuple[str, int]],
 ) -> dict[str, float]:
-  """Seconds that a step takes at least, by what the chip's published peaks allow.
+  """Seconds that each part of a step takes at the chip's published peaks, if nothing else took any.
+
+  Bytes are those of the compiler's cost analysis, which counts arrays that stay on the chip, too.
 
   Args:
     topology: the chips.
@@ -334,7 +336,7 @@ def check(
     text_to: a file that gets the compiled program, as XLA writes it.
 
   Returns:
-    Plain data: what was compiled, `memory`, `flops`, `bytes_accessed`, `collectives`, `seconds_at_least`,
+    Plain data: what was compiled, `memory`, `flops`, `bytes_accessed`, `collectives`, `seconds`,
     `bound`, `problems` (none: all is well), `notes`. Figures are of one device and step.
 
   Raises:
@@ -419,7 +421,7 @@ def check(
       {'kind': kind, 'bytes': size, 'count': count}
       for (kind, size), count in collections.Counter(transfers).items()
     ],
-    'seconds_at_least': seconds,
+    'seconds': seconds,
     'bound': max(seconds, key=seconds.get),
     'problems': problems(config, state, found, len(devices)) if one else [],
   }
@@ -526,8 +528,8 @@ def report(result: dict[str, Any]) -> str:
     lines += _table(
       [{**row, 'devices': r['slices'], 'purpose': 'between slices'} for row in r['between_slices']]
     )
-    lines += ['', 'A step takes at least, at the published peaks of the chip']
-    for name, seconds in r['seconds_at_least'].items():
+    lines += ['', 'Time of a step, if nothing else took any, at the published peaks of the chip']
+    for name, seconds in r['seconds'].items():
       mark = '  <- the bound' if name == r['bound'] else ''
       lines.append(f'  {name:<12} {1000 * seconds:8.2f} ms{mark}')
   lines.append('')
