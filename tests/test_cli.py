@@ -129,7 +129,19 @@ def test_wrong_words_are_one_sentence(capsys, monkeypatch, tmp_path, argv, expec
 
 
 @pytest.mark.parametrize(
-  'verb', ['', 'pretrain', 'probe', 'knn', 'finetune', 'distill', 'embed', 'export', 'report']
+  'verb',
+  [
+    '',
+    'pretrain',
+    'compile-check',
+    'probe',
+    'knn',
+    'finetune',
+    'distill',
+    'embed',
+    'export',
+    'report',
+  ],
 )
 def test_help(verb, capsys):
   """Breaks if a verb has no help that says what it does and how to call it."""
