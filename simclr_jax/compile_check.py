@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, hardware, hlo, methods, sharding, train_state
+from simclr_jax import config as recipes, hardware, health, hlo, methods, sharding, train_state
 from simclr_jax.data import crop, feed
 from simclr_jax.errors import ConfigError
 from simclr_jax.models import tower
@@ -194,7 +194,8 @@ def known(config: ml_collections.ConfigDict, state, devices: int) -> hlo.Known:
   canvas = crop.canvas_shape(side, method.views, config.data.resize_on)
   bank = state.state.get('bank')
   return hlo.Known(
-    embeddings=frozenset({(n, d), (m, d), (n, method.views, d)}),
+    embeddings=frozenset({(n, d), (m, d)}),
+    figures=frozenset({(min(n, health.MOST), views, d) for views in (1, 2)}),
     similarities=frozenset({(a, b) for a in (n, m) for b in (n, m)}),
     parameters=frozenset(shapes),
     sides=((side, side), canvas),
@@ -267,7 +268,13 @@ def problems(
       f'images move between devices: {sum(g.count for g in images)} collectives, the largest '
       f'{largest.kind} of {_bytes(largest.bytes)} ({largest.text})'
     )
-  gathered = [g for g in moves('embeddings') if g.kind in ('all-gather', 'all-reduce')]
+  views = 2 if config.method == 'simclr' else 1  # those that are each other's negatives
+  whole = views * config.batch_size * tower.output_size(config) * 4
+  gathered = [
+    g
+    for g in moves('embeddings')
+    if g.kind in ('all-gather', 'all-reduce') and dict(g.purposes)['embeddings'] >= whole
+  ]
   if config.method in ('simclr', 'moco', 'end_to_end', 'memory_bank') and not gathered:
     wrong.append(
       'the embeddings are not gathered from all devices: each device contrasts its own images only'

@@ -38,12 +38,14 @@ class Array:
     shape: of the array.
     name: of the operation that it comes from, `op_name`.
     moved_by: name of the collective; of several that were combined, it has one's.
+    guessed: whether `name` had to be taken from the collective although it moves several arrays.
   """
 
   dtype: str
   shape: tuple[int, ...]
   name: str
   moved_by: str = ''
+  guessed: bool = False
 
   @property
   def size(self) -> int:
@@ -112,8 +114,15 @@ def collectives(text: str, devices: int) -> list[Collective]:
       arrays = arrays[len(arrays) // 2 :]
     sources = re.findall(r'%([\w.\-]+)', operands)
     sources += [''] * (len(arrays) - len(sources))
+    several = len(arrays) > 1
     parsed = tuple(
-      Array(dtype, tuple(int(d) for d in shape.split(',') if d), names.get(source) or own, own)
+      Array(
+        dtype,
+        tuple(int(d) for d in shape.split(',') if d),
+        names.get(source) or own,
+        own,
+        several and source not in names,
+      )
       for (dtype, shape), source in zip(arrays, sources)
     )
     # What overlaps with computation stands in several fusions, under one channel.
@@ -194,7 +203,8 @@ class Known:
   """What a step works on, to be recognised where it is moved.
 
   Attributes:
-    embeddings: shapes that embeddings may have, views apart or together.
+    embeddings: shapes that embeddings of the batch may have.
+    figures: shapes of the embeddings that figures are made of.
     similarities: shapes of matrices of similarities.
     parameters: shapes of all parameters.
     sides: height and width of views, and of the images that they are cut from.
@@ -206,6 +216,7 @@ class Known:
   similarities: frozenset[tuple[int, ...]]
   parameters: frozenset[tuple[int, ...]]
   sides: tuple[tuple[int, int], ...]
+  figures: frozenset[tuple[int, ...]] = frozenset()
   shuffled: int = 0
   bank: tuple[int, ...] = ()
 
@@ -227,7 +238,9 @@ def purpose(array: Array, known: Known, devices: int) -> str:
   if is_parameter and len(dims) > 1 and re.search(r'transpose\(jvp\(\w', array.name):
     return 'gradients'
   if dims in {_without_ones(e) for e in known.embeddings}:
-    return 'embeddings' + backward
+    return 'embeddings' + ('' if array.guessed else backward)
+  if dims in known.figures:
+    return 'metrics'
   if re.search(r'(^|/|_)bn\d*(/|$)', array.name) and len(dims) in (1, 2):
     return 'BatchNorm' + (backward or ' (forward)')
   if array.size <= 16 and not is_parameter:

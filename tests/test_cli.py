@@ -150,7 +150,7 @@ def test_help(verb, capsys):
   text = capsys.readouterr().out
   assert stop.value.code == 0 and len(text) > 300
   if verb:
-    assert '--workdir' in text
+    assert ('--topology' if verb == 'compile-check' else '--workdir') in text
 
 
 def test_workdir_of_a_run(run):

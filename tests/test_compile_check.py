@@ -172,7 +172,8 @@ ENTRY %main (p: s32[]) -> s32[] {
 
 def judged(text, devices=4, **fields):
   """The problems of a text, of a recipe with a BatchNorm of 8 channels."""
-  c = ml_collections.ConfigDict({'method': 'simclr', 'model': {'bn_groups': 1}, **fields})
+  model = {'bn_groups': 1, 'head': 'mlp', 'head_dim': 128, **fields.pop('model', {})}
+  c = ml_collections.ConfigDict({'method': 'simclr', 'batch_size': 32, 'model': model, **fields})
   stats = {'mean': np.zeros(8, np.float32), 'var': np.zeros(8, np.float32)}
   state = train_state.TrainState(0, {}, {'stats': stats}, {})
   found = compile_check.moved(hlo.collectives(text, devices), KNOWN, devices)
@@ -189,6 +190,9 @@ def test_lost_negatives_are_found():
   (problem,) = judged('HloModule jit_step\n\n' + MAIN)
   assert 'embeddings are not gathered' in problem
   assert judged('HloModule jit_step\n\n' + MAIN, method='supervised') == []
+  half = TEXT.replace('f32[64,128]{1,0:T(8,128)} all-gather', 'f32[32,128]{1,0} all-gather')
+  assert 'embeddings are not gathered' in judged(half)[0]  # one of two views
+  assert judged(half, method='moco') == []
 
 
 @pytest.mark.parametrize('sabotage', ['stem_bn/reduce_sum', 'jvp(ResNet)/stem_bn'])
@@ -215,7 +219,9 @@ def test_moving_images_are_found(moved, kind):
 
 def test_shuffled_images_may_move():
   """Breaks if ShuffleBN, which moves images on purpose, is refused, or allows other images to move."""
-  known = hlo.Known(frozenset(), frozenset(), frozenset(), ((32, 32), (96, 96)), 32 * 32 * 32 * 3)
+  known = hlo.Known(
+    frozenset(), frozenset(), frozenset(), ((32, 32), (96, 96)), shuffled=32 * 32 * 32 * 3
+  )
   shuffled = hlo.Array('f32', (32, 32, 32, 3), 'jit(step)/jvp()/mul')
   assert hlo.purpose(shuffled, known, 4) == 'shuffled images'
   assert hlo.purpose(hlo.Array('u8', (32, 96, 96, 3), ''), known, 4) == 'images'
