@@ -38,7 +38,9 @@ setup(
     'tqdm',
   ],
   extras_require={
-    'compile-check': ['libtpu; sys_platform == "linux" and platform_machine == "x86_64"'],
+    'compile-check': [
+      'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"'
+    ],  # its libtpu
     'dev': ['pyarrow', 'pytest', 'pytest-xdist', 'ruff'],
   },
   entry_points={'console_scripts': ['simclr-jax = simclr_jax.cli:main']},

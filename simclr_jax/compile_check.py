@@ -64,8 +64,8 @@ def devices_of(topology: hardware.Topology) -> list[Any]:
     import libtpu  # noqa: F401
   except ImportError:
     raise ConfigError(
-      'the TPU compiler is missing: pip install libtpu (or simclr_jax[compile-check]); there are wheels '
-      'for Linux on x86-64'
+      "the TPU compiler, libtpu, is missing: pip install 'jax[tpu]', as the extra compile-check does "
+      '(Linux on x86-64 only)'
     ) from None
   try:
     found = topologies.get_topology_desc(
