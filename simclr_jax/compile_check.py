@@ -378,6 +378,8 @@ def check(
   except DoesNotFit as error:
     limit = error.limit or topology.chip.hbm
     needs = f'needs {_bytes(error.needed)} of HBM on a device' if error.needed else 'does not fit'
+    if 'HLO temporaries' in str(error):  # the state comes on top of it
+      needs += ', temporaries alone'
     result |= {
       'compile_seconds': round(time.monotonic() - began, 1),
       'memory': {'total': error.needed, 'limit': limit},
