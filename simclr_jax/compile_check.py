@@ -383,6 +383,7 @@ def check(
     result |= {
       'compile_seconds': round(time.monotonic() - began, 1),
       'memory': {'total': error.needed, 'limit': limit},
+      'message': str(error).split('\n')[0],
       'problems': [
         f'batch_size={config.batch_size} {needs}, there are {_bytes(limit)}: lower --config.batch_size '
         '(--find-batch finds the largest) or take more devices'
