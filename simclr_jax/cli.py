@@ -583,7 +583,7 @@ def _compile_check(args, overrides):
 
   import jax
 
-  from simclr_jax import compile_check, config, hardware
+  from simclr_jax import compile_check, compile_report, config, hardware
 
   os.environ.update(hardware.ENVIRONMENT)
   jax.config.update('jax_platforms', 'cpu')  # only describes the TPU
@@ -598,7 +598,7 @@ def _compile_check(args, overrides):
     return 0 if found else 1
   words = shlex.join([args.config, *(f'--config.{k}={v}' for k, v in overrides.items())])
   result = compile_check.check(recipe, topology, words, args.hlo)
-  print(json.dumps(result, indent=1) if args.json else compile_check.report(result))
+  print(json.dumps(result, indent=1) if args.json else compile_report.report(result))
   if result['problems']:
     return _fail('; '.join(result['problems']), 1)
   return 0

@@ -6,7 +6,6 @@ published peaks of the chip, not a prediction.
 """
 
 import collections
-import dataclasses
 import importlib.metadata
 import json
 import math
@@ -21,10 +20,18 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, hardware, health, hlo, methods, sharding, train_state
-from simclr_jax.data import crop, feed
+from simclr_jax import (
+  compile_verdict as verdict,
+  config as recipes,
+  hardware,
+  hlo,
+  methods,
+  sharding,
+  train_state,
+)
+from simclr_jax.compile_report import size_in_words
+from simclr_jax.data import feed
 from simclr_jax.errors import ConfigError
-from simclr_jax.models import tower
 
 IMAGENET = 1_281_167  # training images
 GIB = 2**30
@@ -180,154 +187,6 @@ def memory(program, limit: float) -> dict[str, float]:
   return {**found, 'total': sum(found.values()), 'limit': limit}
 
 
-def known(config: ml_collections.ConfigDict, state, devices: int) -> hlo.Known:
-  """What the collectives of this recipe may move."""
-  method, n, side = methods.build(config), config.batch_size, config.image_size
-  d, m = tower.output_size(config), method.views * config.batch_size
-  shapes = {tuple(p.shape) for p in jax.tree.leaves(state.params)}
-  shapes |= {  # and a device's part of each, where it is split
-    (*p[:i], size // devices, *p[i + 1 :])
-    for p in shapes
-    for i, size in enumerate(p)
-    if not size % devices and size > devices
-  }
-  canvas = crop.canvas_shape(side, method.views, config.data.resize_on)
-  bank = state.state.get('bank')
-  return hlo.Known(
-    embeddings=frozenset({(n, d), (m, d)}),
-    figures=frozenset({(min(n, health.MOST), views, d) for views in (1, 2)}),
-    similarities=frozenset({(a, b) for a in (n, m) for b in (n, m)}),
-    parameters=frozenset(shapes),
-    sides=((side, side), canvas),
-    shuffled=n * side * side * 3 if config.get('shuffle', 'none') != 'none' else 0,
-    bank=(bank.shape[0] // devices, bank.shape[1]) if bank is not None else (),
-  )
-
-
-@dataclasses.dataclass(frozen=True)
-class Moved:
-  """Equal collectives.
-
-  Attributes:
-    kind, devices: as in `hlo.Collective`.
-    purposes: bytes by purpose.
-    count: how many run in a step.
-    traffic: bytes that a device sends for all of them, at least.
-  """
-
-  kind: str
-  purposes: tuple[tuple[str, int], ...]
-  devices: int
-  count: int
-  traffic: float
-
-  @property
-  def bytes(self) -> int:
-    """Of one of them."""
-    return sum(size for _, size in self.purposes)
-
-  @property
-  def text(self) -> str:
-    """What it is for, the largest part first."""
-    return ', '.join(name for name, _ in sorted(self.purposes, key=lambda p: -p[1]))
-
-
-def moved(found: list[hlo.Collective], what: hlo.Known | None, devices: int) -> list[Moved]:
-  """Collectives with their purposes, equal ones together, in the order of the program.
-
-  Without `what`, all purposes are 'inside a slice'.
-  """
-  groups = collections.defaultdict(lambda: [0, 0.0])
-  for c in found:
-    sizes = collections.Counter()
-    for array in c.arrays:
-      scattered = c.devices if c.kind == 'reduce-scatter' else 1
-      name = hlo.purpose(array, what, devices) if what else 'inside a slice'
-      sizes[name] += scattered * array.bytes
-    group = groups[c.kind, tuple(sorted(sizes.items())), c.devices]
-    group[0] += c.times
-    group[1] += c.traffic
-  return [Moved(kind, sizes, n, *group) for (kind, sizes, n), group in groups.items()]
-
-
-def problems(
-  config: ml_collections.ConfigDict, state, found: list[Moved], devices: int
-) -> list[str]:
-  """What a recipe on several devices must not lose, and what it must not move: a sentence each."""
-  if devices == 1:
-    return []
-  wrong = []
-
-  def moves(purpose):
-    return [g for g in found if any(p == purpose for p, _ in g.purposes)]
-
-  images = [*moves('images'), *moves('activations'), *moves('activations (backward)')]
-  if images:
-    largest = max(images, key=lambda g: g.bytes)
-    wrong.append(
-      f'images move between devices: {sum(g.count for g in images)} collectives, the largest '
-      f'{largest.kind} of {_bytes(largest.bytes)} ({largest.text})'
-    )
-  views = 2 if config.method == 'simclr' else 1  # those that are each other's negatives
-  whole = views * config.batch_size * tower.output_size(config) * 4
-  gathered = [
-    g
-    for g in moves('embeddings')
-    if g.kind in ('all-gather', 'all-reduce') and dict(g.purposes)['embeddings'] >= whole
-  ]
-  if config.method in ('simclr', 'moco', 'end_to_end', 'memory_bank') and not gathered:
-    wrong.append(
-      'the embeddings are not gathered from all devices: each device contrasts its own images only'
-    )
-  groups = config.model.bn_groups
-  frozen = config.get('fine_tune_after_block', -1) == 4
-  if groups % devices and not frozen:
-    stats = jax.tree.leaves(state.state['stats'])
-    expected = sum(math.prod(s.shape) for s in stats) * 4
-    there = sum(
-      g.count * size
-      for g in moves('BatchNorm (forward)')
-      for p, size in g.purposes
-      if p == 'BatchNorm (forward)'
-    )
-    if there < expected * (groups == 1) or not there:
-      wrong.append(
-        f'BatchNorm of {groups} group(s) does not reach all devices: its statistics take {_bytes(expected)}, '
-        f'and {_bytes(there)} are exchanged'
-      )
-  return wrong
-
-
-def bounds(
-  topology: hardware.Topology,
-  flops: float,
-  bytes_accessed: float,
-  found: list[Moved],
-  transfers: list[tuple[str, int]],
-) -> dict[str, float]:
-  """Seconds that each part of a step takes at the chip's published peaks, if nothing else took any.
-
-  Bytes are those of the compiler's cost analysis, which counts arrays that stay on the chip, too.
-
-  Args:
-    topology: the chips.
-    flops, bytes_accessed: of a device.
-    found: the collectives.
-    transfers: `hlo.between_slices`.
-  """
-  chip, slices = topology.chip, topology.slices
-  seconds = {
-    'compute': flops * chip.devices / chip.flops,
-    'memory': bytes_accessed * chip.devices / chip.bandwidth,
-    'links': sum(g.traffic for g in found) * chip.devices / chip.links,
-  }
-  if slices > 1 and chip.network:
-    factor = {'all-reduce': 2 * (slices - 1) / slices, 'all-gather': slices - 1}
-    sent = sum(size * factor.get(kind, 1) for kind, size in transfers)
-    seconds['network'] = sent * chip.devices / chip.network
-  return seconds
-
-
 def check(
   config: ml_collections.ConfigDict,
   topology: hardware.Topology,
@@ -377,7 +236,9 @@ def check(
     program = compiled(step)
   except DoesNotFit as error:
     limit = error.limit or topology.chip.hbm
-    needs = f'needs {_bytes(error.needed)} of HBM on a device' if error.needed else 'does not fit'
+    needs = (
+      f'needs {size_in_words(error.needed)} of HBM on a device' if error.needed else 'does not fit'
+    )
     if 'HLO temporaries' in str(error):  # the state comes on top of it
       needs += ', temporaries alone'
     result |= {
@@ -385,7 +246,7 @@ def check(
       'memory': {'total': error.needed, 'limit': limit},
       'message': str(error).split('\n')[0],
       'problems': [
-        f'batch_size={config.batch_size} {needs}, there are {_bytes(limit)}: lower --config.batch_size '
+        f'batch_size={config.batch_size} {needs}, there are {size_in_words(limit)}: lower --config.batch_size '
         '(--find-batch finds the largest) or take more devices'
       ],
     }
@@ -397,10 +258,10 @@ def check(
   cost = program.cost_analysis()
   flops, accessed = cost['flops'], cost['bytes accessed']
   one = topology.slices == 1
-  what = known(config, state, len(devices)) if one else None
-  found = moved(hlo.collectives(text, len(devices)), what, len(devices))
+  what = verdict.known(config, state, len(devices)) if one else None
+  found = verdict.moved(hlo.collectives(text, len(devices)), what, len(devices))
   transfers = hlo.between_slices(text)
-  seconds = bounds(topology, flops, accessed, found, transfers)
+  seconds = verdict.bounds(topology, flops, accessed, found, transfers)
   if not one:
     notes.append(
       'several slices: the compiler does not say what a collective is for; whether negatives and '
@@ -433,7 +294,7 @@ def check(
     ],
     'seconds': seconds,
     'bound': max(seconds, key=seconds.get),
-    'problems': problems(config, state, found, len(devices)) if one else [],
+    'problems': verdict.problems(config, state, found, len(devices)) if one else [],
   }
   return result
 
@@ -493,76 +354,3 @@ def find_batch(
 
   examples = config.data.examples or IMAGENET
   return largest(config.batch_size, unit, try_batch, examples)
-
-
-# In words.
-
-
-def _bytes(size: float | None) -> str:
-  if size is None:
-    return 'more'
-  for unit, name in ((GIB, 'GiB'), (2**20, 'MiB'), (2**10, 'KiB')):
-    if abs(size) >= unit:
-      return f'{size / unit:.3g} {name}' if abs(size) < 1000 * unit else f'{size / unit:.0f} {name}'
-  return f'{size:.0f} B'
-
-
-def report(result: dict[str, Any]) -> str:
-  """The result of `check` for a reader."""
-  r = result
-  per_device = r['batch_size'] // r['devices']
-  slices = f'{r["slices"]} slices of ' if r['slices'] > 1 else ''
-  lines = [
-    f'{r["recipe"]} on {r["topology"]}: {r["devices"]} devices ({slices}{r["device_kind"]}), {r["hosts"]} '
-    f'hosts; batch {r["batch_size"]:,}, {per_device} images a device; {r["dtype"]}',
-    f'compiled in {r["compile_seconds"]:.0f} s by libtpu {r["versions"]["libtpu"]}',
-    *r['notes'],
-  ]
-  if 'flops' in r:
-    lines += ['', 'Memory of a device']
-    for name, size in r['memory'].items():
-      if name not in ('total', 'limit'):
-        lines.append(f'  {name:<12} {size / GIB:8.3f} GiB')
-    total, limit = r['memory']['total'], r['memory']['limit']
-    lines.append(
-      f'  {"total":<12} {total / GIB:8.3f} GiB of {limit / GIB:.2f}, {total / limit:.0%}'
-    )
-    lines += [
-      '',
-      f'Work of a device in a step: {r["flops"] / 1e12:.3g} TFLOP, {r["bytes_accessed"] / 1e9:.3g} GB read '
-      f'and written, {r["intensity"]:.0f} FLOP a byte',
-      '',
-      'Collectives in a step        number   bytes of each           devices  for',
-    ]
-    lines += _table(r['collectives'])
-    lines += _table(
-      [{**row, 'devices': r['slices'], 'purpose': 'between slices'} for row in r['between_slices']]
-    )
-    lines += ['', 'Time of a step, if nothing else took any, at the published peaks of the chip']
-    for name, seconds in r['seconds'].items():
-      mark = '  <- the bound' if name == r['bound'] else ''
-      lines.append(f'  {name:<12} {1000 * seconds:8.2f} ms{mark}')
-  lines.append('')
-  if r['problems']:
-    lines += [f'FAILS: {problem}' for problem in r['problems']]
-  elif r['slices'] > 1:
-    lines.append('OK: it fits')
-  else:
-    lines.append('OK: it fits, and what must reach all devices does')
-  return '\n'.join(lines)
-
-
-def _table(rows):
-  """Collectives of one kind and purpose in a line."""
-  groups = collections.defaultdict(list)
-  for row in rows:
-    groups[row['kind'], row['purpose'], row['devices']].append(row)
-  lines = []
-  for (kind, purpose, devices), found in groups.items():
-    sizes = sorted(row['bytes'] for row in found)
-    size = (
-      _bytes(sizes[0]) if sizes[0] == sizes[-1] else f'{_bytes(sizes[0])} to {_bytes(sizes[-1])}'
-    )
-    count = sum(row['count'] for row in found)
-    lines.append(f'  {kind:<24} {count:8}   {size:<24} {devices:6}  {purpose}')
-  return lines

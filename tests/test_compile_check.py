@@ -16,6 +16,7 @@ from conftest import TINY
 from simclr_jax import (
   cli,
   compile_check,
+  compile_verdict,
   config,
   data,
   hardware,
@@ -124,7 +125,7 @@ def test_collectives_of_a_text():
 def test_purposes():
   """Breaks if what was combined into one collective is told apart no more, or a kernel with the shape of the
   embeddings is taken for them."""
-  found = compile_check.moved(hlo.collectives(TEXT, 4), KNOWN, 4)
+  found = compile_verdict.moved(hlo.collectives(TEXT, 4), KNOWN, 4)
   assert [dict(g.purposes) for g in found] == [
     {'embeddings': 32768},
     {'BatchNorm (forward)': 64},
@@ -176,8 +177,8 @@ def judged(text, devices=4, **fields):
   c = ml_collections.ConfigDict({'method': 'simclr', 'batch_size': 32, 'model': model, **fields})
   stats = {'mean': np.zeros(8, np.float32), 'var': np.zeros(8, np.float32)}
   state = train_state.TrainState(0, {}, {'stats': stats}, {})
-  found = compile_check.moved(hlo.collectives(text, devices), KNOWN, devices)
-  return compile_check.problems(c, state, found, devices)
+  found = compile_verdict.moved(hlo.collectives(text, devices), KNOWN, devices)
+  return compile_verdict.problems(c, state, found, devices)
 
 
 def test_a_sound_program_passes():
