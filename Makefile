@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-browser lint bench bench-input mechanisms gpu-cifar10 clean
+.PHONY: demo test test-all test-browser lint bench bench-input mechanisms gpu-cifar10 tpu-table clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --student-width=0.25 --seeds=5
@@ -44,6 +44,11 @@ gpu-cifar10:
 mechanisms: $(VENV)/.installed
 	$(BIN)/python benchmarks/mechanisms.py --data=$(DATA)
 	$(BIN)/python benchmarks/mechanisms.py --data=$(DATA) --ablations
+
+# The table in docs/tpu.md: compiles every ImageNet recipe for five TPUs, minutes each. Can be stopped; goes on.
+tpu-table: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[compile-check]'
+	$(BIN)/python benchmarks/tpu_table.py
 
 $(VENV)/.installed: setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -38,6 +38,11 @@ setup(
     'threadpoolctl',
     'tqdm',
   ],
-  extras_require={'dev': ['pyarrow', 'pytest', 'pytest-xdist', 'ruff']},
+  extras_require={
+    'compile-check': [
+      'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"'
+    ],  # its libtpu
+    'dev': ['pyarrow', 'pytest', 'pytest-xdist', 'ruff'],
+  },
   entry_points={'console_scripts': ['simclr-jax = simclr_jax.cli:main']},
 )

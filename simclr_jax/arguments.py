@@ -264,6 +264,29 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
   workdir(p)
   p.add_argument('--out', type=_path, metavar='FILE', help='(RUN/report.html)')
 
+  p = verb(
+    'compile-check', 'compile a recipe for a TPU that is not there',
+    'Examples:\n'
+    '  simclr-jax compile-check --config=simclr_imagenet:v1 --topology=v3-128\n'
+    '  simclr-jax compile-check --config=moco_imagenet:v2 --topology="2x v5e-16" --json\n'
+    '  simclr-jax compile-check --config=simclr_imagenet:v1 --topology=v5e-64 --find-batch\n\n'
+    'The TPU compiler (pip install .[compile-check]) compiles the training step as a run would, which\n'
+    'takes minutes and no TPU. Printed are memory, operations, every collective and what it is for, and\n'
+    'what bounds the time of a step. The exit code is 1 if the step does not fit, if negatives or\n'
+    'BatchNorm do not reach all devices, or if images move between devices. Fields are set as in pretrain.',
+  )  # fmt: skip
+  p.add_argument('--config', required=True, metavar='RECIPE', help='RECIPE or RECIPE:VARIANT')
+  p.add_argument(
+    '--topology',
+    required=True,
+    metavar='TPU',
+    help='v3-128, v4-128, v5e-256, v5p-8, v6e-64, v5e:4x4',
+  )
+  p.add_argument('--slices', type=_positive, default=1, metavar='N', help='so many of them (1)')
+  p.add_argument('--json', action='store_true', help='print one JSON object')
+  p.add_argument('--hlo', type=_path, metavar='FILE', help='write the compiled program, as text')
+  p.add_argument('--find-batch', action='store_true', help='find the largest batch that fits')
+
   args, rest = parser.parse_known_args(argv)
   overrides = {}
   while rest:

@@ -58,7 +58,8 @@ def _run(args, overrides):
   from simclr_jax.train import EXIT_NAN, NotFinite
 
   try:
-    distributed.join(args.coordinator, args.num_processes, args.process_id)
+    if args.verb not in ALONE:
+      distributed.join(args.coordinator, args.num_processes, args.process_id)
     return VERBS[args.verb](args, overrides)
   except ConfigError as error:
     return _fail(error, 2)
@@ -280,6 +281,32 @@ def _report(args, overrides):
   return 0
 
 
+def _compile_check(args, overrides):
+  import json
+
+  import jax
+
+  from simclr_jax import compile_check, compile_report, config, hardware
+
+  os.environ.update(hardware.ENVIRONMENT)
+  jax.config.update('jax_platforms', 'cpu')  # only describes the TPU
+  topology = hardware.topology(args.topology, args.slices)
+  recipe = config.load(args.config, overrides)
+  if args.find_batch:
+    found = compile_check.find_batch(
+      recipe, topology, lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    about = {'recipe': args.config, 'topology': args.topology, 'largest_batch': found}
+    print(json.dumps(about) if args.json else f'the largest batch that fits: {found:,}')
+    return 0 if found else 1
+  words = shlex.join([args.config, *(f'--config.{k}={v}' for k, v in overrides.items())])
+  result = compile_check.check(recipe, topology, words, args.hlo)
+  print(json.dumps(result, indent=1) if args.json else compile_report.report(result))
+  if result['problems']:
+    return _fail('; '.join(result['problems']), 1)
+  return 0
+
+
 VERBS = {
   'pretrain': _pretrain,
   'check-data': _check_data,
@@ -292,4 +319,6 @@ VERBS = {
   'embed': _embed,
   'export': _export,
   'report': _report,
+  'compile-check': _compile_check,
 }
+ALONE = ('check-data', 'compile-check', 'export', 'report')  # even where other processes are

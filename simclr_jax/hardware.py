@@ -129,11 +129,13 @@ def topology(text: str, slices: int = 1) -> Topology:
   Raises:
     ConfigError: there is no such TPU.
   """
-  match = re.fullmatch(r'(?:(\d+) ?x ?)?([a-z]+[0-9][0-9a-z]*)(?:-(\d+)|:(\d+(?:x\d+){1,2}))', text.strip())
+  match = re.fullmatch(
+    r'(?:(\d+) ?x ?)?([a-z]+[0-9][0-9a-z]*)(?:-(\d+)|:(\d+(?:x\d+){1,2}))', text.strip()
+  )
   known = ', '.join(CHIPS)
   if not match:
     raise ConfigError(
-      f'--topology={text!r} is no TPU: write gcloud\'s name such as v3-128 or v5e-256, or chips along the '
+      f"--topology={text!r} is no TPU: write gcloud's name such as v3-128 or v5e-256, or chips along the "
       f'axes such as v5e:4x4; there are {known}'
     )
   count, generation, number, axes = match.groups()
@@ -141,7 +143,9 @@ def topology(text: str, slices: int = 1) -> Topology:
   if generation not in CHIPS:
     raise ConfigError(f'--topology={text!r}: there is no TPU {generation}, only {known}')
   if count and slices > 1:
-    raise ConfigError(f'--topology={text!r} and --slices={slices} both say how many slices: leave one out')
+    raise ConfigError(
+      f'--topology={text!r} and --slices={slices} both say how many slices: leave one out'
+    )
   slices = int(count) if count else slices
   if not 1 <= slices <= 256:
     raise ConfigError(f'{slices} slices are out of range: from 1 to 256')

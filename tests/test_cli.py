@@ -129,7 +129,19 @@ def test_wrong_words_are_one_sentence(capsys, monkeypatch, tmp_path, argv, expec
 
 
 @pytest.mark.parametrize(
-  'verb', ['', 'pretrain', 'probe', 'knn', 'finetune', 'distill', 'embed', 'export', 'report']
+  'verb',
+  [
+    '',
+    'pretrain',
+    'compile-check',
+    'probe',
+    'knn',
+    'finetune',
+    'distill',
+    'embed',
+    'export',
+    'report',
+  ],
 )
 def test_help(verb, capsys):
   """Breaks if a verb has no help that says what it does and how to call it."""
@@ -138,7 +150,7 @@ def test_help(verb, capsys):
   text = capsys.readouterr().out
   assert stop.value.code == 0 and len(text) > 300
   if verb:
-    assert '--workdir' in text
+    assert ('--topology' if verb == 'compile-check' else '--workdir') in text
 
 
 def test_workdir_of_a_run(run):

@@ -57,7 +57,8 @@ def canvases(
     return dict(zip(out, found))
 
   def planned(e):
-    return {**e, **plan(e.pop('head'), e.pop('shape'), e['epoch'], e['position'])}
+    head, shape = e.pop('head'), e.pop('shape')
+    return {**e, **plan(head, shape, e['epoch'], e['position'])}
 
   def drawn(e):
     image = _decode(e.pop('bytes'), e.pop('branch'), e.pop('window'))
