@@ -11,6 +11,8 @@ import shlex
 import sys
 import traceback
 
+from absl.logging import get_absl_logger
+
 from simclr_jax import arguments
 from simclr_jax.errors import ConfigError
 
@@ -22,7 +24,9 @@ def main(argv: list[str] | None = None) -> int:
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   logging.basicConfig(format='%(levelname)s: %(message)s')
-  logging.getLogger('asyncio').setLevel(logging.CRITICAL)  # Orbax raises what it also logs there
+  # Orbax raises what its threads also log, with tracebacks.
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
+  get_absl_logger().addFilter(lambda record: not (record.exc_info and 'orbax' in record.pathname))
   sys.unraisablehook = _unraisable
   args, overrides = arguments.parse(argv)
   args.command = 'simclr-jax ' + shlex.join(argv)
@@ -30,11 +34,13 @@ def main(argv: list[str] | None = None) -> int:
     code = _run(args, overrides)
   except KeyboardInterrupt:
     code = _fail('stopped by Ctrl-C', 130)
-  except Exception:
+  except Exception as error:
     if not _one_of_several():
       raise
     traceback.print_exc()
-    code = 1
+    from simclr_jax import distributed
+
+    code = distributed.left_alone(error)
   if code and _one_of_several():
     # The usual end of a process waits for the others, which may be waiting for this one.
     sys.stderr.flush()

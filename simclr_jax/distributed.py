@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from simclr_jax.errors import ConfigError
 T = TypeVar('T')
 
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as dead
+EXIT_PEER = 134  # another process died: that of JAX's own abort
 START = 600  # seconds that the processes wait for each other at the start
 
 
@@ -61,7 +63,7 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
     processes,
     process,
     initialization_timeout=int(os.environ.get('SIMCLR_JAX_START_SECONDS', START)),
-    heartbeat_timeout_seconds=int(os.environ.get('SIMCLR_JAX_HEARTBEAT_SECONDS', HEARTBEAT)),
+    heartbeat_timeout_seconds=_heartbeat(),
     shutdown_timeout_seconds=30,
   )
   hosts = gather(socket.gethostname())
@@ -70,6 +72,10 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
   if not leader():
     sys.stdout = open(os.devnull, 'w')  # noqa: SIM115  (till the end of the process)
     logging.set_verbosity(logging.ERROR)
+
+
+def _heartbeat():
+  return int(os.environ.get('SIMCLR_JAX_HEARTBEAT_SECONDS', HEARTBEAT))
 
 
 def _number(variable):
@@ -121,6 +127,19 @@ def check_accelerator(tpus: Callable[[], tuple[int, Any]] | None = None) -> None
 def leader() -> bool:
   """Whether this process is the one that writes and reports."""
   return jax.process_index() == 0
+
+
+def left_alone(error: BaseException) -> int:
+  """The exit code for an error that ends one of several processes.
+
+  When a collective operation fails, another process has probably died. JAX's heartbeats know which one,
+  but a little later: it is named on stderr, and this process aborted, with 134.
+  """
+  if not isinstance(error, jax.errors.JaxRuntimeError):
+    return 1
+  print('another process may have died: waiting for its heartbeat', file=sys.stderr, flush=True)
+  time.sleep(_heartbeat() + 30)
+  return EXIT_PEER
 
 
 def gather(value: Any) -> list[Any]:

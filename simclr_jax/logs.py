@@ -107,4 +107,10 @@ def _tensorboard(folder):
   from clu import metric_writers
 
   tf.config.set_visible_devices([], 'GPU')  # TensorFlow must not take the accelerator
-  return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
+  try:
+    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
+  except tf.errors.OpError as error:
+    raise OSError(
+      f'TensorBoard files cannot be written to {folder}: {error.message.split(" [Op:")[0].split("}} ")[-1]}; '
+      '--config.tensorboard=false does without them'
+    ) from None

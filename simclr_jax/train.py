@@ -286,7 +286,8 @@ def _describe(config, mesh, train, steps, state):
   print(f'{mesh.size} device(s): {", ".join(kinds)}; mesh {dict(mesh.shape)}')
   kind = list(train.images.shape[1:]) if isinstance(train, data.Arrays) else 'read from files'
   print(f'{len(train):,} images, {kind}; {steps:,} steps of {config.batch_size}')
-  print(parameter_overview.get_parameter_overview(state.params), flush=True)
+  alone = jax.process_count() == 1  # parts of the parameters may be elsewhere
+  print(parameter_overview.get_parameter_overview(state.params, include_stats=alone), flush=True)
 
 
 def _warn(config, train):

@@ -213,8 +213,8 @@ def test_a_dead_or_frozen_process_ends_the_job(number, tmp_path):
   took = time.monotonic() - start
   os.killpg(job.processes[1].pid, signal.SIGKILL)
   assert code not in (0, 75), job.log(0)[-2000:]
-  assert took < HEARTBEAT + 30
-  assert re.search(r'stopped sending heartbeats.*1|task.*1', job.log(0)), job.log(0)[-3000:]
+  assert code in (134, -signal.SIGABRT) and took < HEARTBEAT + 40
+  assert re.search(r'heartbeats\):\s+1\b', job.log(0)), job.log(0)[-3000:]
 
 
 def test_a_process_that_hangs_ends_all_with_their_stacks(tmp_path):
