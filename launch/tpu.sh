@@ -151,7 +151,7 @@ resolve() {
     home=simclr_jax_runs/${opt[name]}
     from_file "$memory/flags"
     bundle=$memory/bundle
-    if [[ -n ${opt[dry-run]:-} ]]; then bundle=$scratch; else mkdir -p -m 700 "$memory" "$bundle"; fi
+    if [[ -n ${opt[dry-run]:-} ]]; then bundle=$scratch; else (umask 077 && mkdir -p "$bundle"); fi
   fi
   defaults
   check_numbers
@@ -447,7 +447,7 @@ count_states() {
 
 # Watches until the run has ended. Sets outcome: finished, stopped, again (worth another try) or failed, with why, culprit, code.
 watch() {
-  local errors=0 silent=0 limping=0 before='' news
+  local errors=0 quiet_polls=0 limping=0 before='' news
   outcome='' why='' culprit='' code=0
   while :; do
     describe
@@ -465,10 +465,10 @@ watch() {
         ;;
     esac
     if ! ask status "${opt[workdir]}"; then
-      ((++silent < 3)) || { outcome=again && why="${why:-the workers do not answer}" && return; }
+      ((++quiet_polls < 3)) || { outcome=again && why="${why:-the workers do not answer}" && return; }
       continue
     fi
-    silent=0
+    quiet_polls=0
     count_states
     key=$(workers | head -n 1)
     news="$running of $total run, checkpoint $step; $(field "$key" last)"

@@ -2,7 +2,7 @@
 # The part of tpu.sh that runs on the workers of a TPU: worker.sh VERB WORDS, in the folder of one run.
 #
 # Every verb answers with one line, "@simclr-jax worker=N key=value ... last=text", and ends with 0: any other exit code is
-# the connection's. What a run leaves behind: log, pid (and its start time), rc once it has ended, stopped if it was asked to.
+# the connection's. What a run leaves behind: log, process (its number and start time), rc once it has ended, stopped if it was asked to.
 set -Eeuo pipefail
 umask 077
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -118,24 +118,23 @@ unpack() {
 
 started_at() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
-# Whether the program in the pid file runs: the start time tells it from a later process with its number.
+# Whether the program whose number is in the file runs: the start time tells it from a later process with its number.
 alive() {
   local pid began
-  [[ -f pid ]] || return 1
-  read -r pid began <pid || return 1
+  [[ -f process ]] || return 1
+  read -r pid began <process || return 1
   [[ $began == "$(started_at "$pid")" && -n $began ]]
 }
 
 # Others that hold the TPU. They are named and left alone.
 holders() {
-  local device link pid
-  for link in /proc/[0-9]*/fd/*; do
-    device=$(readlink "$link" 2>/dev/null) || continue
-    case $device in /dev/accel[0-9]* | /dev/vfio/[0-9]*) ;; *) continue ;; esac
+  local link pid
+  compgen -G '/dev/accel[0-9]*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null || return 0
+  find /proc/[0-9]*/fd -lname '/dev/accel[0-9]*' -o -lname '/dev/vfio/[0-9]*' 2>/dev/null | while read -r link; do
     pid=${link#/proc/}
     pid=${pid%%/*}
-    echo "$pid:$(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | cut -c1-60)"
-  done | sort -u | head -n 3 | tr '\n' ';'
+    echo "process $pid ($(tr '\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | cut -c1-60))"
+  done | sort -u | head -n 3 | tr '\n' ' '
 }
 
 check() {
@@ -145,7 +144,7 @@ check() {
     return
   fi
   held=$(holders)
-  [[ -z $held ]] || give_up "the TPU is held by another process, $held which is left alone: end it there, or look with tpu.sh exec -- ps aux"
+  [[ -z $held ]] || give_up "the TPU is held by ${held}already, which was left alone: end it with tpu.sh exec -- kill PROCESS"
   versions
 }
 
@@ -156,17 +155,17 @@ start() {
   fi
   [[ $(sha256 job.sh | cut -c1-16) == "$1" ]] || give_up 'job.sh is another one than was sent'
   [[ ! -f env ]] || chmod 600 env
-  rm -f rc stopped pid
+  rm -f rc stopped process
   local attempt=1
   [[ ! -f attempt ]] || attempt=$(($(<attempt) + 1))
   echo "$attempt" >attempt
   setsid nohup bash "$here/worker.sh" supervise >>log 2>&1 </dev/null &
   local i
   for ((i = 0; i < 100; i++)); do
-    [[ ! -f pid && ! -f rc ]] || break
+    [[ ! -f process && ! -f rc ]] || break
     sleep 0.1
   done
-  [[ -f pid || -f rc ]] || give_up "it did not start: $(tail -n 1 log)"
+  [[ -f process || -f rc ]] || give_up "it did not start: $(tail -n 1 log)"
   answer "ok=1 state=running attempt=$attempt"
 }
 
@@ -179,8 +178,8 @@ supervise() {
   load_env
   PYTHON=$(<python) SOURCE=$here/source sh "$here/job.sh" </dev/null &
   child=$!
-  echo "$child $(started_at "$child")" >pid.new
-  mv pid.new pid
+  echo "$child $(started_at "$child")" >process.new
+  mv process.new process
   while
     signalled=
     code=0
@@ -199,7 +198,7 @@ load_env() {
   while IFS= read -r line || [[ -n $line ]]; do
     [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] || continue
     export "${BASH_REMATCH[1]}=${BASH_REMATCH[2]}"
-  done <env
+  done <./env
 }
 
 # The newest checkpoint in a folder $1 of this machine's own; tpu.sh looks after gs:// itself.
@@ -219,7 +218,7 @@ status() {
     state=running
   elif [[ -f rc ]]; then
     state=ended code=$(<rc)
-  elif [[ -f pid ]]; then
+  elif [[ -f process ]]; then
     state=lost  # neither alive nor ended: the machine went down, or somebody killed its parent too
   fi
   local stopped=0 step=none attempt=0 job=none
@@ -234,7 +233,7 @@ status() {
 stop() {
   local pid began state=idle
   if alive; then
-    read -r pid began <pid
+    read -r pid began <process
     [[ $2 == 0 ]] || touch stopped
     # job.sh has become the program; its own children, if any, are in the same group as the parent.
     kill -s "$1" "$pid" 2>/dev/null || true
@@ -251,7 +250,7 @@ follow() {
   size=$(stat -c %s log 2>/dev/null || echo 0)
   if (($1 > size)); then set -- 0; fi  # another VM, another log
   if alive; then
-    read -r pid began <pid
+    read -r pid began <process
     tail -c "+$(($1 + 1))" -f --pid="$pid" log
   else
     tail -c "+$(($1 + 1))" log

@@ -15,10 +15,6 @@ $FAKE_REMOTE_SHELL is the workers' login shell.
 import json
 import os
 import pathlib
-import re
-import shutil
-import signal
-import subprocess
 import sys
 
 HERE = pathlib.Path(os.environ['FAKE_GCLOUD'])
@@ -110,6 +106,8 @@ def injected(argv):
   path = HERE / 'faults'
   if not path.exists():
     return None
+  import re  # late: most calls do not need it, and every test makes dozens
+
   lines = [line.split('\t') for line in path.read_text().splitlines()]
   for line in lines:
     if int(line[3]) > 0 and re.search(line[0], ' '.join(argv)):
@@ -153,7 +151,7 @@ def create(kind, flags, name):
   timelines = HERE / 'timelines.json'
   ready = ['CREATING', 'READY'] if kind == 'vm' else ['WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE']
   timelines = json.loads(timelines.read_text()) if timelines.exists() else [ready]
-  size = int(re.search(r'\d+$', flags['accelerator-type'][0])[0])
+  size = int(flags['accelerator-type'][0].rpartition('-')[2])
   slices = int(flags.get('node-count', ['1'])[0])
   nodes = [f'{flags["node-prefix"][0]}-{s}' for s in range(slices)] if slices > 1 else [name]
   timeline = timelines[min(nth, len(timelines) - 1)]
@@ -192,6 +190,9 @@ def processes(name):
 
 
 def wipe(name):
+  import shutil
+  import signal
+
   for pid in processes(name):
     os.kill(pid, signal.SIGKILL)
   shutil.rmtree(HERE / 'HOST' / name, ignore_errors=True)
@@ -213,6 +214,8 @@ def targets(kind, flags, name):
 
 
 def ssh(kind, flags, name):
+  import subprocess
+
   code = 0
   extra = HERE / 'env.json'
   extra = json.loads(extra.read_text()) if extra.exists() else {}
@@ -226,6 +229,8 @@ def ssh(kind, flags, name):
 
 
 def scp(kind, flags, words):
+  import shutil
+
   *sources, to = words
   if ':' in to:
     name, _, path = to.partition(':')
@@ -254,6 +259,8 @@ def storage(verb, words):
     for entry in sorted(folder.iterdir()):
       print(words[0].rstrip('/') + '/' + entry.name + ('/' if entry.is_dir() else ''))
   elif verb == 'rsync':
+    import shutil
+
     shutil.copytree(bucket(words[0]), bucket(words[1]), dirs_exist_ok=True)
   elif verb == 'cp':
     bucket(words[1]).parent.mkdir(parents=True, exist_ok=True)
