@@ -38,9 +38,9 @@ describe() {
     pretend_nodes
     return
   fi
-  local line names
+  local line names _
   if line=$(cloud "${call[@]}" 2>"$scratch/describe"); then
-    IFS='|' read -r state found_type names detail <<<"$line|||"
+    IFS='|' read -r state found_type names detail _ <<<"$line|||"
     IFS=, read -ra nodes <<<"$names"
     [[ -n $state ]] || state=UNKNOWN
     return

@@ -50,7 +50,9 @@ setup() {
 }
 
 install_packages() {
-  local venv=$1 python
+  local venv=$1 python exact=(--require-hashes)
+  # A package or two is not built beforehand: the pinned setuptools does it, not whatever is newest.
+  sed -n '/^setuptools==/,/[^\\]$/p' requirements.txt >setuptools.txt
   mkdir -p "$venvs"
   exec 9>"$venvs/lock"
   flock 9
@@ -58,12 +60,14 @@ install_packages() {
   rm -rf "$venv"
   if python=$(find_python); then
     "$python" -m venv "$venv" || return 1
-    "$venv/bin/python" -m pip install --no-cache-dir --require-hashes --only-binary=:all: -r requirements.txt || return 1
+    "$venv/bin/python" -m pip install --no-cache-dir --no-deps "${exact[@]}" --only-binary=:all: -r setuptools.txt || return 1
+    "$venv/bin/python" -m pip install --no-cache-dir "${exact[@]}" --no-build-isolation -r requirements.txt || return 1
   else
     # Ubuntu 22.04 has Python 3.10. uv brings its own and knows its checksum.
-    python3 -m pip install --no-cache-dir --target uv --upgrade --require-hashes --only-binary=:all: -r uv.txt || return 1
+    python3 -m pip install --no-cache-dir --target uv --upgrade "${exact[@]}" --only-binary=:all: -r uv.txt || return 1
     uv/bin/uv venv --managed-python --python 3.12 "$venv" || return 1
-    uv/bin/uv pip install --no-cache --python "$venv/bin/python" --require-hashes --only-binary=:all: -r requirements.txt || return 1
+    uv/bin/uv pip install --no-cache --python "$venv/bin/python" "${exact[@]}" --no-deps -r setuptools.txt || return 1
+    uv/bin/uv pip install --no-cache --python "$venv/bin/python" "${exact[@]}" --no-build-isolation -r requirements.txt || return 1
   fi
   touch "$venv/.complete"
 }

@@ -725,6 +725,53 @@ def test_dead_pid_file(cloud):
   cloud('up')
 
 
+def test_lock_has_all_packages():
+  """What setup.py asks for is pinned with checksums, and so is what a TPU needs; otherwise `make lock`."""
+  asked = re.findall(r"^    '([a-z-]+)", (LAUNCH.parent / 'setup.py').read_text(), re.M)
+  locked = dict(re.findall(r'^([a-z0-9-]+)==\S+ \\\n( +--hash=sha256:)', (LAUNCH / 'requirements.txt').read_text(), re.M))
+  missing = set(asked) - set(locked) - {'tensorflow', 'dev', 'tpu', 'docs'}
+  assert len(asked) > 10 and not missing, f'make lock: {missing}'
+  assert {'libtpu', 'jaxlib', 'setuptools'} <= set(locked)
+  text = (LAUNCH / 'requirements.txt').read_text() + (LAUNCH / 'uv.txt').read_text()
+  for entry in re.split(r'\n(?=[a-z])', text):
+    assert entry.startswith('#') or '--hash=sha256:' in entry
+
+
+@pytest.mark.skipif(not os.environ.get('SIMCLR_JAX_TEST_FAULTS'), reason='slow: make test-faults')
+@pytest.mark.skipif(not shutil.which('gcloud'), reason='no gcloud here')
+def test_real_gcloud_takes_the_words(cloud):
+  """Every kind of call is parsed by the real gcloud too, which then refuses for want of an account: it has none here."""
+  cloud('up', '--type=v4-16', '--num-slices=2', '--spot', '--valid-until=6h', '--iap', '--network=n', '--subnet=s', '--disk=projects/p/zones/z/disks/d')
+  cloud('fetch')
+  cloud('list')
+  cloud('delete')
+  cloud('create', '--flex-start', '--max-run-duration=2d', '--name=cd')
+  cloud('create', '--best-effort', '--name=ef')
+  cloud('create', '--spot', '--max-run-duration=2d', '--name=gh')
+  cloud('up', '--no-queue', '--iap', '--name=ij')
+  cloud('delete', '--no-queue', '--name=ij')
+  cloud('fetch', '--workdir=/tmp/x', '--no-queue', '--name=ij', code=1)
+  kinds = {}
+  for call in cloud.calls():
+    kinds.setdefault(tuple(sorted({re.sub(r'[=:].*', '', word) for word in call})), call)
+  empty = cloud.folder / 'no account'
+  env = {
+    **{k: v for k, v in os.environ.items() if not k.startswith(('CLOUDSDK', 'GOOGLE'))},
+    'CLOUDSDK_CONFIG': str(empty), 'CLOUDSDK_CORE_CHECK_GCE_METADATA': 'false', 'CLOUDSDK_CORE_DISABLE_PROMPTS': '1',
+    'CLOUDSDK_API_ENDPOINT_OVERRIDES_TPU': 'http://127.0.0.1:9/', 'CLOUDSDK_CORE_DISABLE_USAGE_REPORTING': 'true',
+  }  # fmt: skip
+  tried = 0
+  for call in kinds.values():
+    if call[0] in ('auth', 'config'):
+      continue
+    done = subprocess.run(['gcloud', *call], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=cloud.folder)
+    assert 'active account' in done.stderr, (call, done.stderr)
+    tried += 1
+  assert tried > 10
+  wrong = subprocess.run(['gcloud', 'compute', 'tpus', 'queued-resources', 'delete', 'ab', '--bogus'], env=env, capture_output=True, text=True)
+  assert wrong.returncode == 2 and 'unrecognized' in wrong.stderr
+
+
 @pytest.mark.parametrize('name', ['tpu.sh', 'worker.sh', 'local.sh'])
 def test_scripts_are_clean(name):
   """They parse, and shellcheck has nothing to say, nor about what they source."""
