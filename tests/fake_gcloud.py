@@ -38,7 +38,11 @@ ROUTES = ' tunnel-through-iap batch-size='
 queued, vm = 'compute tpus queued-resources ', 'compute tpus tpu-vm '
 # subcommand: (its flags, how many other words, required flags)
 GRAMMAR = {
-  queued + 'create': (QR, (1, 1), ['zone', 'runtime-version', 'accelerator-type|type', 'node-id|node-count']),
+  queued + 'create': (
+    QR,
+    (1, 1),
+    ['zone', 'runtime-version', 'accelerator-type|type', 'node-id|node-count'],
+  ),
   queued + 'describe': ('zone=', (1, 1), ['zone']),
   queued + 'delete': ('zone= force async', (1, 1), ['zone']),
   queued + 'list': ('zone=', (0, 0), ['zone']),
@@ -149,7 +153,9 @@ def create(kind, flags, name):
   nth = int(count.read_text()) if count.exists() else 0
   count.write_text(str(nth + 1))
   timelines = HERE / 'timelines.json'
-  ready = ['CREATING', 'READY'] if kind == 'vm' else ['WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE']
+  ready = (
+    ['CREATING', 'READY'] if kind == 'vm' else ['WAITING_FOR_RESOURCES', 'PROVISIONING', 'ACTIVE']
+  )
   timelines = json.loads(timelines.read_text()) if timelines.exists() else [ready]
   size = int(flags['accelerator-type'][0].rpartition('-')[2])
   slices = int(flags.get('node-count', ['1'])[0])
@@ -158,7 +164,14 @@ def create(kind, flags, name):
   # A VM is waited for; a queued resource is not.
   timeline = ['READY'] if kind == 'vm' and timeline == ready else timeline
   save(
-    dict(name=name, kind=kind, type=flags['accelerator-type'][0], nodes=nodes, workers=max(1, size // 8), timeline=timeline)
+    dict(
+      name=name,
+      kind=kind,
+      type=flags['accelerator-type'][0],
+      nodes=nodes,
+      workers=max(1, size // 8),
+      timeline=timeline,
+    )
   )
   for s in range(slices):
     for w in range(max(1, size // 8)):
@@ -221,10 +234,19 @@ def ssh(kind, flags, name):
   extra = json.loads(extra.read_text()) if extra.exists() else {}
   for s, w in targets(kind, flags, name):
     home = home_of(name, s, w)
-    kept = {k: v for k, v in os.environ.items() if k in ('PATH', 'LANG', 'FAKE_GCLOUD', 'FAKE_PLAN', 'TF_CPP_MIN_LOG_LEVEL')}
+    kept = {
+      k: v
+      for k, v in os.environ.items()
+      if k in ('PATH', 'LANG', 'FAKE_GCLOUD', 'FAKE_PLAN', 'TF_CPP_MIN_LOG_LEVEL')
+    }
     env = {**kept, 'HOME': str(home), 'TPU_WORKER_ID': str(w), **extra.get(f'{s}.{w}', {})}
     shell = os.environ.get('FAKE_REMOTE_SHELL', 'bash')
-    code = subprocess.run([shell, '-c', flags['command'][0]], cwd=home, env=env, stdin=subprocess.DEVNULL).returncode or code
+    code = (
+      subprocess.run(
+        [shell, '-c', flags['command'][0]], cwd=home, env=env, stdin=subprocess.DEVNULL
+      ).returncode
+      or code
+    )
   sys.exit(code)
 
 
@@ -264,7 +286,9 @@ def storage(verb, words):
     shutil.copytree(bucket(words[0]), bucket(words[1]), dirs_exist_ok=True)
   elif verb == 'cp':
     bucket(words[1]).parent.mkdir(parents=True, exist_ok=True)
-    bucket(words[1]).write_bytes(sys.stdin.buffer.read() if words[0] == '-' else bucket(words[0]).read_bytes())
+    bucket(words[1]).write_bytes(
+      sys.stdin.buffer.read() if words[0] == '-' else bucket(words[0]).read_bytes()
+    )
   else:
     bucket(words[0]).unlink()
 
@@ -286,7 +310,11 @@ def main(argv):
   if command == 'auth list':
     print('somebody@example.com')
   elif command == 'config get-value':
-    print((HERE / 'config' / words[0].replace('/', '_')).read_text() if (HERE / 'config').exists() else '(unset)')
+    print(
+      (HERE / 'config' / words[0].replace('/', '_')).read_text()
+      if (HERE / 'config').exists()
+      else '(unset)'
+    )
   elif command.startswith('storage'):
     storage(verb, words)
   elif command == 'compute tpus accelerator-types list':

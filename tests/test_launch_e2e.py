@@ -26,8 +26,13 @@ WORDS = [
 ]  # fmt: skip
 
 pytestmark = [
-  pytest.mark.skipif(not os.environ.get('SIMCLR_JAX_TEST_FAULTS'), reason='make test-faults runs it'),
-  pytest.mark.skipif(not (ROOT / 'simclr_jax' / 'distributed.py').exists(), reason='one process only, in this version'),
+  pytest.mark.skipif(
+    not os.environ.get('SIMCLR_JAX_TEST_FAULTS'), reason='make test-faults runs it'
+  ),
+  pytest.mark.skipif(
+    not (ROOT / 'simclr_jax' / 'distributed.py').exists(),
+    reason='one process only, in this version',
+  ),
 ]
 
 
@@ -46,7 +51,11 @@ def cloud(tmp_path):
   with socket.socket() as probe:
     probe.bind(('127.0.0.1', 0))
     port = probe.getsockname()[1]
-  pod = {'JAX_PLATFORMS': 'cpu', 'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}', 'JAX_NUM_PROCESSES': '2'}
+  pod = {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+    'JAX_NUM_PROCESSES': '2',
+  }
   made.write('env.json', {f'0.{w}': {**pod, 'JAX_PROCESS_ID': str(w)} for w in range(2)})
   return made
 
@@ -62,15 +71,34 @@ def test_preempted_pod_finishes(cloud, tmp_path):
   """The launcher brings a run through a preemption, and the losses are those of a run that nobody disturbed."""
   workdir = tmp_path / 'shared' / 'run'
   workdir.parent.mkdir()
-  words = ['up', '--name=pod', '--zone=us-central2-b', '--project=my-project', '--type=v4-16', '--spot', '--yes']
-  words += ['--poll=1', '--backoff=1', f'--python={sys.executable}', f'--workdir={workdir}', '--', *WORDS]
+  words = [
+    'up',
+    '--name=pod',
+    '--zone=us-central2-b',
+    '--project=my-project',
+    '--type=v4-16',
+    '--spot',
+    '--yes',
+  ]
+  words += [
+    '--poll=1',
+    '--backoff=1',
+    f'--python={sys.executable}',
+    f'--workdir={workdir}',
+    '--',
+    *WORDS,
+  ]
   launcher = cloud.start(words)
   resource = cloud.world / 'resources' / 'pod.json'
   hosts = cloud.world / 'HOST' / 'pod'
   try:
     wait_for(lambda: max(metrics(workdir), default=0) >= 12, launcher)
     # As Google does it: a notice, then SIGTERM to all processes, then the machine is gone.
-    resource.write_text(json.dumps({**json.loads(resource.read_text()), 'timeline': ['SUSPENDING'] * 15 + ['SUSPENDED']}))
+    resource.write_text(
+      json.dumps(
+        {**json.loads(resource.read_text()), 'timeline': ['SUSPENDING'] * 15 + ['SUSPENDED']}
+      )
+    )
     for process in hosts.glob('*/simclr_jax_runs/pod/process'):
       os.kill(int(process.read_text().split()[0]), signal.SIGTERM)
     out, err = launcher.communicate(timeout=400)
@@ -83,18 +111,33 @@ def test_preempted_pod_finishes(cloud, tmp_path):
         pass
   print(err)
   assert launcher.returncode == 0, err
-  assert 'preempted: pod is SUSPEND' in err and 'retry 1 of 10, from checkpoint' in err and f'checkpoint {STEPS}' in err
-  assert [verb for verb in cloud.verbs() if verb in ('create', 'delete')] == ['create', 'delete', 'create']
+  assert (
+    'preempted: pod is SUSPEND' in err
+    and 'retry 1 of 10, from checkpoint' in err
+    and f'checkpoint {STEPS}' in err
+  )
+  assert [verb for verb in cloud.verbs() if verb in ('create', 'delete')] == [
+    'create',
+    'delete',
+    'create',
+  ]
   logs = [path.read_text() for path in hosts.glob('*/simclr_jax_runs/pod/log')]
   assert len(logs) == 2
 
   alone = tmp_path / 'alone'
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(cloud.checkout)}
   env['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
-  subprocess.run([sys.executable, '-m', 'simclr_jax', *WORDS, f'--workdir={alone}'], env=env, check=True, stdout=subprocess.DEVNULL)
+  subprocess.run(
+    [sys.executable, '-m', 'simclr_jax', *WORDS, f'--workdir={alone}'],
+    env=env,
+    check=True,
+    stdout=subprocess.DEVNULL,
+  )
   ours, theirs = metrics(workdir), metrics(alone)
   assert sorted(ours) == sorted(theirs) and max(ours) == STEPS
-  np.testing.assert_allclose([ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(ours)], rtol=1e-4)
+  np.testing.assert_allclose(
+    [ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(ours)], rtol=1e-4
+  )
 
 
 def wait_for(condition, process, seconds=300):
