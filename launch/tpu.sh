@@ -12,7 +12,7 @@ shopt -s inherit_errexit
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
 
-# What the command line, the environment, the file and the last use of a name may set.
+# What the command line, the environment, the file and the memory of a name may set.
 with_value=(name project zone type version num-slices valid-until max-run-duration network subnet service-account labels disk
   workdir env-file python retries stall backoff poll max-wait grace worker lines)
 switches=(spot best-effort reserved flex-start no-queue internal-ip iap autodelete dirty)
@@ -45,7 +45,7 @@ Around it        --network --subnet --internal-ip | --iap --service-account --la
 The run          --workdir=gs://BUCKET/FOLDER --env=KEY=VALUE (repeat) --env-file=FILE (secrets, mode 600) --python=PATH --dirty
 Patience         --retries=10 --stall=3 --backoff=15 --poll=30 --max-wait=24h --grace=300 --autodelete
 This terminal    --dry-run --yes --quiet --verbose --json --lines=100
-Flag, else TPU_NAME and so on in the environment, else tpu.conf here (FLAG = VALUE lines), else the last use of the name.
+Flag, else TPU_NAME and so on in the environment, else tpu.conf here (FLAG = VALUE lines), else what the name was made with.
 TEXT
 }
 
@@ -149,7 +149,8 @@ resolve() {
     [[ ${opt[name]} =~ ^[a-z0-9-]+$ ]] || check_name
     memory=${SIMCLR_JAX_STATE:-${XDG_STATE_HOME:-$HOME/.local/state}/simclr_jax}/${opt[name]}
     home=simclr_jax_runs/${opt[name]}
-    from_file "$memory/flags"
+    # What is made is what is asked for now; the others ask for what was made.
+    [[ $verb == up || $verb == create ]] || from_file "$memory/flags"
     bundle=$memory/bundle
     if [[ -n ${opt[dry-run]:-} ]]; then bundle=$scratch; else (umask 077 && mkdir -p "$bundle"); fi
   fi
@@ -163,8 +164,7 @@ remember() {
   [[ -z ${opt[dry-run]:-} ]] || return 0
   local key
   mkdir -p "$memory"
-  for key in project zone type num-slices version no-queue internal-ip iap workdir python spot best-effort reserved flex-start \
-    max-run-duration valid-until network subnet service-account labels disk env-file; do
+  for key in project zone type num-slices no-queue internal-ip iap workdir python env-file; do
     [[ -z ${opt[$key]:-} ]] || printf '%s = %s\n' "$key" "${opt[$key]}"
   done >"$memory/flags.new"
   mv "$memory/flags.new" "$memory/flags"
@@ -844,7 +844,7 @@ do_doctor() {
     fi
   }
   resolve
-  look 'bash, git, tar, ssh' 'install what is missing' command -v git tar gzip ssh awk
+  look 'bash, git, tar, ssh' 'install what is missing' type git tar gzip ssh awk
   look 'gcloud' 'https://cloud.google.com/sdk/docs/install' command -v gcloud
   ((bad == 0)) || return 1
   from_gcloud

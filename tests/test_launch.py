@@ -728,9 +728,8 @@ def test_gcloud_is_missing(cloud):
   """Said with the mend; and when it knows no account."""
   (cloud.bin / 'gcloud').unlink()
   cloud.env['PATH'] = str(cloud.bin)
-  for (
-    tool
-  ) in 'bash dirname cat mktemp rm sed awk sort head tr grep mkdir mv sleep date cut tail'.split():
+  tools = 'bash dirname cat mktemp rm sed awk sort head tr grep mkdir mv sleep date cut tail'
+  for tool in tools.split():
     (cloud.bin / tool).symlink_to(shutil.which(tool))
   assert 'gcloud is not installed' in cloud('create', code=1)
   executable(cloud.bin / 'gcloud', '#!/bin/bash\nexit 0\n')
@@ -738,7 +737,7 @@ def test_gcloud_is_missing(cloud):
 
 
 def test_where_flags_come_from(cloud):
-  """Flag, environment, file, last use of the name, gcloud's own configuration: in that order."""
+  """Flag, environment, file, what the name was made with, gcloud's own configuration: in that order."""
 
   def create_zone(name, *flags):  # fmt: skip
     cloud('create', words=['create', f'--name={name}', '--type=v4-8', '--yes', *flags])

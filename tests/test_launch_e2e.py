@@ -1,9 +1,10 @@
 """launch/tpu.sh from nothing to a trained network, on a fake cloud whose two workers are processes of this machine.
 
 They really train, as one run of two processes: the request is granted, the TPU is preempted in mid-run, made anew, and the run
-goes on from its checkpoint to the end. Half an hour of cloud in two minutes: SIMCLR_JAX_TEST_FAULTS=1, or `make test-faults`.
+goes on from its checkpoint to the end. Minutes: SIMCLR_JAX_TEST_FAULTS=1, or `make test-faults`.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -105,10 +106,8 @@ def test_preempted_pod_finishes(cloud, tmp_path):
   finally:
     launcher.kill()
     for process in hosts.glob('*/simclr_jax_runs/pod/process'):
-      try:
+      with contextlib.suppress(ProcessLookupError):
         os.kill(int(process.read_text().split()[0]), signal.SIGKILL)
-      except ProcessLookupError:
-        pass
   print(err)
   assert launcher.returncode == 0, err
   assert (
