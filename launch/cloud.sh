@@ -7,8 +7,8 @@ cloud() {
     printf '%s\n' "$(posixq gcloud "$@")"
     return
   fi
-  [[ -z ${opt[verbose]:-} ]] || printf '+ %s\n' "$(posixq gcloud "$@")" >&2
-  gcloud "$@" </dev/null
+  [[ -z ${opt[verbose]:-} ]] || printf '+ %s\n' "$(posixq gcloud "$@")" >&3  # the operator, also where errors are collected
+  gcloud "$@" </dev/null 3>&-
 }
 
 need_gcloud() {
@@ -259,21 +259,24 @@ copy_all() {
   for s in "${!nodes[@]}"; do copy "$s" "$@" || return 1; done
 }
 
-# The first thing that is done on a new VM, before worker.sh is there.
+# The first thing that is said to a VM, where worker.sh may not be yet. Sets reply where it is.
 make_home() {
-  local s said=
+  local s line out=() fresh=0
+  local command="umask 077; mkdir -p $home && if test -f $home/worker.sh; then bash $home/worker.sh status ''; else echo @fresh; fi"
+  reply=()
   for s in "${!nodes[@]}"; do
-    said+=$(remote "$s" all "umask 077; mkdir -p $home && echo @ready") || return 1
-    said+=$'\n'
+    if [[ -n ${opt[dry-run]:-} ]]; then
+      remote "$s" all "$command"
+      continue
+    fi
+    mapfile -t out < <(remote "$s" all "$command")
+    for line in "${out[@]}"; do
+      [[ $line != @fresh ]] || fresh=$((fresh + 1))
+      [[ ! $line =~ ^@simclr-jax\ worker=([0-9]+)\ (.*)$ ]] || reply[$s.${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+    done
   done
-  if [[ -n ${opt[dry-run]:-} ]]; then
-    printf %s "$said"
-    return
-  fi
-  local n
-  n=$(grep -c @ready <<<"$said" || true)
-  ((n == total)) && return
-  why="$n of $total workers answered (gcloud needs its key in the agent: ssh-add ~/.ssh/google_compute_engine). $(tail -n 2 "$scratch/ssh" | tr '\n' ' ')"
+  [[ -z ${opt[dry-run]:-} ]] && ((fresh + ${#reply[@]} != total)) || return 0
+  why="$((fresh + ${#reply[@]})) of $total workers answered (gcloud needs its key in the agent: ssh-add ~/.ssh/google_compute_engine). $(tail -n 2 "$scratch/ssh" | tr '\n' ' ')"
   return 1
 }
 

@@ -8,6 +8,7 @@ if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
 fi
 set -Eeuo pipefail
 shopt -s inherit_errexit
+exec 3>&2
 
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
@@ -314,7 +315,7 @@ find_workers() {
 
 setup_workers() {
   say "setup: Python and the pinned packages on $total workers (minutes on new ones)"
-  persist make_home && persist copy_all "$here/worker.sh" "$here/requirements.txt" "$here/uv.txt" &&
+  persist copy_all "$here/worker.sh" "$here/requirements.txt" "$here/uv.txt" &&
     ask setup "${opt[python]:-}" && all_well && agree
 }
 
@@ -394,28 +395,31 @@ write_job() {
     # shellcheck disable=SC2016
     printf 'exec "$PYTHON" -m simclr_jax %s\n' "$(posixq "${words[@]}")"
   } >"$bundle/job.sh"
-  describe_file job.sh "$(<"$bundle/job.sh")"
 }
 
-start_run() {
-  local words=("${args[@]}") id key running=0
+# Whether all the workers, as they answered, are at this very run. Sets job, its number, and running.
+under_way() {
+  local words=("${args[@]}") key
   if [[ " ${args[*]} " != *' --workdir='* ]]; then words+=("--workdir=${opt[workdir]}"); fi
   write_job
-  id=$(sha256 "$bundle/job.sh" | cut -c1-16)
-  ask status "${opt[workdir]}" || return 1
+  job=$(sha256 "$bundle/job.sh" | cut -c1-16) running=0
   for key in $(workers); do
     [[ $(field "$key" state) == running ]] || continue
     running=$((running + 1))
-    [[ $(field "$key" job) == "$id" ]] || die "$(worker_name "$key") is at another run already: tpu.sh attach follows it, tpu.sh stop ends it."
+    [[ $(field "$key" job) == "$job" ]] || die "$(worker_name "$key") is at another run already: tpu.sh attach follows it, tpu.sh stop ends it."
   done
-  if ((running == total && total > 0)); then
-    say 'the run is under way already.'
-    return
-  fi
+  ((running == total)) && say 'the run is under way already.'
+}
+
+start_run() {
+  local job running
+  ask status "${opt[workdir]}" || return 1
+  if under_way; then return; fi
+  describe_file job.sh "$(<"$bundle/job.sh")"
   ((running == 0)) || stop_all KILL 0 || return 1
   persist copy_all "$memory/bundle/job.sh" || return 1
   [[ -z ${opt[env-file]:-} ]] || persist copy_all --as env "${opt[env-file]}" || return 1
-  ask check && all_well && agree && ask start "$id" && all_well || return 1
+  ask check && all_well && agree && ask start "$job" && all_well || return 1
   say "run: started on $total workers"
 }
 
@@ -557,7 +561,10 @@ report() {  # what failed, with the last lines of the worker that did
 bring_up() {
   ensure
   wait_ready || return 1
-  count_workers && setup_workers && sync_source && start_run
+  count_workers && persist make_home || return 1
+  local job running
+  if [[ -z ${opt[dry-run]:-} ]] && under_way; then return; fi  # with the packages and the source that it has
+  setup_workers && sync_source && start_run
 }
 
 # Runs, and again as long as it gets somewhere.
@@ -662,7 +669,7 @@ on_workers() {
   find_workers
 }
 
-do_setup() { on_workers && take_lock && { setup_workers || die "$why"; }; }
+do_setup() { on_workers && take_lock && { { persist make_home && setup_workers; } || die "$why"; }; }
 do_sync() { on_workers && take_lock && { sync_source || die "$why"; }; }
 
 do_run() {

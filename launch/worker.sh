@@ -3,6 +3,7 @@
 #
 # Every verb answers with one line, "@simclr-jax worker=N key=value ... last=text", and ends with 0: any other exit code is
 # the connection's. What a run leaves behind: log, process (its number and start time), rc once it has ended, stopped if it was asked to.
+# shellcheck disable=SC2329  # the verbs are called by their names, in the last lines
 set -Eeuo pipefail
 umask 077
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -106,6 +107,7 @@ PY
 unpack() {
   [[ $(sha256 source.tgz) == "$1" ]] || give_up 'the copy of the source is damaged: sync again'
   local tree=source-${1:0:16}
+  [[ $(readlink source 2>/dev/null) == "$tree" ]] || ! alive || give_up 'a run is under way here, with another source: stop it first'
   if [[ ! -d $tree ]]; then
     rm -rf new-source
     mkdir new-source
@@ -180,7 +182,7 @@ supervise() {
   trap 'signalled=1' TERM HUP INT
   printf '=== attempt %s, %s, source %s\n' "$(<attempt)" "$(date -u +%FT%TZ)" "$(cat source.id 2>/dev/null || echo none)"
   load_env
-  PYTHON=$(<python) SOURCE=$here/source sh "$here/job.sh" </dev/null &
+  PYTHON=$(<python) SOURCE=$(readlink -f source) sh "$here/job.sh" </dev/null &
   child=$!
   echo "$child $(started_at "$child")" >process.new
   mv process.new process
@@ -262,6 +264,9 @@ follow() {
 }
 
 case $1 in
-  setup | versions | unpack | check | start | supervise | status | stop | log | follow) "$@" ;;
+  setup | versions | unpack | check | start | supervise | status | stop | log | follow)
+    "$@"
+    exit  # read already: this file may be another one by the time a run ends
+    ;;
   *) give_up "worker.sh knows no $1" ;;
 esac

@@ -5,7 +5,7 @@ what is required, no empty words), keeps resources in files, lets states advance
 worker a home in which `ssh --command` runs and `scp` copies. All is in the folder $FAKE_GCLOUD:
   calls.jsonl    the words of every call
   faults         lines: regular expression, exit code, stderr, how many times, separated by tabs; exit code `lose` answers 0
-                 and does nothing, as the real one does when it cannot prepare a node
+                 and does nothing, as the real one does when it cannot prepare a node; `cut` breaks ssh in mid-output
   timelines.json [[state, ...], ...]: the states of the first, second, ... resource that is created; the last state stays
   env.json       {"SLICE.WORKER": {KEY: VALUE}}: environments of the workers
   HOST/          the workers' homes, in NAME/SLICE.WORKER/; gs/ holds the buckets
@@ -226,7 +226,9 @@ def targets(kind, flags, name):
   return [(s, w) for s in nodes for w in chosen(flags.get('worker', ['0'])[0], resource['workers'])]
 
 
-def ssh(kind, flags, name):
+def ssh(kind, flags, name, cut=False):
+  import contextlib
+  import signal
   import subprocess
 
   code = 0
@@ -241,12 +243,22 @@ def ssh(kind, flags, name):
     }
     env = {**kept, 'HOME': str(home), 'TPU_WORKER_ID': str(w), **extra.get(f'{s}.{w}', {})}
     shell = os.environ.get('FAKE_REMOTE_SHELL', 'bash')
-    code = (
-      subprocess.run(
-        [shell, '-c', flags['command'][0]], cwd=home, env=env, stdin=subprocess.DEVNULL
-      ).returncode
-      or code
+    process = subprocess.Popen(
+      [shell, '-c', flags['command'][0]],
+      cwd=home,
+      env=env,
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.PIPE if cut else None,
+      start_new_session=True,
     )
+    if cut:
+      out = process.communicate()[0]
+      os.write(1, out[: len(out) // 2])
+      sys.exit(255)
+    code = process.wait() or code
+    # The end of the connection is the end of all that did not leave its session.
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, signal.SIGKILL)
   sys.exit(code)
 
 
@@ -304,6 +316,8 @@ def main(argv):
   if fault:
     if fault[0] == 'lose':
       return
+    if fault[0] == 'cut':
+      ssh('vm' if 'tpu-vm' in command else 'queued', flags, words[0], cut=True)
     fail(int(fault[0]), fault[1])
   kind = 'vm' if 'tpu-vm' in command else 'queued'
   verb = command.split()[-1]
