@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A minute on this machine before an hour on a pod: local.sh [cpu | gpu] [WORDS for simclr-jax pretrain].
+# Minutes on this machine before hours on a pod: local.sh [cpu | gpu] [WORDS for simclr-jax pretrain].
 #
 #   cpu  the same program on 8 pretended devices (the default)
 #   gpu  on one GPU; refused where JAX sees none
