@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-browser lint bench bench-input mechanisms gpu-cifar10 tpu-table clean
+.PHONY: demo test test-all test-faults test-browser lint lock bench bench-input mechanisms gpu-cifar10 tpu-table clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --student-width=0.25 --seeds=5
@@ -17,6 +17,10 @@ test: $(VENV)/.installed lint
 test-all: $(VENV)/.installed
 	SIMCLR_JAX_TEST_ALL=1 $(BIN)/python -m pytest tests/test_methods.py
 
+# Several processes, killed and resumed, and the launcher with the real program: a quarter of an hour.
+test-faults: $(VENV)/.installed
+	SIMCLR_JAX_TEST_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py tests/test_launch_e2e.py tests/test_launch.py::test_real_gcloud_takes_the_words
+
 # Opens the report of a small run in headless Chromium (`apt-get install chromium`).
 test-browser: $(VENV)/.installed
 	$(BIN)/python -m pytest tests/browser_check.py -s
@@ -24,6 +28,13 @@ test-browser: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The packages that launch/tpu.sh installs on TPU VMs: exact versions and checksums, for Linux on x86-64 and Python >= 3.11.
+LOCK := uv pip compile --quiet --upgrade --generate-hashes --no-annotate --custom-compile-command='make lock'
+lock: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/$(LOCK) --python-platform=x86_64-manylinux_2_31 --python-version=3.11 --extra=tpu --output-file=launch/requirements.txt setup.py
+	echo uv | $(BIN)/$(LOCK) --python-platform=x86_64-manylinux_2_31 --python-version=3.10 --output-file=launch/uv.txt -
 
 # Ratio of a CPU training step to PyTorch's; needs torch in $(VENV).
 bench: $(VENV)/.installed

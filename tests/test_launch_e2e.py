@@ -1,0 +1,147 @@
+"""launch/tpu.sh from nothing to a trained network, on a fake cloud whose two workers are processes of this machine.
+
+They really train, as one run of two processes: the request is granted, the TPU is preempted in mid-run, made anew, and the run
+goes on from its checkpoint to the end. Minutes: SIMCLR_JAX_TEST_FAULTS=1, or `make test-faults`.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_launch import Cloud
+
+ROOT = pathlib.Path(__file__).parent.parent
+STEPS = 60
+WORDS = [
+  'pretrain', '--config=simclr_digits', f'--config.steps={STEPS}', '--config.batch_size=32', '--config.image_size=16',
+  '--config.warmup_epochs=0', '--config.checkpoint_every_steps=10', '--config.log_every_steps=1', '--config.knn_every_epochs=0',
+]  # fmt: skip
+
+pytestmark = [
+  pytest.mark.skipif(
+    not os.environ.get('SIMCLR_JAX_TEST_FAULTS'), reason='make test-faults runs it'
+  ),
+  pytest.mark.skipif(
+    not (ROOT / 'simclr_jax' / 'distributed.py').exists(),
+    reason='one process only, in this version',
+  ),
+]
+
+
+@pytest.fixture
+def cloud(tmp_path):
+  """A fake cloud for a checkout of the whole project, in which two processes on this machine are a pod."""
+  checkout = tmp_path / 'checkout'
+  checkout.mkdir()
+  for name in ('launch', 'simclr_jax', 'configs'):
+    shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns('__pycache__'))
+  git = ['git', '-C', str(checkout), '-c', 'user.name=a', '-c', 'user.email=a@b.c']
+  for words in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'all']):
+    subprocess.run([*git, *words], check=True)
+  made = Cloud(tmp_path, checkout)
+  made.env['TF_CPP_MIN_LOG_LEVEL'] = '3'
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    port = probe.getsockname()[1]
+  pod = {
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_COORDINATOR_ADDRESS': f'127.0.0.1:{port}',
+    'JAX_NUM_PROCESSES': '2',
+  }
+  made.write('env.json', {f'0.{w}': {**pod, 'JAX_PROCESS_ID': str(w)} for w in range(2)})
+  return made
+
+
+def metrics(workdir):
+  """Loss by step; of steps done twice, the last."""
+  path = workdir / 'metrics.jsonl'
+  rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+  return {row['step']: row['loss'] for row in rows if 'loss' in row and 'step' in row}
+
+
+def test_preempted_pod_finishes(cloud, tmp_path):
+  """The launcher brings a run through a preemption, and the losses are those of a run that nobody disturbed."""
+  workdir = tmp_path / 'shared' / 'run'
+  workdir.parent.mkdir()
+  words = [
+    'up',
+    '--name=pod',
+    '--zone=us-central2-b',
+    '--project=my-project',
+    '--type=v4-16',
+    '--spot',
+    '--yes',
+  ]
+  words += [
+    '--poll=1',
+    '--backoff=1',
+    f'--python={sys.executable}',
+    f'--workdir={workdir}',
+    '--',
+    *WORDS,
+  ]
+  launcher = cloud.start(words)
+  resource = cloud.world / 'resources' / 'pod.json'
+  hosts = cloud.world / 'HOST' / 'pod'
+  try:
+    wait_for(lambda: max(metrics(workdir), default=0) >= 12, launcher)
+    # As Google does it: a notice, then SIGTERM to all processes, then the machine is gone.
+    resource.write_text(
+      json.dumps(
+        {**json.loads(resource.read_text()), 'timeline': ['SUSPENDING'] * 15 + ['SUSPENDED']}
+      )
+    )
+    for process in hosts.glob('*/simclr_jax_runs/pod/process'):
+      os.kill(int(process.read_text().split()[0]), signal.SIGTERM)
+    out, err = launcher.communicate(timeout=400)
+  finally:
+    launcher.kill()
+    for process in hosts.glob('*/simclr_jax_runs/pod/process'):
+      with contextlib.suppress(ProcessLookupError):
+        os.kill(int(process.read_text().split()[0]), signal.SIGKILL)
+  print(err)
+  assert launcher.returncode == 0, err
+  assert (
+    'preempted: pod is SUSPEND' in err
+    and 'retry 1 of 10, from checkpoint' in err
+    and f'checkpoint {STEPS}' in err
+  )
+  assert [verb for verb in cloud.verbs() if verb in ('create', 'delete')] == [
+    'create',
+    'delete',
+    'create',
+  ]
+  logs = [path.read_text() for path in hosts.glob('*/simclr_jax_runs/pod/log')]
+  assert len(logs) == 2
+
+  alone = tmp_path / 'alone'
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(cloud.checkout)}
+  env['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
+  subprocess.run(
+    [sys.executable, '-m', 'simclr_jax', *WORDS, f'--workdir={alone}'],
+    env=env,
+    check=True,
+    stdout=subprocess.DEVNULL,
+  )
+  ours, theirs = metrics(workdir), metrics(alone)
+  assert sorted(ours) == sorted(theirs) and max(ours) == STEPS
+  np.testing.assert_allclose(
+    [ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(ours)], rtol=1e-4
+  )
+
+
+def wait_for(condition, process, seconds=300):
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert process.poll() is None, process.communicate()[1]
+    assert time.monotonic() < deadline
+    time.sleep(0.2)
