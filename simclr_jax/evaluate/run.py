@@ -262,12 +262,13 @@ def config_of(workdir: pathlib.Path, overrides: dict[str, str] | None = None):
 def table(result: dict[str, Any]) -> str:
   """A kept result as plain text."""
   width = max(len(name) for name in result['rows'])
+  widths = [max(16, len(column) + 2) for column in result['columns']]
   lines = [
     f'{result["title"]} (step {result["step"]:,})',
-    ' ' * width + ''.join(f'{c:>16}' for c in result['columns']),
+    ' ' * width + ''.join(f'{c:>{w}}' for c, w in zip(result['columns'], widths)),
   ]
   for name, cells in result['rows'].items():
-    lines.append(f'{name:{width}}' + ''.join(f'{cell(*c):>16}' for c in cells))
+    lines.append(f'{name:{width}}' + ''.join(f'{cell(*c):>{w}}' for c, w in zip(cells, widths)))
   lines += [f'{name}: {text}' for name, text in result.get('notes', {}).items()]
   return '\n'.join(lines)
 
