@@ -15,7 +15,7 @@ test: $(VENV)/.installed lint
 
 # What `make test` leaves out to stay short.
 test-all: $(VENV)/.installed
-	SIMCLR_JAX_TEST_ALL=1 $(BIN)/python -m pytest tests/test_methods.py
+	SIMCLR_JAX_TEST_ALL=1 $(BIN)/python -m pytest tests/test_methods.py tests/test_moco.py
 
 # Several processes, killed and resumed, and the launcher with the real program: a quarter of an hour.
 test-faults: $(VENV)/.installed

@@ -84,7 +84,7 @@ def recipe(method: str) -> ml_collections.ConfigDict:
   config.first_loss = (0.0, 0.0)
 
   config.log_every_steps = 20
-  config.checkpoint_every_steps = 0  # 0: once an epoch
+  config.checkpoint_every_steps = 0  # 0: once an epoch, or every 20 steps if that is longer
   config.keep_checkpoints = 2
   config.knn_every_epochs = 10  # the online kNN; 0: never
   config.knn_images = 10_000  # in its bank, and a fifth as many queries; 0: all

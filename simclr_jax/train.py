@@ -33,6 +33,7 @@ from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features, knn
 
 EXIT_NAN = 3  # the loss is not finite
+FEWEST = 20  # steps between two checkpoints, where an epoch is shorter
 
 
 class NotFinite(RuntimeError):
@@ -111,7 +112,7 @@ def pretrain(
     cleanup.callback(log.close)
     log.event(first, 'start', {'time': spent.started})
     every_epoch = max(len(train) // config.batch_size, 1)
-    save_every = config.checkpoint_every_steps or every_epoch
+    save_every = config.checkpoint_every_steps or max(every_epoch, FEWEST)
     knn_every = config.knn_every_epochs * every_epoch
     metrics = _Metrics(config, workdir, log, spent, first, steps, len(train))
     tracing = False

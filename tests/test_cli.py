@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-from simclr_jax import cli, config, data
+from simclr_jax import arguments, cli, config, data
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import embed, features
 from simclr_jax.interop.orbax import load_encoder
@@ -158,7 +158,9 @@ def test_workdir_of_a_run(run):
   about = json.loads((run / 'config.json').read_text())
   assert about['config']['batch_size'] == 32 and about['command'].startswith('simclr-jax pretrain')
   assert about['versions']['jax']
-  records = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+  lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+  assert [r['event'] for r in lines if 'event' in r] == ['start', 'complete']
+  records = [r for r in lines if 'event' not in r]
   assert [r['step'] for r in records if 'loss' in r] == [1, 2, 3, 4]
   wanted = {'loss', 'contrastive_acc', 'contrastive_acc_n', 'probe_acc', 'learning_rate', 'grad_norm',
             'examples_per_second', 'data_wait', 'epoch', 'batch_hash', 'chance_loss', 'z_std', 'rank', 'alignment', 'uniformity', 'param_norm'}  # fmt: skip
@@ -380,6 +382,6 @@ def test_recipes_load():
   assert set(config.names()) >= {'simclr_digits', 'simclr_cifar10'}
   for name in config.names():
     assert config.load(name).method
-    assert name in pathlib.Path(cli.__file__).read_text()  # --help lists it
+    assert name in pathlib.Path(arguments.__file__).read_text()  # --help lists it
   v2 = config.load('simclr_cifar10:v2')
   assert v2.model.head_layers == 3 and v2.augment.view1 == 'simclr_cifar10_v2'

@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 import pytest
+from common import records
 from conftest import TINY
 
 pytestmark = pytest.mark.skipif(
@@ -99,11 +100,6 @@ def done(folder, workdir, processes, devices, **changes):
   return job
 
 
-def steps_of(workdir):
-  records = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [r for r in records if 'event' not in r]
-
-
 def saved(workdir):
   return sorted(int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdecimal())
 
@@ -130,7 +126,7 @@ def one(tmp_path_factory):
 
 
 def close(a, b):
-  for x, y in zip(steps_of(a), steps_of(b), strict=True):
+  for x, y in zip(records(a), records(b), strict=True):
     assert x['step'] == y['step']
     np.testing.assert_allclose(x['loss'], y['loss'], rtol=1e-5)
     np.testing.assert_allclose(x['param_norm'], y['param_norm'], rtol=1e-5)
@@ -185,8 +181,8 @@ def test_a_signal_to_one_process_saves_in_all(number, two, tmp_path):
   assert f'saved step {last} of 12' in job.log(0)
   done(tmp_path / 'b', tmp_path / 'run', 2, 2)
   assert crc(tmp_path / 'run') == crc(two)
-  assert [r['batch_hash'] for r in steps_of(tmp_path / 'run')] == [
-    r['batch_hash'] for r in steps_of(two)
+  assert [r['batch_hash'] for r in records(tmp_path / 'run')] == [
+    r['batch_hash'] for r in records(two)
   ]
 
 

@@ -12,6 +12,7 @@ import zlib
 import jax
 import numpy as np
 import pytest
+from common import records
 from conftest import TINY
 from PIL import Image, ImageOps
 
@@ -716,13 +717,6 @@ def command(images, workdir, **changes):
   }  # fmt: skip
   words = [f'--config.{k}={v}' for k, v in values.items()]
   return ['pretrain', '--config=simclr_digits', f'--workdir={workdir}', *words]
-
-
-def records(workdir):
-  """metrics.jsonl without the timings."""
-  lines = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  timings = ('steps_per_second', 'examples_per_second', 'data_wait')
-  return [{k: v for k, v in r.items() if k not in timings} for r in lines]
 
 
 def leaves(workdir, step):

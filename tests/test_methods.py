@@ -18,6 +18,7 @@ import tempfile
 import jax
 import numpy as np
 import pytest
+from common import ALL, records
 
 from simclr_jax import config as recipes, data, methods, sharding, train, train_state
 from simclr_jax.models import tower
@@ -67,6 +68,7 @@ VARIANTS = {
   'distill_small': ('',),
 }  # fmt: skip
 SPECS = [f'{name}:{v}'.rstrip(':') for name, variants in VARIANTS.items() for v in variants]
+SHORT = [f'{name}:{variants[0]}'.rstrip(':') for name, variants in VARIANTS.items()]
 
 
 @functools.cache
@@ -96,8 +98,8 @@ def cases():
   """One recipe for every method, and the memory of SimCLR v2."""
   first = {recipes.load(spec).method: spec for spec in reversed(SPECS)}
   assert set(first) == set(methods.names()), 'every method needs a recipe'
-  if 'SIMCLR_JAX_TEST_ALL' not in os.environ:
-    del first['distill']  # its network is that of `supervised`: `make test-all`
+  if not ALL:
+    return [first[name] for name in ('simclr', 'moco', 'memory_bank')]
   return [*first.values(), 'simclr_imagenet:v2', 'moco_cifar10:symmetric']
 
 
@@ -120,7 +122,7 @@ def eight(spec):
 
 @pytest.fixture(scope='module')
 def two_processes(tmp_path_factory):
-  """The losses of all cases but the last on two processes with four devices each."""
+  """The losses of most cases on two processes with four devices each."""
   with socket.socket() as s:
     s.bind(('localhost', 0))
     address = f'localhost:{s.getsockname()[1]}'
@@ -164,7 +166,7 @@ def test_resumed_equals_uninterrupted(spec, tmp_path):
   shutil.copy(tmp_path / 'whole/config.json', tmp_path / 'killed')
   shutil.copytree(tmp_path / 'whole/checkpoints/5', tmp_path / 'killed/checkpoints/5')
   assert train.pretrain(recipe, tmp_path / 'killed') == 0
-  whole, killed = (_records(tmp_path / run) for run in ('whole', 'killed'))
+  whole, killed = (records(tmp_path / run) for run in ('whole', 'killed'))
   assert [r['step'] for r in killed] == list(range(6, STEPS + 1))
   assert killed == whole[5:]
   crcs = [_crc32(tmp_path / run) for run in ('whole', 'killed')]
@@ -180,21 +182,9 @@ def test_first_and_last_step_are_logged_with_all_figures(tmp_path):
   """Breaks if the first loss is never seen, or the last record lacks the embeddings' figures."""
   recipe = small('supervised_imagenet', steps='3', log_every_steps='20')
   assert train.pretrain(recipe, tmp_path) == 0
-  records = _records(tmp_path)
-  assert [r['step'] for r in records] == [1, 3]
-  assert all({'loss', 'z_std', 'rank'} <= set(r) for r in records)
-
-
-def _records(workdir):
-  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
-  return [
-    {
-      k: v
-      for k, v in json.loads(line).items()
-      if not k.endswith('_per_second') and k != 'data_wait'
-    }
-    for line in lines
-  ]
+  found = records(tmp_path)
+  assert [r['step'] for r in found] == [1, 3]
+  assert all({'loss', 'z_std', 'rank'} <= set(r) for r in found)
 
 
 def _crc32(workdir):
@@ -297,7 +287,7 @@ def test_all_recipes_are_listed():
   assert sorted(VARIANTS) == recipes.names()
 
 
-@pytest.mark.parametrize('spec', SPECS)
+@pytest.mark.parametrize('spec', SPECS if ALL else SHORT)
 def test_every_recipe_steps(spec):
   """Breaks if a shipped recipe cannot be built, or its own augmentation or loss gives a NaN."""
   own = recipes.load(spec)
@@ -317,10 +307,14 @@ def test_every_recipe_steps(spec):
   assert np.mean(jax.tree.leaves(changed)) > 0.8
 
 
+def _on_two():
+  return cases()[:-1] if ALL else cases()
+
+
 def main():
   jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[1]))
   assert jax.process_count() == 2 and jax.device_count() == 8
-  print(json.dumps({spec: ten_steps(spec, jax.devices())[0] for spec in cases()[:-1]}))
+  print(json.dumps({spec: ten_steps(spec, jax.devices())[0] for spec in _on_two()}))
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ import sys
 import time
 
 import pytest
+from common import records
 from conftest import TINY
 
 STEPS = 20
@@ -66,18 +67,6 @@ def uninterrupted(folder, finish):
   return workdir
 
 
-def records(workdir):
-  """metrics.jsonl without the timings."""
-  path = workdir / 'metrics.jsonl'
-  lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-  timings = ('steps_per_second', 'examples_per_second', 'data_wait', 'time')
-  return [
-    {k: v for k, v in r.items() if k not in timings and not k.startswith('seconds_')}
-    for r in lines
-    if 'event' not in r
-  ]
-
-
 def leaves(workdir, step=STEPS):
   """CRC-32 of every parameter, optimizer slot and BatchNorm statistic in a checkpoint."""
   path = workdir / 'checkpoints' / str(step) / '_CHECKPOINT_METADATA'
@@ -89,20 +78,13 @@ def interrupt(start, workdir, number, at_step):
   process = start(command(workdir))
   deadline = time.monotonic() + 240
   while time.monotonic() < deadline and process.poll() is None:
-    steps = [r['step'] for r in records_so_far(workdir)]
+    steps = [r['step'] for r in records(workdir)]
     if steps and max(steps) >= at_step and (workdir / 'checkpoints' / '10').is_dir():
       process.send_signal(number)
       break
     time.sleep(0.005)
   output = process.communicate(timeout=120)[0]
   return process.returncode, output
-
-
-def records_so_far(workdir):
-  path = workdir / 'metrics.jsonl'
-  if not path.exists():
-    return []
-  return [json.loads(line) for line in path.read_text().split('\n')[:-1]]
 
 
 def assert_same(workdir, uninterrupted):
@@ -118,7 +100,7 @@ def test_killed_and_restarted_equals_uninterrupted(folder, start, finish, uninte
   workdir = folder / 'killed'
   code, output = interrupt(start, workdir, signal.SIGKILL, 12)
   assert code == -signal.SIGKILL, output
-  assert max(r['step'] for r in records_so_far(workdir)) < STEPS
+  assert max(r['step'] for r in records(workdir)) < STEPS
   code, output = finish(workdir)
   assert code == 0 and 'from step 10 of 20' in output, output
   assert_same(workdir, uninterrupted)
@@ -210,7 +192,7 @@ def test_nan_stops_before_the_next_checkpoint(folder, finish):
   assert code == 3 and 'training stopped before the next checkpoint' in output, output
   assert 'Traceback' not in output
   kept = [int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdecimal()]
-  bad = max(r['step'] for r in records_so_far(workdir))
+  bad = max(r['step'] for r in records(workdir))
   assert all(step < bad for step in kept)
 
 

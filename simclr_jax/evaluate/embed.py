@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 from tqdm import tqdm
 
-from simclr_jax import data
+from simclr_jax import data, distributed
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features
 
@@ -40,29 +40,33 @@ def embed(encoder: features.Encoder, dataset, out: pathlib.Path) -> None:
   check(out)
   size = max(PART, -(-len(dataset) // 8)) if getattr(dataset, 'sequential', False) else PART
   called = names(dataset)
-  folder = _parts(
-    out,
-    {
-      'encoder': encoder.digest(),
-      'size': size,
-      'images': len(dataset),
-      'of': data.fingerprint(dataset),
-    },
-  )
+  about = {
+    'encoder': encoder.digest(),
+    'size': size,
+    'images': len(dataset),
+    'of': data.fingerprint(dataset),
+  }
+  folder = out.with_name(out.name + '.parts')
+  if distributed.leader():
+    _keep_if(folder, about)
   starts = range(0, len(dataset), size)
+  there = [start for start in starts if (folder / f'{start}.npz').exists()]
+  there = distributed.gather(there)[0]  # one of several processes decides, and writes
   with tqdm(total=len(dataset), unit='image') as bar:
     for start in starts:
-      path = folder / f'{start}.npz'
-      if not path.exists():
+      if start not in there:
         part = dataset.only(np.arange(start, min(start + size, len(dataset))))
         h, labels = encoder.embed(
           part, progress=lambda done, at=start: bar.update(at + done - bar.n)
         )
-        new = path.with_suffix('.new')
-        with new.open('wb') as file:
-          np.savez(file, features=h, labels=labels)
-        new.rename(path)
+        if distributed.leader():
+          new = folder / f'{start}.new'
+          with new.open('wb') as file:
+            np.savez(file, features=h, labels=labels)
+          new.replace(folder / f'{start}.npz')
       bar.update(min(start + size, len(dataset)) - bar.n)
+  if not distributed.leader():
+    return
   parts = [dict(np.load(folder / f'{start}.npz')) for start in starts]
   h, labels = (np.concatenate([p[k] for p in parts]) for k in ('features', 'labels'))
   new = out.with_name(f'{out.stem}.new{out.suffix}')
@@ -83,15 +87,13 @@ def names(dataset) -> list[str]:
   return [name.encode('utf-8', 'replace').decode() for name in called]
 
 
-def _parts(out, about):
-  """The folder of the finished parts, emptied if they are of something else."""
-  folder = out.with_name(out.name + '.parts')
+def _keep_if(folder, about):
+  """Empties the folder of the finished parts if they are of something else."""
   card = folder / 'about.json'
   if not card.exists() or card.read_text() != json.dumps(about):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     card.write_text(json.dumps(about))
-  return folder
 
 
 def _write(path, h, labels, called):
