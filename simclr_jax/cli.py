@@ -292,22 +292,23 @@ def _compile_check(args, overrides):
 
   import jax
 
-  from simclr_jax import compile_check, compile_report, config, hardware
+  from simclr_jax import config
+  from simclr_jax.aot import check, hardware, report
 
   os.environ.update(hardware.ENVIRONMENT)
   jax.config.update('jax_platforms', 'cpu')  # only describes the TPU
   topology = hardware.topology(args.topology, args.slices)
   recipe = config.load(args.config, overrides)
   if args.find_batch:
-    found = compile_check.find_batch(
+    found = check.find_batch(
       recipe, topology, lambda text: print(text, file=sys.stderr, flush=True)
     )
     about = {'recipe': args.config, 'topology': args.topology, 'largest_batch': found}
     print(json.dumps(about) if args.json else f'the largest batch that fits: {found:,}')
     return 0 if found else 1
   words = shlex.join([args.config, *(f'--config.{k}={v}' for k, v in overrides.items())])
-  result = compile_check.check(recipe, topology, words, args.hlo)
-  print(json.dumps(result, indent=1) if args.json else compile_report.report(result))
+  result = check.check(recipe, topology, words, args.hlo)
+  print(json.dumps(result, indent=1) if args.json else report.report(result))
   if result['problems']:
     return _fail('; '.join(result['problems']), 1)
   return 0

@@ -15,17 +15,14 @@ from conftest import TINY
 
 from simclr_jax import (
   cli,
-  compile_check,
-  compile_verdict,
   config,
   data,
-  hardware,
-  hlo,
   methods,
   optim,
   sharding,
   train_state,
 )
+from simclr_jax.aot import check, hardware, hlo, verdict
 from simclr_jax.data import augment, feed
 from simclr_jax.errors import ConfigError
 
@@ -125,7 +122,7 @@ def test_collectives_of_a_text():
 def test_purposes():
   """Breaks if what was combined into one collective is told apart no more, or a kernel with the shape of the
   embeddings is taken for them."""
-  found = compile_verdict.moved(hlo.collectives(TEXT, 4), KNOWN, 4)
+  found = verdict.moved(hlo.collectives(TEXT, 4), KNOWN, 4)
   assert [dict(g.purposes) for g in found] == [
     {'embeddings': 32768},
     {'BatchNorm (forward)': 64},
@@ -177,8 +174,8 @@ def judged(text, devices=4, **fields):
   c = ml_collections.ConfigDict({'method': 'simclr', 'batch_size': 32, 'model': model, **fields})
   stats = {'mean': np.zeros(8, np.float32), 'var': np.zeros(8, np.float32)}
   state = train_state.TrainState(0, {}, {'stats': stats}, {})
-  found = compile_verdict.moved(hlo.collectives(text, devices), KNOWN, devices)
-  return compile_verdict.problems(c, state, found, devices)
+  found = verdict.moved(hlo.collectives(text, devices), KNOWN, devices)
+  return verdict.problems(c, state, found, devices)
 
 
 def test_a_sound_program_passes():
@@ -250,7 +247,7 @@ def test_shuffled_images_may_move():
 def test_memory_in_messages(message, needed, limit):
   """Breaks if a program that does not fit is reported without its size."""
   gib = 2**30
-  found = compile_check.memory_in(message)
+  found = check.memory_in(message)
   assert found == (needed and needed * gib, limit and limit * gib)
 
 
@@ -265,7 +262,7 @@ def test_search_for_the_largest_batch(true, start):
     tried.append(batch)
     return batch <= true
 
-  assert compile_check.largest(start, 8, fits, 4096) == true // 8 * 8
+  assert check.largest(start, 8, fits, 4096) == true // 8 * 8
   assert len(tried) < 24
 
 
@@ -309,11 +306,11 @@ def shapes_of(recipe):
 
 def test_a_recipe_is_made_ready():
   """Breaks if a recipe is compiled in float32, or with a batch that the devices cannot share."""
-  recipe, notes = compile_check.prepared(config.load('simclr_imagenet'), 128)
+  recipe, notes = check.prepared(config.load('simclr_imagenet'), 128)
   assert (recipe.dtype, recipe.data.examples, notes) == ('bfloat16', 1281167, [])
-  assert compile_check.prepared(config.load('simclr_images'), 4)[1]
+  assert check.prepared(config.load('simclr_images'), 4)[1]
   with pytest.raises(ConfigError, match='128: set --config.batch_size=128 or 256'):
-    compile_check.prepared(config.load('moco_imagenet', {'batch_size': '200'}), 128)
+    check.prepared(config.load('moco_imagenet', {'batch_size': '200'}), 128)
 
 
 def command(*words):
@@ -373,9 +370,7 @@ def test_real_compilation():
     for name in total:
       total[name] += c['count'] * c['bytes_by_purpose'].get(name, 0)
   state = shapes_of(
-    compile_check.prepared(
-      config.load('simclr_imagenet', {k: str(v) for k, v in SMALL.items()}), 4
-    )[0]
+    check.prepared(config.load('simclr_imagenet', {k: str(v) for k, v in SMALL.items()}), 4)[0]
   )
   assert total['embeddings'] == 2 * 48 * 128 * 4  # [2n, d], float32
   # Mean and mean square of every channel, float32.
@@ -421,7 +416,7 @@ def test_figures_of_the_published_setting():
   for c in cell['collectives']:
     for name in moved:
       moved[name] += c['count'] * c['bytes_by_purpose'].get(name, 0)
-  state = shapes_of(compile_check.prepared(config.load('simclr_imagenet'), 128)[0])
+  state = shapes_of(check.prepared(config.load('simclr_imagenet'), 128)[0])
   stats = sum(x.size for x in jax.tree.leaves(state.state['stats']))
   params = dict(state.params)
   probe = sum(p.size for p in jax.tree.leaves(params.pop('probe')))

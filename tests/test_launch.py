@@ -102,7 +102,9 @@ class Cloud:
   def start(self, words, **kwargs):
     return subprocess.Popen(
       ['bash', str(self.checkout / 'launch' / 'tpu.sh'), *words],
-      env=self.env, cwd=self.cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs,
+      env=self.env, cwd=self.cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      # A background job of a script ignores Ctrl-C, and so would this.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler), **kwargs,
     )  # fmt: skip
 
   def __call__(self, verb, *flags, args=None, code=0, words=None):

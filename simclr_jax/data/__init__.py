@@ -2,7 +2,7 @@
 
 A source is a module with `load(config, split)`, where `config` is the recipe's `data` part;
 `config.source` is its name. It returns one of four kinds of data set: `Arrays` here, or the streams
-`folder.Files`, `tfds.Records` and `tfds.IndexedRecords`. All have a length, `labels`, `labelled`, `classes`,
+`folder.Files`, `records.Records` and `records.IndexedRecords`. All have a length, `labels`, `labelled`, `classes`,
 `class_names`, `only`, `with_labels` and `sample`; streams have `examples` and `once`, tf.data of encoded
 images, too.
 """

@@ -1,6 +1,6 @@
 """What all streams of encoded images share: TensorFlow, its threads, the order, errors with names.
 
-A stream is `folder.Files`, `tfds.Records` or `tfds.IndexedRecords`.
+A stream is `folder.Files`, `records.Records` or `records.IndexedRecords`.
 """
 
 import os

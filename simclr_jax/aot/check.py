@@ -20,16 +20,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from simclr_jax import (
-  compile_verdict as verdict,
-  config as recipes,
-  hardware,
-  hlo,
-  methods,
-  sharding,
-  train_state,
-)
-from simclr_jax.compile_report import size_in_words
+from simclr_jax import config as recipes, methods, sharding, train_state
+from simclr_jax.aot import hardware, hlo, verdict
+from simclr_jax.aot.report import size_in_words
 from simclr_jax.data import feed
 from simclr_jax.errors import ConfigError
 

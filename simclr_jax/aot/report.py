@@ -17,7 +17,7 @@ def size_in_words(size: float | None) -> str:
 
 
 def report(result: dict[str, Any]) -> str:
-  """The result of `compile_check.check` for a reader."""
+  """The result of `check.check` for a reader."""
   r = result
   per_device = r['batch_size'] // r['devices']
   slices = f'{r["slices"]} slices of ' if r['slices'] > 1 else ''

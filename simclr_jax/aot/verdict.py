@@ -7,8 +7,9 @@ import math
 import jax
 import ml_collections
 
-from simclr_jax import hardware, health, hlo, methods
-from simclr_jax.compile_report import size_in_words
+from simclr_jax import health, methods
+from simclr_jax.aot import hardware, hlo
+from simclr_jax.aot.report import size_in_words
 from simclr_jax.data import crop
 from simclr_jax.models import tower
 
