@@ -6,6 +6,7 @@ shorter side and cut to the central square; and fine-tuning with all labels.
 
 import dataclasses
 import pathlib
+import re
 from typing import Any
 
 import ml_collections
@@ -154,7 +155,8 @@ def table(
   columns = list(encoders) + ['fine-tuned'] * fine_tune
   rows, notes, sizes = {}, {}, {}
   for what in to:
-    called = pathlib.PurePosixPath(what.rstrip('/')).name
+    place = pathlib.PurePosixPath(what.rstrip('/'))
+    called = place.parent.name if re.fullmatch(r'\d+\.\d+\.\d+', place.name) else place.name
     print(f'\n{what}', flush=True)
     try:
       task = load(what, folder)
