@@ -119,4 +119,5 @@ class Watchdog:
       if time.monotonic() > self._deadline:
         os.write(2, f'no step was finished in {self._seconds:g} s: stopping\n'.encode())
         faulthandler.dump_traceback(sys.__stderr__)
+        time.sleep(3)  # the others, which wait for this one, shall show their stacks, too
         os._exit(EXIT_HUNG)
