@@ -6,6 +6,7 @@ import math
 from simclr_jax import paths
 from simclr_jax.errors import ConfigError
 
+ALONE = ('check-data', 'compile-check', 'export', 'report')  # one process, even where others are
 DESCRIPTION = """Contrastive pretraining of image encoders in JAX.
 
 The same `pretrain` command on the same --workdir goes on where the last one stopped.
@@ -33,7 +34,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
     )
-    p.set_defaults(verb=name, parser=p)
+    p.set_defaults(verb=name, parser=p, coordinator=None, num_processes=None, process_id=None)
+    if name in ALONE:
+      return p
     several = p.add_argument_group(
       'one of several processes', 'On Cloud TPU and Slurm these are found out.'
     )

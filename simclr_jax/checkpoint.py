@@ -196,8 +196,14 @@ class Saver:
     return self
 
   def __exit__(self, *error):
-    self.wait()
-    self._checkpointer.close()
+    try:
+      self.wait()
+    except CheckpointError as failure:
+      if error[0] is None:
+        raise
+      logging.error('%s', failure)  # what is under way says more
+    finally:
+      self._checkpointer.close()
 
   def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> None:
     """Begins to write `state`; its buffers may be donated as soon as this returns.

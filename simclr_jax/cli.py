@@ -1,7 +1,8 @@
 """`simclr-jax VERB ...`: parses words, calls the function that does the work, turns errors into codes.
 
 Exit codes: 0 done, 1 a failure named on stderr, 2 wrong usage or recipe, 3 the loss is not finite, 4 a step
-hung, 75 stopped by SIGTERM after saving, 130 stopped by Ctrl-C (the first one lets `pretrain` save).
+hung, 75 stopped by SIGTERM after saving, 130 stopped by Ctrl-C (the first one lets `pretrain` save; in several processes
+it counts as SIGTERM), 134 another process died.
 """
 
 import logging
@@ -43,8 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     code = distributed.left_alone(error)
   if code and _one_of_several():
     # The usual end of a process waits for the others, which may be waiting for this one.
+    from simclr_jax import distributed
+
     sys.stderr.flush()
-    os._exit(code)
+    distributed.leave(code)
   return code
 
 
@@ -64,7 +67,7 @@ def _run(args, overrides):
   from simclr_jax.train import EXIT_NAN, NotFinite
 
   try:
-    if args.verb not in ALONE:
+    if args.verb not in arguments.ALONE:
       distributed.join(args.coordinator, args.num_processes, args.process_id)
     return VERBS[args.verb](args, overrides)
   except ConfigError as error:
@@ -250,7 +253,7 @@ def _transfer(args, overrides):
 
 
 def _embed(args, overrides):
-  from simclr_jax import config, data
+  from simclr_jax import config, data, distributed
   from simclr_jax.data import discover
   from simclr_jax.evaluate import embed
   from simclr_jax.interop import orbax
@@ -262,9 +265,10 @@ def _embed(args, overrides):
     recipe = config.load('simclr_images', found)
   else:
     recipe = _run_config(args, overrides)
-  dataset = data.load(recipe.data, args.split)
+  dataset = distributed.together(lambda: data.load(recipe.data, args.split))
   if not len(dataset):
     raise ConfigError(f'--data={args.data} holds no images')
+  data.agree({'the images': dataset})
   embed.embed(encoder, dataset, args.out)
   return 0
 
@@ -328,4 +332,3 @@ VERBS = {
   'report': _report,
   'compile-check': _compile_check,
 }
-ALONE = ('check-data', 'compile-check', 'export', 'report')  # even where other processes are

@@ -1,5 +1,6 @@
 """Several processes as one run: joining, failing together, agreeing, stopping at the same step."""
 
+import contextlib
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from simclr_jax.errors import ConfigError
+from simclr_jax.stopping import EXIT_PREEMPTED
 
 T = TypeVar('T')
 
@@ -88,7 +90,8 @@ def _number(variable):
 def _in_a_cluster():
   hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
   tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
-  return len(hosts) > 1 or tasks != '1' or _on_a_tpu_pod()
+  slices = os.environ.get('MEGASCALE_NUM_SLICES', '1')
+  return len(hosts) > 1 or slices != '1' or tasks != '1' or _on_a_tpu_pod()
 
 
 def _on_a_tpu_pod():
@@ -140,6 +143,20 @@ def left_alone(error: BaseException) -> int:
   print('another process may have died: waiting for its heartbeat', file=sys.stderr, flush=True)
   time.sleep(_heartbeat() + 30)
   return EXIT_PEER
+
+
+def leave(code: int) -> None:
+  """Ends this one of several processes, at once; after a common stop, when the others have come so far, too.
+
+  The usual end waits for all of them, which may be waiting for this one. Process 0 must not be the first to
+  go where all go: the others would take it for dead.
+  """
+  if code == EXIT_PREEMPTED:
+    from jax._src import distributed  # there is no public barrier with a limit
+
+    with contextlib.suppress(Exception):
+      distributed.global_state.client.wait_at_barrier('simclr_jax_leave', 20_000)
+  os._exit(code)
 
 
 def gather(value: Any) -> list[Any]:

@@ -66,19 +66,21 @@ def account(records: list[dict[str, Any]]) -> dict[str, float] | None:
     return None
   total = dict.fromkeys((*KINDS, 'gaps', 'redone', 'steps'), 0.0)
   redone_steps = 0
-  for attempt, following in zip(attempts, [*attempts[1:], None]):
+  for number, attempt in enumerate(attempts):
+    following = attempts[number + 1 :]
     start, end = attempt[0], max(attempt, key=lambda r: r['time'])
     for kind in KINDS:
       total[kind] += end.get(f'seconds_{kind}', 0.0)
     stepping = end['time'] - start['time'] - sum(end.get(f'seconds_{k}', 0.0) for k in KINDS)
     taken = end['step'] - start['step']
-    lost = max(0, end['step'] - following[0]['step']) if following else 0
-    share = min(lost / taken, 1.0) if taken else 0.0
+    lost = max([0, *(end['step'] - later[0]['step'] for later in following)])
+    lost = min(lost, taken)
+    share = lost / taken if taken else 0.0
     total['redone'] += max(stepping, 0.0) * share
     total['steps'] += max(stepping, 0.0) * (1 - share)
     redone_steps += lost
     if following:
-      total['gaps'] += following[0]['time'] - end['time']
+      total['gaps'] += following[0][0]['time'] - end['time']
   wall = sum(total.values())
   return {
     **total,

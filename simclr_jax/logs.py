@@ -1,5 +1,6 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, and one line that shows progress."""
 
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -20,9 +21,11 @@ class Log:
   ):
     """`writes`: whether this process does; the others keep quiet."""
     self._file = self._writer = None
+    self._open = contextlib.ExitStack()
     if writes:
       _drop_later(workdir, first_step)
-      self._file = (workdir / 'metrics.jsonl').open('a')
+      # In a bucket, what `open` gives can only be entered.
+      self._file = self._open.enter_context((workdir / 'metrics.jsonl').open('a'))
       self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
     self._steps = steps
     terminal = sys.stderr.isatty() and writes
@@ -67,8 +70,7 @@ class Log:
   def close(self) -> None:
     """Everything is on disk when this returns."""
     self._bar.close()
-    if self._file:
-      self._file.close()
+    self._open.close()
     if self._writer:
       self._writer.flush()
       self._writer.close()

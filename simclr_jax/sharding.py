@@ -56,12 +56,12 @@ def split(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 def put_replicated(mesh: jax.sharding.Mesh, tree: PyTree) -> PyTree:
   """Host arrays -> global arrays, the whole of each on every device of `mesh`."""
-  return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, P())), tree)
+  return jax.tree.map(lambda x: put(x, NamedSharding(mesh, P())), tree)
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
   """A batch that every process has whole -> global arrays with their rows split over `mesh`."""
-  return {k: _put(v, NamedSharding(mesh, P('data'))) for k, v in batch.items()}
+  return {k: put(v, NamedSharding(mesh, P('data'))) for k, v in batch.items()}
 
 
 def local_rows(mesh: jax.sharding.Mesh, rows: int) -> np.ndarray:
@@ -83,7 +83,8 @@ def put_local(
   }
 
 
-def _put(x, sharding):
+def put(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
+  """An array that every process has whole, or a global one -> a global array laid out so."""
   if jax.process_count() == 1:
     return jax.device_put(x, sharding)
   if isinstance(x, jax.Array) and not x.is_fully_addressable:

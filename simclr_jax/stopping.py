@@ -111,13 +111,13 @@ class Watchdog:
     if not self._seconds:
       return
     seconds = max(self._seconds, self.FIRST) if compiling else self._seconds
-    self._deadline = time.monotonic() + seconds
+    self._deadline, self._limit = time.monotonic() + seconds, seconds
     faulthandler.dump_traceback_later(seconds + 10, exit=True, file=sys.__stderr__)
 
   def _watch(self):
     while not self._done.wait(min(1.0, self._seconds / 4)):
       if time.monotonic() > self._deadline:
-        os.write(2, f'no step was finished in {self._seconds:g} s: stopping\n'.encode())
+        os.write(2, f'no step was finished in {self._limit:g} s: stopping\n'.encode())
         faulthandler.dump_traceback(sys.__stderr__)
         time.sleep(3)  # the others, which wait for this one, shall show their stacks, too
         os._exit(EXIT_HUNG)

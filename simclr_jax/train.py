@@ -82,11 +82,14 @@ def pretrain(
       warmup = optim.warmup_steps(filled, len(images))
       recipes.check_against(filled, images, jax.device_count(), warmup, steps)
       _warn(filled, images)
-      measure = _online_knn(filled, images) if filled.knn_every_epochs else None
-      return filled, images, steps, measure
+      test = _test_images(filled, images) if filled.knn_every_epochs else None
+      return filled, images, steps, test
 
-    config, train, steps, online_knn = distributed.together(prepare)
-    distributed.agree(_identity(config, train))
+    config, train, steps, test = distributed.together(prepare)
+    distributed.agree(_identity(config))
+    data.agree({'the training images': train, 'the test images': test})
+    online_knn = _online_knn(config, train, test) if test else None
+    watchdog.beat(compiling=True)
 
     mesh = sharding.make_mesh()
     folder = workdir / 'checkpoints'
@@ -100,10 +103,11 @@ def pretrain(
     if restored:
       state = restored[0]
       print(f'resuming {workdir} from step {int(state.step)} of {steps}', flush=True)
+    watchdog.beat(compiling=True)
     first = int(state.step)
     if first >= steps:
       print(f'{workdir} is complete: {first} steps', flush=True)
-      return 0
+      return stop.exit_code
     if distributed.leader():
       _write_config(config, workdir, command)
 
@@ -155,7 +159,7 @@ def pretrain(
           accuracy = online_knn(state, lambda: watchdog.beat(compiling=True) or stop.wanted())
         stopped = accuracy is None
         if not stopped:
-          log.write(done, {'knn_acc': accuracy})
+          log.write(done, {'knn_acc': accuracy} | spent.fields())
           log.say(f'step {done}/{steps}  online kNN {accuracy:.1%}')
         metrics.restart_clock(done)
       if stopped:
@@ -173,7 +177,7 @@ def pretrain(
       saver.wait()
     log.event(done, 'complete', spent.fields())
     log.say(f'complete: {steps} steps, in {workdir}')
-    return 0
+    return stop.exit_code
 
 
 class _Metrics:
@@ -187,7 +191,8 @@ class _Metrics:
     self.pending = None
     self._config, self._workdir, self._log, self._spent = config, workdir, log, spent
     self._steps, self._examples = steps, examples
-    self._records, self._known = logs.read(workdir), set(health.findings(config, []))
+    self._records = [r for r in logs.read(workdir) if 'loss' in r]
+    self._known = set(health.findings(config, []))
     self.restart_clock(first)
 
   def restart_clock(self, done):
@@ -206,7 +211,7 @@ class _Metrics:
       values = {k: float(v) for k, v in jax.device_get(metrics).items()}
       values = {k: v for k, v in values.items() if k in ('loss', 'grad_norm') or not np.isnan(v)}
       if not np.isfinite([values['loss'], values['grad_norm']]).all():
-        self._log.write(done, values)
+        self._log.write(done, values | self._spent.fields())
         raise NotFinite(
           f'step {done}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, learning rate '
           f'{values["learning_rate"]:.4g}: training stopped before the next checkpoint; '
@@ -244,7 +249,7 @@ def _locked(workdir):
       return
     file = (workdir / '.lock').open('w')
   except OSError as error:
-    raise ConfigError(f'--workdir={workdir} cannot be written: {error.strerror}') from None
+    raise ConfigError(f'--workdir={workdir} cannot be written: {error.strerror or error}') from None
   with file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -261,12 +266,13 @@ def _check_workdir(config, workdir):
   recipes.check_unchanged(recipes.read_run(workdir), config, str(workdir))
 
 
-def _identity(config, train) -> dict[str, Any]:
+def _identity(config) -> dict[str, Any]:
   """What all processes of a run must have in common."""
   own = ('data.dir', 'data.threads')
   fields = {k: v for k, v in recipes.flatten(config).items() if k not in own}
-  identity = fields | checkpoint.versions() | {'the images': data.fingerprint(train)}
-  return json.loads(json.dumps(identity))  # as the others will look after their journey
+  return json.loads(
+    json.dumps(fields | checkpoint.versions())
+  )  # as the others will look after their journey
 
 
 def _write_config(config, workdir, command):
@@ -298,11 +304,8 @@ def _warn(config, train):
     logging.warning('the data has no labels: probe_acc means nothing')
 
 
-def _online_knn(config, train):
-  """A function (state, stop) -> kNN accuracy on the test split, or None if there is nothing to measure.
-
-  It calls `stop()` now and then, and returns None if that is true.
-  """
+def _test_images(config, train):
+  """The labelled images to measure an online kNN on, or None if there are none."""
   if not train.labelled:
     return None
   try:
@@ -313,6 +316,14 @@ def _online_knn(config, train):
   if not test.labelled:
     logging.warning('no online kNN: the test images have no labels')
     return None
+  return test
+
+
+def _online_knn(config, train, test):
+  """A function (state, stop) -> kNN accuracy on the test split.
+
+  It calls `stop()` now and then, and returns None if that is true.
+  """
   method = methods.build(config)
   bank = train.sample(config.knn_images or len(train))
   queries = test.sample(-(-config.knn_images // 5) or len(test))

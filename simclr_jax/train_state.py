@@ -182,7 +182,7 @@ def build(
   with jax.set_mesh(mesh):
     ts = init(seed)
   if method.start and start:
-    ts = _started(method, ts, mesh)
+    ts = _started(method, ts)
   batches = feed.for_training(
     dataset,
     config.seed,
@@ -266,7 +266,7 @@ def _programs(key, mesh):
   return jax.jit(init, out_shardings=places), compiled
 
 
-def _started(method, ts, mesh):
+def _started(method, ts):
   params, state = method.start(ts.params, ts.state)
   new, old = (
     {jax.tree_util.keystr(k[1:]): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -278,7 +278,12 @@ def _started(method, ts, mesh):
         f'init_from is of another network: {leaf} is {new.get(leaf)} there and {old.get(leaf)} in this '
         'recipe; its model fields must be those of the pretraining'
       )
-  # Copies: the step is going to reuse the buffers.
-  params, state = jax.tree.map(np.array, jax.device_get((params, state)))
-  params, state = sharding.put_replicated(mesh, (params, state))
+
+  def put(x, was):
+    if x is was:
+      return x
+    # A copy: the step is going to reuse the buffers.
+    return sharding.put(np.array(jax.device_get(x)), was.sharding)
+
+  params, state = jax.tree.map(put, (params, state), (ts.params, ts.state))
   return dataclasses.replace(ts, params=params, state=state)

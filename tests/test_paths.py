@@ -24,7 +24,12 @@ def test_places():
 
 def test_a_run_needs_no_more_of_a_path_than_buckets_have(tmp_path, monkeypatch, capsys):
   """Breaks if a file of a run is handled by what only local paths can do; no bucket is there to try."""
+  backend = pytest.importorskip('etils.epath.backend')
   monkeypatch.setattr(paths, 'path', epath.Path)
+  # TensorFlow's file system, as for gs://, and not Python's.
+  bucket = property(lambda self: backend.tf_backend)
+  monkeypatch.setattr(epath.gpath.PosixGPath, '_backend', bucket)
+  monkeypatch.setattr(paths, 'remote', lambda place: True)
   place = epath.Path(tmp_path / 'run')
   for steps in ('2', '2'):
     recipe = config.load('simclr_digits', {**TINY, 'steps': steps, 'checkpoint_every_steps': '1'})

@@ -9,12 +9,15 @@ images, too.
 
 import dataclasses
 import importlib
+import posixpath
 import zlib
 from collections.abc import Sequence
 
+import jax
 import ml_collections
 import numpy as np
 
+from simclr_jax import distributed
 from simclr_jax.data import labels
 from simclr_jax.errors import ConfigError
 
@@ -100,7 +103,18 @@ def fingerprint(dataset) -> int:
   if isinstance(dataset, Arrays):
     return zlib.crc32(np.ascontiguousarray(dataset.images))
   names = [str(name) for name in getattr(dataset, 'paths', ())]
-  return zlib.crc32('\n'.join([str(len(dataset)), *names]).encode('utf-8', 'surrogateescape'))
+  shards = [
+    f'{posixpath.basename(s.path)} {s.skip} {s.take}' for s in getattr(dataset, 'shards', ())
+  ]
+  places = zlib.crc32(np.ascontiguousarray(getattr(dataset, 'places', ())))
+  text = '\n'.join([str(len(dataset)), str(places), *shards, *names])
+  return zlib.crc32(text.encode('utf-8', 'surrogateescape'))
+
+
+def agree(datasets: dict[str, object]) -> None:
+  """Raises ConfigError, by name, where the processes of a run have not the same images."""
+  if jax.process_count() > 1:
+    distributed.agree({name: found and fingerprint(found) for name, found in datasets.items()})
 
 
 def choose(count: int, of: int) -> np.ndarray:

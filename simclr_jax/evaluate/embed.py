@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 from tqdm import tqdm
 
-from simclr_jax import data, distributed
+from simclr_jax import data, distributed, paths, stopping
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features
 
@@ -21,6 +21,8 @@ def check(out: pathlib.Path) -> None:
   """Raises ConfigError if nothing can be written to `out`."""
   if out.suffix not in SUFFIXES:
     raise ConfigError(f'--out={out}: the name must end in {", ".join(SUFFIXES)}')
+  if paths.remote(out):
+    raise ConfigError(f'--out={out}: write to this machine, and copy the file')
   if not out.parent.is_dir():
     raise ConfigError(f'--out={out}: the folder {out.parent} does not exist')
   if out.suffix == '.parquet' and not importlib.util.find_spec('pyarrow'):
@@ -45,6 +47,7 @@ def embed(encoder: features.Encoder, dataset, out: pathlib.Path) -> None:
     'size': size,
     'images': len(dataset),
     'of': data.fingerprint(dataset),
+    'in': str(getattr(getattr(dataset, 'settings', None), 'dir', '')),
   }
   folder = out.with_name(out.name + '.parts')
   if distributed.leader():
@@ -56,9 +59,12 @@ def embed(encoder: features.Encoder, dataset, out: pathlib.Path) -> None:
     for start in starts:
       if start not in there:
         part = dataset.only(np.arange(start, min(start + size, len(dataset))))
-        h, labels = encoder.embed(
-          part, progress=lambda done, at=start: bar.update(at + done - bar.n)
-        )
+
+        def show(done, at=start):
+          bar.update(at + done - bar.n)
+          stopping.check()
+
+        h, labels = encoder.embed(part, progress=show)
         if distributed.leader():
           new = folder / f'{start}.new'
           with new.open('wb') as file:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from simclr_jax import sharding
+from simclr_jax import sharding, stopping
 from simclr_jax.data import Arrays, augment, feed
 from simclr_jax.models import classifier, resnet
 
@@ -67,7 +67,7 @@ class Encoder:
       dataset: of any kind that `data.load` returns; an image of another size than the encoder's goes
         through its `eval_view`.
       batch_size: how many at a time; rounded up to a multiple of the number of devices.
-      progress: told how many images are done.
+      progress: told how many images are done; it looks after signals, too, if anybody is to.
 
     Returns:
       float32 `[N, d]` and int32 `[N]`, -1 where unknown.
@@ -94,6 +94,8 @@ class Encoder:
       np.add.at(seen, index, 1)
       if progress:
         progress(int(seen.sum()))
+      else:
+        stopping.check()
     if (seen != 1).any():
       raise RuntimeError(f'{(seen != 1).sum()} of {len(dataset)} images were not seen once')
     return h, labels

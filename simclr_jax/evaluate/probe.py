@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from simclr_jax import losses, sharding
+from simclr_jax import losses, sharding, stopping
 from simclr_jax.data import augment, feed, order
 from simclr_jax.evaluate import features, metrics
 from simclr_jax.models import linear
@@ -122,6 +122,7 @@ def train_linear(
   variables = sharding.put_replicated(mesh, encoder.variables)
   for i in range(total):
     state, error = step(state, variables, constants, batches(i))
+    stopping.check()
     if report and (i % 50 == 0 or i + 1 == total):
       report(i + 1, total, float(error))
   if close:

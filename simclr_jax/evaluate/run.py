@@ -308,9 +308,14 @@ def _over(seeds):
 
 
 def _labelled(config):
-  train, test = data.load(config.data, 'train'), data.load(config.data, 'test')
-  if not (train.labelled and test.labelled):
-    raise ConfigError('this evaluation needs labels, and the data of the run has none')
+  def load():
+    train, test = data.load(config.data, 'train'), data.load(config.data, 'test')
+    if not (train.labelled and test.labelled):
+      raise ConfigError('this evaluation needs labels, and the data of the run has none')
+    return train, test
+
+  train, test = distributed.together(load)
+  data.agree({'the training images': train, 'the test images': test})
   return train, test
 
 

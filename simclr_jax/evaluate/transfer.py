@@ -12,7 +12,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, data, paths
+from simclr_jax import config as recipes, data, distributed, paths
 from simclr_jax.data import discover
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features, finetune, logistic, metrics
@@ -159,7 +159,7 @@ def table(
     called = place.parent.name if re.fullmatch(r'\d+\.\d+\.\d+', place.name) else place.name
     print(f'\n{what}', flush=True)
     try:
-      task = load(what, folder)
+      task = distributed.together(lambda what=what: load(what, folder))
     except ConfigError as error:
       name = f'{called} ({metric(what)})'
       rows[name], notes[name] = [[None, None]] * len(columns), f'missing: {error}'

@@ -58,7 +58,8 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
   except ConfigError:  # unlabelled data often comes without a test split
     test, whose = train, 'training'
   about = json.loads((workdir / 'config.json').read_text())
-  records = logs.read(workdir)
+  written = logs.read(workdir)
+  records = [r for r in written if 'event' not in r]
   # The whole story comes first.
   results = sorted(run.kept(workdir).items(), key=lambda kept: kept[0] != 'simclrv2')
   below = sorted(workdir.glob('*/evaluation.json'))
@@ -77,7 +78,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
     '<h2>Training</h2>',
     _row(figures.curves(records)) if records else '<p>No metrics yet.</p>',
     *_speed(records),
-    *_goodput(records),
+    *_goodput(written),
     '<h2>Is it healthy?</h2>',
     *_health(config, records),
     '<h2>What the encoder sees</h2>',
