@@ -233,7 +233,9 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict[str, str]]:
     '--config', metavar='RECIPE', default='finetune_small', help='of --finetune (finetune_small)'
   )
   p.add_argument(
-    '--baselines', action='store_true', help='also: raw pixels and the untrained encoder'
+    '--baselines',
+    action='store_true',
+    help='also: raw pixels and the untrained encoder; with --finetune, from scratch',
   )
 
   p = verb(

@@ -97,12 +97,12 @@ def test_transfer(tmp_path, capsys, monkeypatch):
   assert train.pretrain(recipe, run, quiet=True) == 0
   nowhere = tmp_path / 'nowhere'
   argv = ['transfer', f'--workdir={run}', f'--to={tmp_path}/train.npz,{nowhere}', '--finetune',
-          '--config.steps=2']  # fmt: skip
+          '--baselines', '--config.steps=2']  # fmt: skip
   assert cli.main(argv) == 0
   out = capsys.readouterr().out
   kept = json.loads((run / 'evaluation.json').read_text())['transfer']
-  assert kept['columns'] == ['pretrained', 'fine-tuned']
-  assert [c[0] for c in kept['rows']['nowhere (top-1)']] == [None] * 2
+  assert kept['columns'] == ['raw pixels', 'untrained', 'pretrained', 'from scratch', 'fine-tuned']
+  assert [c[0] for c in kept['rows']['nowhere (top-1)']] == [None] * 5
   assert 'missing' in out and str(nowhere) in kept['notes']['nowhere (top-1)']
   assert all(0 <= c[0] <= 100 for c in kept['rows']['train.npz (top-1)'])
   assert kept['settings']['images'] == {'train.npz (top-1)': [200, 200]}

@@ -125,16 +125,24 @@ def tuned(
   config: ml_collections.ConfigDict,
   spec: str,
   overrides: dict[str, str],
-  what: str,
+  called: str,
   task: Task,
+  pretrained: bool,
   command: str,
 ) -> float:
-  """The metric after fine-tuning the run `workdir` with all labels; the training is in workdir/transfer/."""
+  """The metric after training with all labels, from the run `workdir` on or, not `pretrained`, from scratch.
+
+  The training is in workdir/transfer/.
+  """
   recipe = finetune.recipe(spec, config, {**task.place, 'data.test_split': '', **overrides})
   chosen, images = finetune.with_labels(recipe, task.train, '100%', 0)
   with chosen.unlocked():
-    chosen.init_from = str(paths.absolute(workdir))
-  folder = workdir / 'transfer' / pathlib.PurePosixPath(what.rstrip('/')).name.replace(':', '-')
+    if pretrained:
+      chosen.init_from = str(paths.absolute(workdir))
+    else:
+      chosen.head_layer, chosen.fine_tune_after_block = 0, -1
+  name = re.sub(r'[:/]+', '-', called.strip('/'))
+  folder = workdir / 'transfer' / (name if pretrained else f'{name}-scratch')
   finetune.run(chosen, images, folder, command)
   result = finetune.test(folder, task.test)
   return result['mean_per_class' if task.metric == 'mean per class' else 'top1']
@@ -151,12 +159,18 @@ def table(
   fine_tune: bool,
   command: str,
 ) -> dict[str, Any]:
-  """All data sets `to`: a result to be kept. One that is missing has a row that says so."""
-  columns = list(encoders) + ['fine-tuned'] * fine_tune
+  """All data sets `to`: a result to be kept. One that is missing has a row that says so.
+
+  With the untrained encoder among `encoders`, what is fine-tuned is trained from scratch, too.
+  """
+  trainings = {'from scratch': False} if 'untrained' in encoders else {}
+  trainings = trainings | {'fine-tuned': True} if fine_tune else {}
+  columns = [*encoders, *trainings]
   rows, notes, sizes = {}, {}, {}
   for what in to:
     place = pathlib.PurePosixPath(what.rstrip('/'))
     called = place.parent.name if re.fullmatch(r'\d+\.\d+\.\d+', place.name) else place.name
+    called = what if any(name.startswith(f'{called} (') for name in rows) else called
     print(f'\n{what}', flush=True)
     try:
       task = distributed.together(lambda what=what: load(what, folder))
@@ -170,8 +184,9 @@ def table(
     found = linear(encoders, task)
     if fine_tune and task.metric == MAP:
       notes[name] = 'not fine-tuned: it has several labels an image'
-    elif fine_tune:
-      found['fine-tuned'] = tuned(workdir, config, spec, overrides, what, task, command)
+    else:
+      for column, pretrained in trainings.items():
+        found[column] = tuned(workdir, config, spec, overrides, called, task, pretrained, command)
     rows[name] = [[100 * found[c], None] if c in found else [None, None] for c in columns]
     print('  '.join(f'{c} {100 * found[c]:.1f}' for c in found), flush=True)
   return {
