@@ -229,9 +229,10 @@ ask() {
   persist ask_once "$command"
 }
 
-ask_once() {
-  local s line out=() key
-  reply=()
+# Says a command to all workers. Sets reply, and fresh: how many have no worker.sh yet.
+hear() {
+  local s line out=()
+  reply=() fresh=0
   for s in "${!nodes[@]}"; do
     if [[ -n ${opt[dry-run]:-} ]]; then
       remote "$s" all "$1"
@@ -239,10 +240,15 @@ ask_once() {
     fi
     mapfile -t out < <(remote "$s" all "$1")
     for line in "${out[@]}"; do
-      [[ $line =~ ^@simclr-jax\ worker=([0-9]+)\ (.*)$ ]] || continue
-      reply[$s.${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
+      [[ $line != @fresh ]] || fresh=$((fresh + 1))
+      [[ ! $line =~ ^@simclr-jax\ worker=([0-9]+)\ (.*)$ ]] || reply[$s.${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
     done
   done
+}
+
+ask_once() {
+  local s key fresh
+  hear "$1"
   [[ -z ${opt[dry-run]:-} ]] || return 0
   ((${#reply[@]} == total)) && return
   local silent=()
@@ -261,20 +267,9 @@ copy_all() {
 
 # The first thing that is said to a VM, where worker.sh may not be yet. Sets reply where it is.
 make_home() {
-  local s line out=() fresh=0
+  local fresh
   local command="umask 077; mkdir -p $home && if test -f $home/worker.sh; then bash $home/worker.sh status ''; else echo @fresh; fi"
-  reply=()
-  for s in "${!nodes[@]}"; do
-    if [[ -n ${opt[dry-run]:-} ]]; then
-      remote "$s" all "$command"
-      continue
-    fi
-    mapfile -t out < <(remote "$s" all "$command")
-    for line in "${out[@]}"; do
-      [[ $line != @fresh ]] || fresh=$((fresh + 1))
-      [[ ! $line =~ ^@simclr-jax\ worker=([0-9]+)\ (.*)$ ]] || reply[$s.${BASH_REMATCH[1]}]=${BASH_REMATCH[2]}
-    done
-  done
+  hear "$command"
   [[ -z ${opt[dry-run]:-} ]] && ((fresh + ${#reply[@]} != total)) || return 0
   why="$((fresh + ${#reply[@]})) of $total workers answered (gcloud needs its key in the agent: ssh-add ~/.ssh/google_compute_engine). $(tail -n 2 "$scratch/ssh" | tr '\n' ' ')"
   return 1

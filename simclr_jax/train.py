@@ -270,9 +270,8 @@ def _identity(config) -> dict[str, Any]:
   """What all processes of a run must have in common."""
   own = ('data.dir', 'data.threads')
   fields = {k: v for k, v in recipes.flatten(config).items() if k not in own}
-  return json.loads(
-    json.dumps(fields | checkpoint.versions())
-  )  # as the others will look after their journey
+  # As it looks after the journey to the others: JSON knows no tuples.
+  return json.loads(json.dumps(fields | checkpoint.versions()))
 
 
 def _write_config(config, workdir, command):
