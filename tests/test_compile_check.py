@@ -377,11 +377,12 @@ def test_real_compilation():
   assert total['BatchNorm (forward)'] == 4 * sum(
     x.size for x in jax.tree.leaves(state.state['stats'])
   )
-  # Kernels in the convolutions' bfloat16, the probe in float32; scales and offsets go with BatchNorm's sums.
+  # Kernels and the probe in float32; scales and offsets go with BatchNorm's sums.
   params = dict(state.params)
   probe = sum(p.size for p in jax.tree.leaves(params.pop('probe')))
   kernels = sum(p.size for p in jax.tree.leaves(params) if p.ndim > 1)
-  assert total['gradients'] == 2 * kernels + 4 * probe
+  assert total['gradients'] == 4 * (kernels + probe)
+  assert sum(c['count'] for c in result['collectives'] if 'gradients' in c['bytes_by_purpose']) == 1
 
 
 def multiply_adds(size):

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from simclr_jax.models.layers import Dense
 from simclr_jax.models.norm import BatchNorm
 
 MODES = ('none', 'linear', 'mlp')
@@ -53,7 +54,7 @@ class ProjectionHead(nn.Module):
     hiddens = [h]
     for i in range(1, 1 + (layers if self.keep is None else self.keep)):
       last = i == layers
-      x = nn.Dense(
+      x = Dense(
         self.dim if last else width,
         use_bias=not self.norm,
         kernel_init=nn.initializers.normal(0.01) if self.norm else torch_linear,

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from simclr_jax.models.layers import Conv
 from simclr_jax.models.norm import BatchNorm
 
 # depth -> (blocks in each group, bottleneck blocks?). 8 is the shallowest network of He et al.'s
@@ -202,17 +203,7 @@ class ResNet(nn.Module):
       init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
     def conv(features: int, size: int, stride: int, name: str, use_bias: bool = False) -> nn.Module:
-      pad = (size - 1) // 2
-      return nn.Conv(
-        features,
-        (size, size),
-        (stride, stride),
-        padding=[(pad, size - 1 - pad)] * 2,
-        use_bias=use_bias,
-        kernel_init=init,
-        dtype=self.dtype,
-        name=name,
-      )
+      return Conv(features, size, stride, use_bias, init, self.dtype, name=name)
 
     if self.normalize != 'none':
       mean, std = NORMALIZE[self.normalize]

@@ -1,0 +1,79 @@
+"""Layers against flax's, and the gradients of kernels against sums in float64."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from simclr_jax.models.layers import Conv, Dense, kernel_gradient
+
+
+def by_hand(x, dy, size, stride, low):
+  """The gradient of a kernel: every place of it, every output, in float64."""
+  x = np.pad(np.float64(x), ((0, 0), (low, size), (low, size), (0, 0)))
+  rows, columns = dy.shape[1:3]
+  grad = np.zeros((size, size, x.shape[-1], dy.shape[-1]))
+  for i in range(size):
+    for j in range(size):
+      seen = x[:, i : i + stride * rows : stride, j : j + stride * columns : stride]
+      grad[i, j] = np.einsum('nhwc,nhwd->cd', seen, np.float64(dy))
+  return grad
+
+
+@pytest.mark.parametrize('size, stride, sides', [(3, 1, (8, 6)), (3, 2, (7, 8)), (1, 2, (6, 5)), (7, 2, (9, 10))])
+def test_kernel_gradient(size, stride, sides):
+  """Breaks if the product that TPUs take is another one, or rounds to bfloat16."""
+  rng = np.random.default_rng(0)
+  layer = Conv(5, size, stride, dtype=jnp.bfloat16)
+  x = jnp.asarray(rng.normal(size=(4, *sides, 3)), jnp.bfloat16)
+  variables = layer.init(jax.random.key(0), x)
+  y, back = jax.vjp(lambda v: layer.apply(v, x), variables)
+  dy = jnp.asarray(rng.normal(size=y.shape), jnp.bfloat16)
+  low = (size - 1) // 2
+  expected = by_hand(x, dy, size, stride, low)
+
+  exact = kernel_gradient(x, dy, size, stride, ((low, size - 1 - low),) * 2)
+  assert exact.dtype == jnp.float32
+  np.testing.assert_allclose(exact, expected, rtol=1e-5, atol=1e-5)
+  grad = back(dy)[0]['params']['kernel']  # of the CPU: rounded
+  assert grad.dtype == jnp.float32
+  np.testing.assert_allclose(grad, expected, rtol=2**-7, atol=2**-5)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('ours, theirs, shape', [
+  (
+    Conv(6, 3, 2, use_bias=True),
+    nn.Conv(6, (3, 3), (2, 2), padding=[(1, 1)] * 2),
+    (2, 8, 8, 4),
+  ),
+  (Dense(6), nn.Dense(6), (8, 4)),
+])  # fmt: skip
+def test_against_flax(ours, theirs, shape, dtype):
+  """Breaks if parameters start otherwise, or outputs and gradients are others."""
+  ours, theirs = ours.clone(dtype=dtype), theirs.clone(dtype=dtype)
+  x = jax.random.normal(jax.random.key(1), shape, dtype)
+
+  def run(layer):
+    variables = layer.init(jax.random.key(0), x)
+    y, back = jax.vjp(layer.apply, variables, x)
+    return variables, y, back(jnp.cos(y))
+
+  for ours, theirs in zip(jax.tree.leaves(run(ours)), jax.tree.leaves(run(theirs)), strict=True):
+    assert ours.dtype == theirs.dtype
+    tolerance = 2**-7 if dtype == jnp.bfloat16 else 1e-6
+    np.testing.assert_allclose(
+      np.float32(ours), np.float32(theirs), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_dense_kernel_is_not_rounded():
+  """Breaks if the gradient of a dense kernel is a bfloat16 number."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(64, 7)), jnp.bfloat16)
+  dy = jnp.asarray(rng.normal(size=(64, 5)), jnp.bfloat16)
+  layer = Dense(5, use_bias=False, dtype=jnp.bfloat16)
+  _, back = jax.vjp(lambda v: layer.apply(v, x), layer.init(jax.random.key(0), x))
+  expected = np.float64(x).T @ np.float64(dy)
+  np.testing.assert_allclose(back(dy)[0]['params']['kernel'], expected, rtol=1e-5, atol=1e-5)
