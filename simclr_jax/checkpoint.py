@@ -87,23 +87,30 @@ def load_tree(path: pathlib.Path, target: PyTree | None = None) -> tuple[PyTree,
   Raises:
     CheckpointError: it cannot be read, or its bytes are not those that were written.
   """
+  tree, metadata = _read(path, target)
+  _check_digest(path, tree, metadata)
+  return tree, metadata
+
+
+def _read(path, target):
   path = paths.absolute(path)
   try:
     metadata = ocp.metadata(path)
     if target is None:
       target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), metadata.metadata)
-    tree = ocp.load(path, target)
-    expected = (metadata.custom_metadata or {})['crc32']
+    return ocp.load(path, target), dict(metadata.custom_metadata or {})
   except Exception as error:  # Orbax raises a dozen types, bare Exception among them
     reason = str(error).split('. See full')[0].split('\n')[0]
     raise CheckpointError(
       f'{path} is unreadable: {type(error).__name__}: {reason[:300]}'
     ) from error
-  found = digest(tree)
+
+
+def _check_digest(path, tree, metadata):
+  found, expected = digest(tree), metadata.get('crc32', {})
   wrong = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
   if wrong:
     raise CheckpointError(f'{path} is damaged: the checksum of {wrong[0]} does not match')
-  return tree, metadata.custom_metadata
 
 
 def steps(folder: pathlib.Path) -> list[int]:
@@ -133,14 +140,12 @@ def restore(
   damaged = []
   there = distributed.gather(steps(folder))[0]  # one process decides what there is
   for step in reversed(there):
-    path, restored, problem = folder / str(step), None, ''
+    path = folder / str(step)
     try:
-      _check_shapes(path, _shapes(target))
-      restored = load_tree(path, target)
-    except CheckpointError as error:
-      problem = str(error)
-    problem = next((p for p in distributed.gather(problem) if p), '')
-    if problem:
+      _all_or_none(_check_shapes, path, _shapes(target))
+      restored = _all_or_none(_read, path, target)
+      _all_or_none(_check_digest, path, *restored)  # computed together: no process may be missing
+    except CheckpointError as problem:
       logging.warning('%s', problem)
       damaged.append(path)
       continue
@@ -157,6 +162,19 @@ def restore(
       'backup, or choose a new --workdir to begin again'
     )
   return None
+
+
+def _all_or_none(work, *given):
+  """`work(*given)`; a CheckpointError of one process is one of all."""
+  result, problem = None, ''
+  try:
+    result = work(*given)
+  except CheckpointError as error:
+    problem = str(error)
+  problem = next((p for p in distributed.gather(problem) if p), '')
+  if problem:
+    raise CheckpointError(problem)
+  return result
 
 
 def _shapes(tree):

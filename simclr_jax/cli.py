@@ -63,13 +63,15 @@ def _run(args, overrides):
 
   from simclr_jax import distributed
   from simclr_jax.checkpoint import CheckpointError
-  from simclr_jax.stopping import Stopped
+  from simclr_jax.stopping import Stopped, Watchdog
   from simclr_jax.train import EXIT_NAN, NotFinite
 
   try:
     if args.verb not in arguments.ALONE:
       distributed.join(args.coordinator, args.num_processes, args.process_id)
-    return VERBS[args.verb](args, overrides)
+    # What hangs in one of several processes holds all of them; alone, it may just be long.
+    with Watchdog(Watchdog.FIRST if _one_of_several() else 0):
+      return VERBS[args.verb](args, overrides)
   except ConfigError as error:
     return _fail(error, 2)
   except Stopped as stop:

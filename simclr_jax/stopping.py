@@ -1,4 +1,7 @@
-"""Stopping between two steps, in all processes at the same one; and when a step never ends."""
+"""Stopping between two steps, in all processes at the same one; and when a step never ends.
+
+`Stop` and `Watchdog` are contexts; `check`, which loops call at every turn, looks after those that are open.
+"""
 
 import faulthandler
 import os
@@ -25,6 +28,8 @@ class Stop:
   call of `wanted`: JAX's own handler of SIGTERM is left in place, which tells the others.
   """
 
+  current: 'Stop | None' = None
+
   def __init__(self):
     self.signal: int | None = None
     self._old: dict[int, object] = {}
@@ -33,9 +38,11 @@ class Stop:
   def __enter__(self):
     for number in (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT):
       self._old[number] = signal.signal(number, self._note)
+    Stop.current = self
     return self
 
   def __exit__(self, *error):
+    Stop.current = None
     for number, handler in self._old.items():
       signal.signal(number, handler)
 
@@ -71,12 +78,17 @@ def _reached():
 
 
 def check() -> None:
-  """For loops that have nothing to save: ends them when one of several processes got SIGTERM.
+  """What loops do at every turn: they give a sign of life, and end after a signal.
 
   Raises:
-    Stopped: then.
+    Stopped: a signal came; without a `Stop`, only SIGTERM to one of several processes.
   """
-  if jax.distributed.is_initialized() and _reached():
+  if Watchdog.current:
+    Watchdog.current.beat(compiling=True)
+  if Stop.current:
+    if Stop.current.wanted():
+      raise Stopped(Stop.current.exit_code)
+  elif jax.distributed.is_initialized() and _reached():
     raise Stopped(EXIT_PREEMPTED)
 
 
@@ -84,10 +96,12 @@ class Watchdog:
   """Ends the process when the work gives no sign of life, as when another host hangs.
 
   The stacks of all threads go to stderr, the exit code is 4. A thread looks at the time; should it be kept
-  from running as well, faulthandler's own ends the process ten seconds later, with code 1.
+  from running as well, faulthandler's own ends the process ten seconds later, with code 1. Inside another one,
+  only the inner one counts.
   """
 
   FIRST = 3600  # seconds at least for a beat that may have to wait for the compiler
+  current: 'Watchdog | None' = None
 
   def __init__(self, seconds: float):
     """`seconds` between two beats at most; 0: for ever."""
@@ -96,6 +110,9 @@ class Watchdog:
     self._done = threading.Event()
 
   def __enter__(self):
+    self._outer, Watchdog.current = Watchdog.current, self
+    if self._outer:
+      self._outer._rest()
     if self._seconds:
       threading.Thread(target=self._watch, daemon=True).start()
       self.beat(compiling=True)
@@ -103,8 +120,14 @@ class Watchdog:
 
   def __exit__(self, *error):
     self._done.set()
-    if self._seconds:
-      faulthandler.cancel_dump_traceback_later()
+    self._rest()
+    Watchdog.current = self._outer
+    if self._outer:
+      self._outer.beat(compiling=True)
+
+  def _rest(self):
+    self._deadline = float('inf')
+    faulthandler.cancel_dump_traceback_later()
 
   def beat(self, compiling: bool = False) -> None:
     """A sign of life. `compiling`: before the next one, something may be compiled."""

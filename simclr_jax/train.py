@@ -155,12 +155,13 @@ def pretrain(
       stopped = stop.wanted()
       if online_knn and not stopped and (done % knn_every == 0 or done == steps):
         metrics.flush()
-        with spent.on('evaluation'):
-          accuracy = online_knn(state, lambda: watchdog.beat(compiling=True) or stop.wanted())
-        stopped = accuracy is None
-        if not stopped:
+        try:
+          with spent.on('evaluation'):
+            accuracy = online_knn(state)
           log.write(done, {'knn_acc': accuracy} | spent.fields())
           log.say(f'step {done}/{steps}  online kNN {accuracy:.1%}')
+        except stopping.Stopped:  # saved below
+          stopped = True
         metrics.restart_clock(done)
       if stopped:
         break
@@ -319,28 +320,15 @@ def _test_images(config, train):
 
 
 def _online_knn(config, train, test):
-  """A function (state, stop) -> kNN accuracy on the test split.
-
-  It calls `stop()` now and then, and returns None if that is true.
-  """
+  """A function: state -> kNN accuracy on the test split."""
   method = methods.build(config)
   bank = train.sample(config.knn_images or len(train))
   queries = test.sample(-(-config.knn_images // 5) or len(test))
 
-  class Enough(Exception):
-    pass
-
-  def measure(state, stop):
-    def look(done):
-      if stop():
-        raise Enough
-
+  def measure(state):
     variables = method.encoder(state.params, state.state)
     encoder = features.Encoder(recipes.architecture(config), variables)
-    try:
-      known, asked = (encoder.embed(images, progress=look) for images in (bank, queries))
-    except Enough:
-      return None
+    known, asked = (encoder.embed(images) for images in (bank, queries))
     return knn.accuracy(*known, *asked)
 
   return measure

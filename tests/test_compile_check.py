@@ -425,5 +425,5 @@ def test_figures_of_the_published_setting():
   assert moved == {
     'embeddings': 2 * 4096 * 128 * 4,
     'BatchNorm (forward)': 4 * stats,
-    'gradients': 2 * kernels + 4 * probe,
+    'gradients': 4 * (kernels + probe),
   }

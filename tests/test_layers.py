@@ -21,7 +21,9 @@ def by_hand(x, dy, size, stride, low):
   return grad
 
 
-@pytest.mark.parametrize('size, stride, sides', [(3, 1, (8, 6)), (3, 2, (7, 8)), (1, 2, (6, 5)), (7, 2, (9, 10))])
+@pytest.mark.parametrize(
+  'size, stride, sides', [(3, 1, (8, 6)), (3, 2, (7, 8)), (1, 2, (6, 5)), (7, 2, (9, 10))]
+)
 def test_kernel_gradient(size, stride, sides):
   """Breaks if the product that TPUs take is another one, or rounds to bfloat16."""
   rng = np.random.default_rng(0)
@@ -60,12 +62,10 @@ def test_against_flax(ours, theirs, shape, dtype):
     y, back = jax.vjp(layer.apply, variables, x)
     return variables, y, back(jnp.cos(y))
 
-  for ours, theirs in zip(jax.tree.leaves(run(ours)), jax.tree.leaves(run(theirs)), strict=True):
-    assert ours.dtype == theirs.dtype
+  for x, y in zip(jax.tree.leaves(run(ours)), jax.tree.leaves(run(theirs)), strict=True):
+    assert x.dtype == y.dtype
     tolerance = 2**-7 if dtype == jnp.bfloat16 else 1e-6
-    np.testing.assert_allclose(
-      np.float32(ours), np.float32(theirs), rtol=tolerance, atol=tolerance
-    )
+    np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=tolerance, atol=tolerance)
 
 
 def test_dense_kernel_is_not_rounded():

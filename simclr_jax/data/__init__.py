@@ -3,13 +3,12 @@
 A source is a module with `load(config, split)`, where `config` is the recipe's `data` part;
 `config.source` is its name. It returns one of four kinds of data set: `Arrays` here, or the streams
 `folder.Files`, `records.Records` and `records.IndexedRecords`. All have a length, `labels`, `labelled`, `classes`,
-`class_names`, `only`, `with_labels` and `sample`; streams have `examples` and `once`, tf.data of encoded
-images, too.
+`class_names`, `fingerprint`, `only`, `with_labels` and `sample`; streams have `examples` and `once`, tf.data
+of encoded images, too.
 """
 
 import dataclasses
 import importlib
-import posixpath
 import zlib
 from collections.abc import Sequence
 
@@ -64,6 +63,10 @@ class Arrays:
     """One more than the highest label; 0 without labels."""
     return int(self.labels.max(initial=-1)) + 1
 
+  def fingerprint(self) -> int:
+    """CRC-32 that tells data sets apart: of pixels and labels."""
+    return crc32(self.images, self.labels)
+
   def only(self, indices: np.ndarray) -> 'Arrays':
     """The data set of these images."""
     names = self.names and [self.names[i] for i in indices]
@@ -98,23 +101,20 @@ def load(config: ml_collections.ConfigDict, split: str):
   return found
 
 
-def fingerprint(dataset) -> int:
-  """CRC-32 that tells data sets apart: of the pixels in memory, or of names and numbers of files."""
-  if isinstance(dataset, Arrays):
-    return zlib.crc32(np.ascontiguousarray(dataset.images))
-  names = [str(name) for name in getattr(dataset, 'paths', ())]
-  shards = [
-    f'{posixpath.basename(s.path)} {s.skip} {s.take}' for s in getattr(dataset, 'shards', ())
-  ]
-  places = zlib.crc32(np.ascontiguousarray(getattr(dataset, 'places', ())))
-  text = '\n'.join([str(len(dataset)), str(places), *shards, *names])
-  return zlib.crc32(text.encode('utf-8', 'surrogateescape'))
-
-
 def agree(datasets: dict[str, object]) -> None:
   """Raises ConfigError, by name, where the processes of a run have not the same images."""
   if jax.process_count() > 1:
-    distributed.agree({name: found and fingerprint(found) for name, found in datasets.items()})
+    distributed.agree({name: found and found.fingerprint() for name, found in datasets.items()})
+
+
+def crc32(*parts: np.ndarray | str) -> int:
+  """Of arrays and texts, one after the other."""
+  found = 0
+  for part in parts:
+    text = isinstance(part, str)
+    raw = part.encode('utf-8', 'surrogateescape') if text else np.ascontiguousarray(part)
+    found = zlib.crc32(raw, found)
+  return found
 
 
 def choose(count: int, of: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import Arrays, check, choose, decode, on_device, stream
+from simclr_jax.data import Arrays, check, choose, crc32, decode, on_device, stream
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
 
@@ -68,6 +68,10 @@ class Files:
 
   def _contents(self, index):
     return tf.io.read_file(self._table[0][int(index)]).numpy()
+
+  def fingerprint(self) -> int:
+    """CRC-32 that tells data sets apart: of the files' names and labels."""
+    return crc32('\n'.join(self.paths), self.labels)
 
   def only(self, indices: np.ndarray) -> 'Files':
     """The data set of these images."""

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import posixpath
 from collections.abc import Iterable
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import check, choose, decode, order, stream
+from simclr_jax.data import check, choose, crc32, decode, order, stream
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
 
@@ -96,6 +97,11 @@ class Records:
       if found:
         return f'{self.name(e["index"])} {found}'
     return ''
+
+  def fingerprint(self) -> int:
+    """CRC-32 that tells data sets apart: of the files' names, and which of their records are meant."""
+    shards = [f'{posixpath.basename(s.path)} {s.skip} {s.take}' for s in self.shards]
+    return crc32('\n'.join([str(len(self)), *shards]))
 
   def only(self, indices: np.ndarray) -> 'Records':
     """The data set of these images."""
@@ -282,6 +288,10 @@ class IndexedRecords:
       if found:
         return f'{self.name(index)} {found}'
     return ''
+
+  def fingerprint(self) -> int:
+    """CRC-32 that tells data sets apart: of the places."""
+    return crc32(self.places)
 
   def only(self, indices: np.ndarray) -> 'IndexedRecords':
     """The data set of these images."""

@@ -9,7 +9,8 @@ import shutil
 import numpy as np
 from tqdm import tqdm
 
-from simclr_jax import data, distributed, paths, stopping
+from simclr_jax import distributed, paths
+from simclr_jax.data import Arrays
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features
 
@@ -46,7 +47,7 @@ def embed(encoder: features.Encoder, dataset, out: pathlib.Path) -> None:
     'encoder': encoder.digest(),
     'size': size,
     'images': len(dataset),
-    'of': data.fingerprint(dataset),
+    'of': dataset.fingerprint(),
     'in': str(getattr(getattr(dataset, 'settings', None), 'dir', '')),
   }
   folder = out.with_name(out.name + '.parts')
@@ -60,11 +61,9 @@ def embed(encoder: features.Encoder, dataset, out: pathlib.Path) -> None:
       if start not in there:
         part = dataset.only(np.arange(start, min(start + size, len(dataset))))
 
-        def show(done, at=start):
-          bar.update(at + done - bar.n)
-          stopping.check()
-
-        h, labels = encoder.embed(part, progress=show)
+        h, labels = encoder.embed(
+          part, progress=lambda done, at=start: bar.update(at + done - bar.n)
+        )
         if distributed.leader():
           new = folder / f'{start}.new'
           with new.open('wb') as file:
@@ -84,7 +83,7 @@ def embed(encoder: features.Encoder, dataset, out: pathlib.Path) -> None:
 
 def names(dataset) -> list[str]:
   """What each image is called: its path below the folder, its record, or its number."""
-  if isinstance(dataset, data.Arrays):
+  if isinstance(dataset, Arrays):
     called = dataset.names
   else:
     called = getattr(dataset, 'paths', None)

@@ -67,13 +67,14 @@ class Encoder:
       dataset: of any kind that `data.load` returns; an image of another size than the encoder's goes
         through its `eval_view`.
       batch_size: how many at a time; rounded up to a multiple of the number of devices.
-      progress: told how many images are done; it looks after signals, too, if anybody is to.
+      progress: told how many images are done.
 
     Returns:
       float32 `[N, d]` and int32 `[N]`, -1 where unknown.
 
     Raises:
       ConfigError: an image cannot be read.
+      stopping.Stopped: by a signal.
     """
     if not len(dataset):
       raise ValueError('there are no images to embed')
@@ -92,10 +93,9 @@ class Encoder:
         h = np.empty((len(dataset), out['h'].shape[1]), np.float32)
       h[index], labels[index] = out['h'][real], out['label'][real]
       np.add.at(seen, index, 1)
+      stopping.check()
       if progress:
         progress(int(seen.sum()))
-      else:
-        stopping.check()
     if (seen != 1).any():
       raise RuntimeError(f'{(seen != 1).sum()} of {len(dataset)} images were not seen once')
     return h, labels
