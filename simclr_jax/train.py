@@ -6,6 +6,7 @@ import json
 import pathlib
 import signal
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -119,7 +120,7 @@ def pretrain(
     save_every = config.checkpoint_every_steps or max(every_epoch, FEWEST)
     knn_every = config.knn_every_epochs * every_epoch
     metrics = _Metrics(config, workdir, log, spent, first, steps, len(train))
-    tracing = False
+    trace = _Trace(config.profile_steps, steps, workdir / 'profile')
 
     def save(done):
       metrics.flush()  # nothing is saved before its loss is known to be finite
@@ -132,9 +133,7 @@ def pretrain(
         metrics.flush()  # the device is idle from here on
         with spent.on('data'):
           step_fn.feed.wait(i)
-      if i + 1 in config.profile_steps[:1]:
-        jax.profiler.start_trace(str(workdir / 'profile'))
-        tracing = True
+      trace.before(i + 1)
       state, values = step_fn(state, i)
       done = i + 1
       metrics.flush()
@@ -142,13 +141,9 @@ def pretrain(
       if done == first + 1:
         jax.block_until_ready(values)
         spent.begun()
-      if tracing and done >= min(config.profile_steps[1], steps):
+      if trace.ends(done):
         jax.block_until_ready(values)
-        jax.profiler.stop_trace()
-        tracing = False
-        log.say(
-          f'wrote a trace of steps {config.profile_steps[0]} to {done}: {workdir / "profile"}'
-        )
+        log.say(trace.stop())
       metrics.pending = (done, values)
       if done % save_every == 0 or done == steps:
         save(done)
@@ -238,6 +233,28 @@ class _Metrics:
       if name not in self._known:
         self._log.say(sentence)
         self._known.add(name)
+
+
+class _Trace:
+  """A trace of the steps that `profile_steps` names, if it names any."""
+
+  def __init__(self, wanted: Sequence[int], steps: int, folder: pathlib.Path):
+    self._first, last = wanted or (0, 0)
+    self._last, self._folder, self._on = min(last, steps), folder, False
+
+  def before(self, step):
+    if step == self._first:
+      jax.profiler.start_trace(str(self._folder))
+      self._on = True
+
+  def ends(self, done):
+    return self._on and done >= self._last
+
+  def stop(self) -> str:
+    """Writes it; returns a sentence that says so."""
+    jax.profiler.stop_trace()
+    self._on = False
+    return f'wrote a trace of steps {self._first} to {self._last}: {self._folder}'
 
 
 @contextlib.contextmanager

@@ -145,7 +145,9 @@ def _given(config, method):
   _, init, variables = supervised.network(config)
   views = jax.ShapeDtypeStruct((2, 1, config.image_size, config.image_size, 3), jnp.float32)
   shapes = jax.eval_shape(
-    lambda key, x: variables(*init(key, {'views': x})), jax.random.key(0), views
+    # The key is made inside: in the scope of a described mesh, nothing can be computed.
+    lambda x: variables(*init(jax.random.key(0), {'views': x})),
+    views,
   )
   return distill.Teacher(shapes, json.dumps(recipes.architecture(config, classifier=True)))
 

@@ -1,0 +1,123 @@
+"""A run whose workdir is in a bucket, against an emulator of Google Cloud Storage. `make test-faults`.
+
+Orbax and TensorStore speak the real protocol over HTTP. So do the other files of the run, through gcsfs; where
+TensorFlow is, epath would take its file system, which cannot be sent to an emulator.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from conftest import TINY
+
+if 'SIMCLR_JAX_TEST_FAULTS' not in os.environ:
+  pytest.skip('takes minutes: make test-faults', allow_module_level=True)
+pytest.importorskip('gcp_storage_emulator')
+pytest.importorskip('gcsfs')
+
+STEPS = 6
+
+
+@pytest.fixture(scope='module')
+def bucket():
+  """The address of an emulator with the bucket `runs`."""
+  with socket.socket() as s:
+    s.bind(('localhost', 0))
+    port = s.getsockname()[1]
+  program = [sys.executable, '-m', 'gcp_storage_emulator', 'start', '--host=localhost']
+  program += [f'--port={port}', '--in-memory', '--default-bucket=runs', '--quiet']
+  address = f'http://localhost:{port}'
+  with subprocess.Popen(program) as emulator:
+    try:
+      for _ in range(100):
+        try:
+          urllib.request.urlopen(f'{address}/storage/v1/b/runs')
+          break
+        except OSError:
+          time.sleep(0.2)
+      yield address
+    finally:
+      emulator.terminate()
+
+
+def objects(address):
+  """Names of all objects in the bucket."""
+  with urllib.request.urlopen(f'{address}/storage/v1/b/runs/o?maxResults=1000') as answer:
+    return [item['name'] for item in json.load(answer).get('items', [])]
+
+
+def records(address):
+  url = f'{address}/download/storage/v1/b/runs/o/run%2Fmetrics.jsonl?alt=media'
+  with urllib.request.urlopen(url) as answer:
+    return [json.loads(line) for line in answer.read().decode().splitlines()]
+
+
+def start(address, *words):
+  env = {
+    **os.environ,
+    'JAX_PLATFORMS': 'cpu',
+    'STORAGE_EMULATOR_HOST': address,
+    'TENSORSTORE_GCS_HTTP_URL': address,
+    'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'x',
+    'GCE_METADATA_ROOT': 'localhost:1',
+    'EPATH_USE_TF': '0',
+  }
+  return subprocess.Popen(
+    [sys.executable, '-m', 'simclr_jax', *words],
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def pretrain(workdir):
+  settings = {**TINY, 'steps': str(STEPS), 'checkpoint_every_steps': '1', 'log_every_steps': '1'}
+  fields = [f'--config.{k}={v}' for k, v in settings.items()]
+  return ['pretrain', '--config=simclr_digits', f'--workdir={workdir}', *fields]
+
+
+def half_saved(address):
+  """Steps that have been begun in the bucket, without the mark that they are whole."""
+  names = objects(address)
+  begun = {n.split('/')[2] for n in names if n.startswith('run/checkpoints/')}
+  return [s for s in begun if f'run/checkpoints/{s}/commit_success.txt' not in names]
+
+
+def test_killed_while_saving_in_a_bucket(bucket, tmp_path):
+  """Breaks if half a checkpoint passes for a whole one, records are lost, or a bucket's run has other numbers."""
+  first = start(bucket, *pretrain('gs://runs/run'))
+  deadline = time.monotonic() + 200
+  while not (half := half_saved(bucket)) or half == ['1']:
+    assert time.monotonic() < deadline and first.poll() is None, first.communicate()[0][-3000:]
+  first.send_signal(signal.SIGKILL)
+  first.communicate()
+  before = records(bucket)
+  assert [r['event'] for r in before if 'event' in r] == ['start']
+
+  second = start(bucket, *pretrain('gs://runs/run'))
+  output = second.communicate(timeout=240)[0]
+  assert second.returncode == 0, output[-3000:]
+  assert 'resuming gs://runs/run from step' in output
+  assert not half_saved(bucket)
+  found = records(bucket)
+  events = [r['event'] for r in found if 'event' in r and r['event'] != 'killed']
+  assert events == ['start', 'start', 'complete']
+
+  local = start(bucket, *pretrain(tmp_path / 'run'))
+  assert local.wait(240) == 0
+  lines = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
+  expected = {r['step']: r['loss'] for r in map(json.loads, lines) if 'loss' in r}
+  losses = {r['step']: r['loss'] for r in found if 'loss' in r}
+  assert losses == {step: expected[step] for step in losses} and STEPS in losses
+
+  knn = start(bucket, 'knn', '--workdir=gs://runs/run')
+  output = knn.communicate(timeout=240)[0]
+  assert knn.returncode == 0 and 'pretrained' in output, output[-3000:]
+  assert 'run/evaluation.json' in objects(bucket)
