@@ -35,26 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     code = _run(args, overrides)
   except KeyboardInterrupt:
     code = _fail('stopped by Ctrl-C', 130)
-  except Exception as error:
-    if not _one_of_several():
-      raise
-    traceback.print_exc()
-    from simclr_jax import distributed
+  from simclr_jax import distributed
 
-    code = distributed.left_alone(error)
-  if code and _one_of_several():
-    # The usual end of a process waits for the others, which may be waiting for this one.
-    from simclr_jax import distributed
-
-    sys.stderr.flush()
+  if code and distributed.several():
     distributed.leave(code)
   return code
-
-
-def _one_of_several():
-  import jax
-
-  return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def _run(args, overrides):
@@ -70,7 +55,7 @@ def _run(args, overrides):
     if args.verb not in arguments.ALONE:
       distributed.join(args.coordinator, args.num_processes, args.process_id)
     # What hangs in one of several processes holds all of them; alone, it may just be long.
-    with Watchdog(Watchdog.FIRST if _one_of_several() else 0):
+    with Watchdog(Watchdog.FIRST if distributed.several() else 0):
       return VERBS[args.verb](args, overrides)
   except ConfigError as error:
     return _fail(error, 2)
@@ -80,10 +65,13 @@ def _run(args, overrides):
     return _fail(error, EXIT_NAN)
   except (CheckpointError, OSError) as error:
     return _fail(error, 1)
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+  except Exception as error:
+    if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):
+      return _fail('this does not fit into the memory of the device: lower the batch size', 1)
+    if not distributed.several():
       raise
-    return _fail('this does not fit into the memory of the device: lower the batch size', 1)
+    traceback.print_exc()
+    return distributed.left_alone(error)
 
 
 def _unraisable(error):

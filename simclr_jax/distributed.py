@@ -127,6 +127,11 @@ def check_accelerator(tpus: Callable[[], tuple[int, Any]] | None = None) -> None
     )
 
 
+def several() -> bool:
+  """Whether this process is one of several."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def leader() -> bool:
   """Whether this process is the one that writes and reports."""
   return jax.process_index() == 0
@@ -151,6 +156,7 @@ def leave(code: int) -> None:
   The usual end waits for all of them, which may be waiting for this one. Process 0 must not be the first to
   go where all go: the others would take it for dead.
   """
+  sys.stderr.flush()
   if code == EXIT_PREEMPTED:
     from jax._src import distributed  # there is no public barrier with a limit
 
