@@ -107,7 +107,9 @@ def _read(path, target):
 
 
 def _check_digest(path, tree, metadata):
-  found, expected = digest(tree), metadata.get('crc32', {})
+  found, expected = digest(tree), metadata.get('crc32')
+  if not expected:
+    raise CheckpointError(f'{path} has no checksums: it is not of this program')
   wrong = sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))
   if wrong:
     raise CheckpointError(f'{path} is damaged: the checksum of {wrong[0]} does not match')
@@ -117,7 +119,10 @@ def steps(folder: pathlib.Path) -> list[int]:
   """Steps of the finished checkpoints in `folder`, ascending."""
   if not folder.is_dir():
     return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.is_dir() and p.name.isdecimal())
+  found = [p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()]
+  if paths.remote(folder):  # written in place, and marked at the end
+    found = [p for p in found if (p / 'commit_success.txt').exists()]
+  return sorted(int(p.name) for p in found)
 
 
 def exists(folder: pathlib.Path) -> bool:
@@ -165,15 +170,16 @@ def restore(
 
 
 def _all_or_none(work, *given):
-  """`work(*given)`; a CheckpointError of one process is one of all."""
-  result, problem = None, ''
+  """`work(*given)`; an error of one process, of these two kinds, is one of all."""
+  kinds = {kind.__name__: kind for kind in (CheckpointError, ConfigError)}
+  result = failure = None
   try:
     result = work(*given)
-  except CheckpointError as error:
-    problem = str(error)
-  problem = next((p for p in distributed.gather(problem) if p), '')
-  if problem:
-    raise CheckpointError(problem)
+  except tuple(kinds.values()) as error:
+    failure = [type(error).__name__, str(error)]
+  failure = next((f for f in distributed.gather(failure) if f), None)
+  if failure:
+    raise kinds[failure[0]](failure[1])
   return result
 
 

@@ -43,6 +43,11 @@ class Log:
       record = {'step': step, 'event': name, 'time': round(time.time(), 3), **(values or {})}
       self._lines.add(record, now=True)
 
+  def flush(self) -> None:
+    """What is saved afterwards has its records when this returns."""
+    if self._lines:
+      self._lines.flush()
+
   def progress(self, step: int, metrics: dict[str, float]) -> None:
     """One line: a bar's text on a terminal, a plain line elsewhere."""
     eta = (self._steps - step) / max(metrics['steps_per_second'], 1e-9)
@@ -102,12 +107,20 @@ class _Lines:
       if now or time.monotonic() - self._written > self.SECONDS:
         self._write()
 
-  def close(self) -> None:
+  def flush(self) -> None:
     """Everything is there when this returns."""
+    if not self._file:
+      self._write()
+
+  def close(self) -> None:
+    """The same, for the last time."""
     self._file.close() if self._file else self._write()
 
   def _write(self):
-    self._path.write_text(self._text)
+    try:
+      self._path.write_text(self._text)
+    except Exception as error:  # of whatever library reaches the bucket
+      raise OSError(f'{self._path} cannot be written: {error}') from error
     self._written = time.monotonic()
 
 

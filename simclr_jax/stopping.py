@@ -1,6 +1,6 @@
 """Stopping between two steps, in all processes at the same one; and when a step never ends.
 
-`Stop` and `Watchdog` are contexts; `check`, which loops call at every turn, looks after those that are open.
+`Stop` and `Watchdog` are contexts; `check`, which long loops call at every turn, looks after those that are open.
 """
 
 import faulthandler
@@ -38,11 +38,11 @@ class Stop:
   def __enter__(self):
     for number in (signal.SIGINT,) if self._together else (signal.SIGTERM, signal.SIGINT):
       self._old[number] = signal.signal(number, self._note)
-    Stop.current = self
+    self._outer, Stop.current = Stop.current, self
     return self
 
   def __exit__(self, *error):
-    Stop.current = None
+    Stop.current = self._outer
     for number, handler in self._old.items():
       signal.signal(number, handler)
 
@@ -77,14 +77,21 @@ def _reached():
   return multihost_utils.reached_preemption_sync_point(_calls)
 
 
+def alive() -> None:
+  """A sign of life, for loops that not all processes go through."""
+  if Watchdog.current:
+    Watchdog.current.beat(compiling=True)
+
+
 def check() -> None:
-  """What loops do at every turn: they give a sign of life, and end after a signal.
+  """What long loops do at every turn: they give a sign of life, and end after a signal.
+
+  All processes call it equally often.
 
   Raises:
     Stopped: a signal came; without a `Stop`, only SIGTERM to one of several processes.
   """
-  if Watchdog.current:
-    Watchdog.current.beat(compiling=True)
+  alive()
   if Stop.current:
     if Stop.current.wanted():
       raise Stopped(Stop.current.exit_code)
@@ -140,7 +147,7 @@ class Watchdog:
   def _watch(self):
     while not self._done.wait(min(1.0, self._seconds / 4)):
       if time.monotonic() > self._deadline:
-        os.write(2, f'no step was finished in {self._limit:g} s: stopping\n'.encode())
+        os.write(2, f'nothing was finished in {self._limit:g} s: stopping\n'.encode())
         faulthandler.dump_traceback(sys.__stderr__)
         time.sleep(3)  # the others, which wait for this one, shall show their stacks, too
         os._exit(EXIT_HUNG)

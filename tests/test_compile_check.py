@@ -385,6 +385,17 @@ def test_real_compilation():
   assert sum(c['count'] for c in result['collectives'] if 'gradients' in c['bytes_by_purpose']) == 1
 
 
+def test_real_compilation_of_a_distillation():
+  """Breaks if the teacher's shapes, which no training has yet given, cannot be had without a device."""
+  pytest.importorskip('libtpu', reason='the TPU compiler is missing: pip install .[compile-check]')
+  fields = [f'--config.{k}={v}' for k, v in SMALL.items()]
+  fields += ['--config.data.num_classes=10', '--config.model.sk_ratio=0']
+  done = command('--config=distill_imagenet:self', '--topology=v5e-4', '--json', *fields)
+  assert done.returncode == 0, done.stderr
+  purposes = {p for c in json.loads(done.stdout)['collectives'] for p in c['bytes_by_purpose']}
+  assert 'gradients' in purposes and 'images' not in purposes
+
+
 def multiply_adds(size):
   """Of ResNet-50's convolutions on one image, layer by layer, from the papers' table; and of the stem alone."""
   side = size // 2

@@ -1,5 +1,7 @@
 """Layers against flax's, and the gradients of kernels against sums in float64."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,15 +34,23 @@ def test_kernel_gradient(size, stride, sides):
   variables = layer.init(jax.random.key(0), x)
   y, back = jax.vjp(lambda v: layer.apply(v, x), variables)
   dy = jnp.asarray(rng.normal(size=y.shape), jnp.bfloat16)
-  low = (size - 1) // 2
-  expected = by_hand(x, dy, size, stride, low)
+  expected = by_hand(x, dy, size, stride, (size - 1) // 2)
+  grad = back(dy)[0]['params']['kernel']
+  assert grad.dtype == kernel_gradient(x, dy, size, stride).dtype == jnp.float32
+  np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-5)
 
-  exact = kernel_gradient(x, dy, size, stride, ((low, size - 1 - low),) * 2)
-  assert exact.dtype == jnp.float32
-  np.testing.assert_allclose(exact, expected, rtol=1e-5, atol=1e-5)
-  grad = back(dy)[0]['params']['kernel']  # of the CPU: rounded
-  assert grad.dtype == jnp.float32
-  np.testing.assert_allclose(grad, expected, rtol=2**-7, atol=2**-5)
+
+@pytest.mark.parametrize('platform, dtype', [('tpu', 'f32'), ('cpu', 'f32'), ('cuda', 'bf16')])
+def test_what_each_platform_is_asked_for(platform, dtype):
+  """Breaks if TPUs round the gradients of kernels and biases, or GPUs are asked for what cuDNN does not have."""
+  layer = Conv(5, 3, use_bias=True, dtype=jnp.bfloat16)
+  x = jnp.zeros((4, 8, 8, 3), jnp.bfloat16)
+  gradient = jax.jit(jax.grad(lambda v: layer.apply(v, x).astype(jnp.float32).sum()))
+  traced = gradient.trace(layer.init(jax.random.key(0), x))
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  results = re.findall(r'stablehlo.convolution.* -> tensor<3x3x3x5x(\w+)>', text)
+  assert results == [dtype]
+  assert set(re.findall(r'stablehlo.reduce.* -> tensor<5x(\w+)>', text)) == {'f32'}
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])

@@ -37,7 +37,7 @@ def test_watchdogs_inside_each_other(inner, said):
   )
   assert done.stdout.split() == said
   assert done.returncode == stopping.EXIT_HUNG
-  assert f'no step was finished in {inner or 2} s' in done.stderr
+  assert f'nothing was finished in {inner or 2} s' in done.stderr
   assert 'File "<string>"' in done.stderr  # where it hung
 
 
@@ -50,4 +50,8 @@ def test_check_grants_what_a_signal_wished():
     with pytest.raises(stopping.Stopped) as stopped:
       stopping.check()
     assert stopped.value.args == (stopping.EXIT_PREEMPTED,)
+    with stopping.Stop():
+      stopping.check()  # it is the outer one's
+    with pytest.raises(stopping.Stopped):
+      stopping.check()
   stopping.check()

@@ -11,7 +11,7 @@ import PIL.Image
 from absl import logging
 from tqdm import tqdm
 
-from simclr_jax import data
+from simclr_jax import data, stopping
 from simclr_jax.data import decode, headers, stream
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
@@ -71,6 +71,7 @@ def scan(source) -> Scan:
   with tqdm(total=len(source), unit='image', desc='checking') as bar:
     for block in stream.with_threads(images.batch(256), source.settings).as_numpy_iterator():
       blocks.append(block)
+      stopping.alive()
       bar.update(len(block['index']))
   if not blocks:
     return Scan(*(np.zeros(s, np.int32) for s in (0, (0, 2), 0, 0, 0, 0)), list(range(len(source))))

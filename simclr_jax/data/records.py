@@ -99,9 +99,8 @@ class Records:
     return ''
 
   def fingerprint(self) -> int:
-    """CRC-32 that tells data sets apart: of the files' names, and which of their records are meant."""
-    shards = [f'{posixpath.basename(s.path)} {s.skip} {s.take}' for s in self.shards]
-    return crc32('\n'.join([str(len(self)), *shards]))
+    """CRC-32 that tells data sets apart: of files, which of their records are meant, and labels that were given."""
+    return _fingerprint(self, self._kept())
 
   def only(self, indices: np.ndarray) -> 'Records':
     """The data set of these images."""
@@ -245,6 +244,7 @@ class IndexedRecords:
     places: int64 `[N]`, of each image.
     parse, labelled, class_names, settings, given: as of `Records`.
     where: the folder.
+    shards: the files.
   """
 
   source: Any
@@ -254,6 +254,7 @@ class IndexedRecords:
   class_names: list[str]
   settings: ml_collections.ConfigDict
   where: str
+  shards: list[Shard]
   given: np.ndarray | None = None
 
   sequential = False
@@ -290,8 +291,8 @@ class IndexedRecords:
     return ''
 
   def fingerprint(self) -> int:
-    """CRC-32 that tells data sets apart: of the places."""
-    return crc32(self.places)
+    """As of `Records`."""
+    return _fingerprint(self, self.places)
 
   def only(self, indices: np.ndarray) -> 'IndexedRecords':
     """The data set of these images."""
@@ -333,6 +334,12 @@ class IndexedRecords:
       return {**e, 'bytes': image, 'label': label}
 
     return batches.map(fetch).unbatch().map(example)
+
+
+def _fingerprint(source, which):
+  files = [f'{posixpath.basename(s.path)} {s.skip} {s.take}' for s in source.shards]
+  given = [] if source.given is None else source.given
+  return crc32('\n'.join(files), np.int64(which), np.int32(given))
 
 
 def _labels(source):

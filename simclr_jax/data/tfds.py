@@ -52,19 +52,19 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
   missing = next((f for f in _files(chosen) if not tf.io.gfile.exists(f)), None)
   if missing:
     raise ConfigError(f'{missing} is missing: prepare {what} again')
+  shards = [
+    Shard(str(f.filename), f.skip, f.take if f.take >= 0 else f.examples_in_shard - f.skip,
+          f.examples_in_shard)
+    for f in chosen.file_instructions
+  ]  # fmt: skip
   if info.file_format == formats.ARRAY_RECORD:
     _check_lengths(chosen)
     source = builder.as_data_source(split).data_source
     places = np.arange(len(source), dtype=np.int64)
     found = IndexedRecords(
-      source, places, parse, labelled, class_names, config, str(builder.data_dir)
+      source, places, parse, labelled, class_names, config, str(builder.data_dir), shards
     )
   else:
-    shards = [
-      Shard(str(f.filename), f.skip, f.take if f.take >= 0 else f.examples_in_shard - f.skip,
-            f.examples_in_shard)
-      for f in chosen.file_instructions
-    ]  # fmt: skip
     found = Records(shards, parse, labelled, class_names, config)
   if not len(found):
     raise ConfigError(f'{what} has no images in {split!r}')

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 from tqdm import tqdm
 
-from simclr_jax import distributed, paths
+from simclr_jax import distributed, paths, stopping
 from simclr_jax.data import Arrays
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import features
@@ -112,6 +112,7 @@ def _write(path, h, labels, called):
       writer = csv.writer(file)
       writer.writerow(['name', 'label', *(f'f{i}' for i in range(h.shape[1]))])
       for name, label, row in zip(called, labels, h):
+        stopping.alive()
         writer.writerow([name, label if label >= 0 else '', *(f'{x:.8g}' for x in row)])
   else:
     import pyarrow as pa

@@ -153,6 +153,7 @@ def pictures(dataset, pipeline: str, size: int) -> tuple[np.ndarray, np.ndarray]
   views = np.empty((len(dataset), size, size, 3), np.float32)
   labels = np.empty(len(dataset), np.int32)
   for batch in feed.once(dataset, pipeline, size, min(64, len(dataset)), mesh):
+    stopping.check()
     index = np.asarray(batch['index'])
     real = index >= 0
     views[index[real]] = np.asarray(draw(batch))[real]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from simclr_jax import losses, sharding
+from simclr_jax import losses, sharding, stopping
 
 BLOCK = 32768  # bank rows at a time on each device
 
@@ -72,6 +72,7 @@ def neighbours(
   search = _search(mesh, min(k, len(bank)), len(bank))
   found = []
   for start in range(0, len(queries), block):
+    stopping.check()
     q = np.zeros((block, bank.shape[1]), np.float32)
     part = queries[start : start + block]
     q[: len(part)] = normalize(jnp.asarray(part, jnp.float32))

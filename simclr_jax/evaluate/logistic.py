@@ -11,7 +11,7 @@ import optax
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from simclr_jax import losses, sharding
+from simclr_jax import losses, sharding, stopping
 from simclr_jax.data import labels as subsets
 from simclr_jax.evaluate import metrics
 
@@ -87,6 +87,7 @@ def label_efficiency(
   for count in labels_per_class:
     scores = []
     for draw in range(draws):
+      stopping.check()
       chosen = subsets.subset(train_labels, count, draw)
       scores.append(
         accuracy(train[chosen], train_labels[chosen], test, test_labels, regularization)
@@ -161,6 +162,7 @@ def fits(
   rows = sharding.put_batch(mesh, rows)
   w = jnp.zeros((x.shape[1] + 1, classes))
   for weight in weights:
+    stopping.check()
     with jax.set_mesh(mesh):
       w = _minimize(rows, w, jnp.float32(weight), steps)
     yield np.asarray(w)

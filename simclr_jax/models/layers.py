@@ -2,8 +2,8 @@
 
 Automatic differentiation gives a kernel that was rounded to bfloat16 a bfloat16 gradient, and where the batch is
 split over devices, their sum is one of bfloat16 numbers. Here the product that makes the gradient, which
-accumulates in float32 anyway, is not rounded before the devices sum it. In float32 both layers are those of
-`flax.linen`, parameters and their names too.
+accumulates in float32 anyway, is not rounded before the devices sum it (on GPUs, that of a convolution is). In
+float32 both layers are those of `flax.linen`, parameters and their names too.
 """
 
 from functools import partial
@@ -13,8 +13,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-Padding = tuple[tuple[int, int], ...]
 
 
 class Conv(nn.Module):
@@ -37,12 +35,10 @@ class Conv(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`x` `[n, height, width, channels]` -> `[n, height / stride, width / stride, features]`."""
+    """`x` `[n, height, width, channels]` -> `[n, height / stride, width / stride, features]`, rounded up."""
     shape = (self.size, self.size, x.shape[-1], self.features)
     kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
-    low = (self.size - 1) // 2
-    y = _conv(x.astype(self.dtype), kernel, self.stride, ((low, self.size - 1 - low),) * 2)
-    return _with_bias(self, y, nn.initializers.zeros)
+    return _with_bias(self, _conv(x.astype(self.dtype), kernel, self.stride), nn.initializers.zeros)
 
 
 class Dense(nn.Module):
@@ -71,71 +67,73 @@ class Dense(nn.Module):
 def _with_bias(layer, y, init):
   if not layer.use_bias:
     return y
-  return y + layer.param('bias', init, (layer.features,), jnp.float32).astype(y.dtype)
+  bias = layer.param('bias', init, (layer.features,), jnp.float32)
+  return (y.astype(jnp.float32) + bias).astype(y.dtype)  # whose gradient is a sum in float32
 
 
-def _rounded_conv(x, kernel, stride, padding):
+def _padding(size):
+  low = (size - 1) // 2
+  return [(low, size - 1 - low)] * 2
+
+
+def _rounded_conv(x, kernel, stride):
   return lax.conv_general_dilated(
     x,
     kernel.astype(x.dtype),
     (stride, stride),
-    padding,
+    _padding(len(kernel)),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
   )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-  """The product in x's dtype; the kernel's gradient is in the kernel's."""
-  return _rounded_conv(x, kernel, stride, padding)
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+  """The product in x's dtype; the kernel's gradient is float32."""
+  return _rounded_conv(x, kernel, stride)
 
 
-def _conv_forward(x, kernel, stride, padding):
-  return _rounded_conv(x, kernel, stride, padding), (x, kernel)
+def _conv_forward(x, kernel, stride):
+  return _conv(x, kernel, stride), (x, kernel)
 
 
-def _conv_backward(stride, padding, saved, dy):
+def _conv_backward(stride, saved, dy):
   x, kernel = saved
-  (dx,) = jax.linear_transpose(lambda x: _rounded_conv(x, kernel, stride, padding), x)(dy)
+  (dx,) = jax.linear_transpose(lambda x: _rounded_conv(x, kernel, stride), x)(dy)
 
   def rounded(x, dy):
-    given = kernel.astype(x.dtype)
-    return jax.linear_transpose(lambda k: _rounded_conv(x, k, stride, padding), given)(dy)[0]
+    given = jax.ShapeDtypeStruct(kernel.shape, x.dtype)
+    (dkernel,) = jax.linear_transpose(lambda k: _rounded_conv(x, k, stride), given)(dy)
+    return dkernel.astype(jnp.float32)
 
-  # The CPU and cuDNN have no product of bfloat16 numbers with a float32 result.
-  return dx, lax.platform_dependent(
-    x,
-    dy,
-    tpu=partial(kernel_gradient, size=kernel.shape[0], stride=stride, padding=padding),
-    default=lambda x, dy: rounded(x, dy).astype(kernel.dtype),
-  )
+  exact = partial(kernel_gradient, size=len(kernel), stride=stride)
+  # cuDNN has no product of bfloat16 numbers with a float32 result.
+  return dx, lax.platform_dependent(x, dy, cuda=rounded, rocm=rounded, default=exact)
 
 
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def kernel_gradient(
-  x: jax.Array, dy: jax.Array, size: int, stride: int, padding: Padding
-) -> jax.Array:
-  """The gradient of a square kernel, a convolution too: of x with dy, over the batch as if it were channels.
+def kernel_gradient(x: jax.Array, dy: jax.Array, size: int, stride: int) -> jax.Array:
+  """The gradient of a kernel, a convolution too: of x with dy, over the batch as if it were channels.
 
   Args:
     x: `[n, height, width, c]`.
     dy: `[n, ., ., features]`, the gradient of the output, of x's dtype.
-    size, stride, padding: of the convolution.
+    size, stride: of the kernel.
 
   Returns:
     float32 `[size, size, c, features]`.
   """
+  low = (size - 1) // 2
   ends = [
     (outputs - 1) * stride + size - low - inputs
-    for inputs, outputs, (low, _) in zip(x.shape[1:3], dy.shape[1:3], padding, strict=True)
+    for inputs, outputs in zip(x.shape[1:3], dy.shape[1:3], strict=True)
   ]
   return lax.conv_general_dilated(
     x,
     dy,
     (1, 1),
-    [(low, end) for (low, _), end in zip(padding, ends, strict=True)],
+    [(low, end) for end in ends],
     rhs_dilation=(stride, stride),
     dimension_numbers=('CHWN', 'IHWO', 'HWNC'),
     preferred_element_type=jnp.float32,
