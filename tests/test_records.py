@@ -243,6 +243,16 @@ def test_samples_and_choices(load):
     assert sorted(e['index'] for e in take(few, 3, batch_size=1)) == [0, 1, 2]
 
 
+@pytest.mark.parametrize('kind', ['tfrecord', 'array_record', 'files'])
+def test_fingerprints(load, kind):
+  """Breaks if hosts with other images, or other labels, pass for equal, or equal ones for others."""
+  source = load(kind)
+  assert source.fingerprint() == load(kind).fingerprint()
+  keep = np.arange(6)
+  others = [source.only(keep), source.only(keep + 1), source.with_labels(source.labels[::-1])]
+  assert len({s.fingerprint() for s in (source, *others)}) == 4
+
+
 # Order: passes, seeds, resume, hosts.
 
 
