@@ -39,6 +39,7 @@ MEANING = {
 }
 
 
+@jax.named_scope('embedding_figures')  # by which a compiled program tells what it moves
 def embedding_figures(z: jax.Array) -> dict[str, jax.Array]:
   """What a batch of embeddings looks like.
 

@@ -259,6 +259,22 @@ def test_a_mistake_on_one_process_is_told_by_all(tmp_path):
   assert 'process 1: ' in job.log(0) and 'Traceback' not in job.log(0) + job.log(1)
 
 
+def test_other_images_are_refused(tmp_path):
+  """Breaks if a pixel that one host has otherwise goes unnoticed."""
+  images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), np.uint8)
+  each = []
+  for i in range(2):
+    images[5, 0, 0, 0] = i
+    folder = tmp_path / f'images{i}'
+    folder.mkdir()
+    np.savez(folder / 'train.npz', images=images)
+    each.append(words(tmp_path / 'run', **{'data.source': 'arrays', 'data.dir': str(folder)}))
+  job = Job(tmp_path / 'a', each, 2, 1)
+  assert job.wait(90) == [2, 2], job.log(0)[-2000:]
+  for i in range(2):
+    assert 'the training images is' in job.log(i) and 'Traceback' not in job.log(i)
+
+
 def test_a_damaged_checkpoint_in_two_processes(two, tmp_path):
   """Breaks if the processes fall back to different steps, or both move the damaged one."""
   run = tmp_path / 'run'

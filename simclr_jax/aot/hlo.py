@@ -204,7 +204,6 @@ class Known:
 
   Attributes:
     embeddings: shapes that embeddings of the batch may have.
-    figures: shapes of the embeddings that figures are made of.
     similarities: shapes of matrices of similarities.
     parameters: shapes of all parameters.
     sides: height and width of views, and of the images that they are cut from.
@@ -216,7 +215,6 @@ class Known:
   similarities: frozenset[tuple[int, ...]]
   parameters: frozenset[tuple[int, ...]]
   sides: tuple[tuple[int, int], ...]
-  figures: frozenset[tuple[int, ...]] = frozenset()
   shuffled: int = 0
   bank: tuple[int, ...] = ()
 
@@ -234,13 +232,13 @@ def purpose(array: Array, known: Known, devices: int) -> str:
       return 'images'
     random = re.search('threefry|random|/views|bernoulli|shuffle|permutation', names)
     return 'random numbers' if random else 'metrics'
+  if 'embedding_figures' in names:
+    return 'metrics'
   is_parameter = dims in {_without_ones(p) for p in known.parameters}
   if is_parameter and len(dims) > 1 and re.search(r'transpose\(jvp\(\w', array.name):
     return 'gradients'
   if dims in {_without_ones(e) for e in known.embeddings}:
     return 'embeddings' + ('' if array.guessed else backward)
-  if dims in known.figures:
-    return 'metrics'
   if re.search(r'(^|/|_)bn\d*(/|$)', array.name) and len(dims) in (1, 2):
     return 'BatchNorm' + (backward or ' (forward)')
   if array.size <= 16 and not is_parameter:

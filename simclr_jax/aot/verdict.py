@@ -7,7 +7,7 @@ import math
 import jax
 import ml_collections
 
-from simclr_jax import health, methods
+from simclr_jax import methods
 from simclr_jax.aot import hardware, hlo
 from simclr_jax.aot.report import size_in_words
 from simclr_jax.data import crop
@@ -29,7 +29,6 @@ def known(config: ml_collections.ConfigDict, state, devices: int) -> hlo.Known:
   bank = state.state.get('bank')
   return hlo.Known(
     embeddings=frozenset({(n, d), (m, d)}),
-    figures=frozenset({(min(n, health.MOST), views, d) for views in (1, 2)}),
     similarities=frozenset({(a, b) for a in (n, m) for b in (n, m)}),
     parameters=frozenset(shapes),
     sides=((side, side), canvas),
