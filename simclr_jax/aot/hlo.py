@@ -204,6 +204,7 @@ class Known:
 
   Attributes:
     embeddings: shapes that embeddings of the batch may have.
+    figures: shapes of the embeddings that figures are made of.
     similarities: shapes of matrices of similarities.
     parameters: shapes of all parameters.
     sides: height and width of views, and of the images that they are cut from.
@@ -215,6 +216,7 @@ class Known:
   similarities: frozenset[tuple[int, ...]]
   parameters: frozenset[tuple[int, ...]]
   sides: tuple[tuple[int, int], ...]
+  figures: frozenset[tuple[int, ...]] = frozenset()
   shuffled: int = 0
   bank: tuple[int, ...] = ()
 
@@ -245,6 +247,8 @@ def purpose(array: Array, known: Known, devices: int) -> str:
     return 'metrics'
   if is_parameter:
     return 'gradients'
+  if dims in {_without_ones(f) for f in known.figures}:
+    return 'metrics'
   if known.bank and dims == known.bank:
     return 'memory bank'
   if is_image(dims, known):

@@ -7,7 +7,7 @@ import math
 import jax
 import ml_collections
 
-from simclr_jax import methods
+from simclr_jax import health, methods
 from simclr_jax.aot import hardware, hlo
 from simclr_jax.aot.report import size_in_words
 from simclr_jax.data import crop
@@ -25,6 +25,8 @@ def known(config: ml_collections.ConfigDict, state, devices: int) -> hlo.Known:
     for i, size in enumerate(p)
     if not size % devices and size > devices
   }
+  classifier = state.params['classifier' if 'classifier' in state.params else 'probe']
+  features = classifier['kernel'].shape[0]
   canvas = crop.canvas_shape(side, method.views, config.data.resize_on)
   bank = state.state.get('bank')
   return hlo.Known(
@@ -32,6 +34,7 @@ def known(config: ml_collections.ConfigDict, state, devices: int) -> hlo.Known:
     similarities=frozenset({(a, b) for a in (n, m) for b in (n, m)}),
     parameters=frozenset(shapes),
     sides=((side, side), canvas),
+    figures=frozenset((min(n, health.MOST), v, w) for v in (1, 2) for w in {d, features}),
     shuffled=n * side * side * 3 if config.get('shuffle', 'none') != 'none' else 0,
     bank=(bank.shape[0] // devices, bank.shape[1]) if bank is not None else (),
   )
