@@ -209,7 +209,7 @@ class Known:
     parameters: shapes of all parameters.
     sides: height and width of views, and of the images that they are cut from.
     shuffled: values in the images that the recipe mixes between the devices; 0 if it does not.
-    bank: shape of a memory bank's part on a device; () without one.
+    bank: shapes of a memory bank's part on a device, and of what is drawn from it.
   """
 
   embeddings: frozenset[tuple[int, ...]]
@@ -218,7 +218,7 @@ class Known:
   sides: tuple[tuple[int, int], ...]
   figures: frozenset[tuple[int, ...]] = frozenset()
   shuffled: int = 0
-  bank: tuple[int, ...] = ()
+  bank: frozenset[tuple[int, ...]] = frozenset()
 
 
 def purpose(array: Array, known: Known, devices: int) -> str:
@@ -249,7 +249,7 @@ def purpose(array: Array, known: Known, devices: int) -> str:
     return 'gradients'
   if dims in {_without_ones(f) for f in known.figures}:
     return 'metrics'
-  if known.bank and dims == known.bank:
+  if dims in known.bank:
     return 'memory bank'
   if is_image(dims, known):
     mixed = array.size in (known.shuffled, known.shuffled // devices)

@@ -25,10 +25,10 @@ def known(config: ml_collections.ConfigDict, state, devices: int) -> hlo.Known:
     for i, size in enumerate(p)
     if not size % devices and size > devices
   }
+  bank = state.state.get('bank')
   classifier = state.params['classifier' if 'classifier' in state.params else 'probe']
   features = classifier['kernel'].shape[0]
   canvas = crop.canvas_shape(side, method.views, config.data.resize_on)
-  bank = state.state.get('bank')
   return hlo.Known(
     embeddings=frozenset({(n, d), (m, d)}),
     similarities=frozenset({(a, b) for a in (n, m) for b in (n, m)}),
@@ -36,7 +36,9 @@ def known(config: ml_collections.ConfigDict, state, devices: int) -> hlo.Known:
     sides=((side, side), canvas),
     figures=frozenset((min(n, health.MOST), v, w) for v in (1, 2) for w in {d, features}),
     shuffled=n * side * side * 3 if config.get('shuffle', 'none') != 'none' else 0,
-    bank=(bank.shape[0] // devices, bank.shape[1]) if bank is not None else (),
+    bank=frozenset(
+      {(bank.shape[0] // devices, d), (config.negatives, d)} if bank is not None else ()
+    ),
   )
 
 
