@@ -220,7 +220,7 @@ def test_a_process_that_hangs_ends_all_with_their_stacks(tmp_path):
   job = Job(tmp_path / 'a', run, 2, 1, program)
   assert job.wait(120) == [4, 4], job.log(0)[-2000:] + job.log(1)[-2000:]
   assert 'faulty.py' in job.log(1) and 'in pretrain' in job.log(0)
-  assert 'no step was finished in 8 s' in job.log(0)
+  assert 'nothing was finished in 8 s' in job.log(0)
 
 
 def test_an_exception_in_one_process_ends_all(tmp_path):
