@@ -124,8 +124,8 @@ def pretrain(
 
     def save(done):
       metrics.flush()  # nothing is saved before its loss is known to be finite
-      log.flush()
       with spent.on('checkpoint'):
+        log.flush()
         saver.save(done, state, {'config': config.to_dict(), 'versions': checkpoint.versions()})
 
     done = first

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 
+import common
 import pytest
 from conftest import TINY
 
@@ -113,8 +114,7 @@ def test_killed_while_saving_in_a_bucket(bucket, tmp_path):
   local = start(bucket, *pretrain(tmp_path / 'run'))
   output = local.communicate(timeout=240)[0]
   assert local.returncode == 0, output[-3000:]
-  lines = (tmp_path / 'run' / 'metrics.jsonl').read_text().splitlines()
-  expected = {r['step']: r['loss'] for r in map(json.loads, lines) if 'loss' in r}
+  expected = {r['step']: r['loss'] for r in common.records(tmp_path / 'run') if 'loss' in r}
   assert len(expected) == STEPS
   assert {r['step']: r['loss'] for r in found if 'loss' in r} == expected
 

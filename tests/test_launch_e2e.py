@@ -26,15 +26,9 @@ WORDS = [
   '--config.warmup_epochs=0', '--config.checkpoint_every_steps=10', '--config.log_every_steps=1', '--config.knn_every_epochs=0',
 ]  # fmt: skip
 
-pytestmark = [
-  pytest.mark.skipif(
-    not os.environ.get('SIMCLR_JAX_TEST_FAULTS'), reason='make test-faults runs it'
-  ),
-  pytest.mark.skipif(
-    not (ROOT / 'simclr_jax' / 'distributed.py').exists(),
-    reason='one process only, in this version',
-  ),
-]
+pytestmark = pytest.mark.skipif(
+  not os.environ.get('SIMCLR_JAX_TEST_FAULTS'), reason='make test-faults runs it'
+)
 
 
 @pytest.fixture

@@ -124,7 +124,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, size: int, stride: int) -> jax.
   Returns:
     float32 `[size, size, c, features]`.
   """
-  low = (size - 1) // 2
+  low = _padding(size)[0][0]
   ends = [
     (outputs - 1) * stride + size - low - inputs
     for inputs, outputs in zip(x.shape[1:3], dy.shape[1:3], strict=True)
