@@ -19,7 +19,7 @@ test-all: $(VENV)/.installed
 
 # Several processes, killed and resumed, and the launcher with the real program: a quarter of an hour.
 test-faults: $(VENV)/.installed
-	SIMCLR_JAX_TEST_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py tests/test_bucket.py tests/test_launch_e2e.py tests/test_launch.py::test_real_gcloud_takes_the_words
+	SIMCLR_JAX_TEST_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py tests/test_bucket.py tests/test_launch_e2e.py tests/test_launch.py::test_real_gcloud_accepts_the_arguments
 
 # Opens the report of a small run in headless Chromium (`apt-get install chromium`).
 test-browser: $(VENV)/.installed

@@ -13,9 +13,9 @@ import time
 import jax
 import numpy as np
 import optax
+from simclr_jax.models.heads import ProjectionHead
 
 from simclr_jax import losses
-from simclr_jax.models.heads import ProjectionHead
 from simclr_jax.models.resnet import DEPTHS, ResNet
 
 

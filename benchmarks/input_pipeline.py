@@ -39,7 +39,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from simclr_jax import config, data, methods, optim, sharding, train_state
-from simclr_jax.data import augment, crop, feed
+from simclr_jax.data import augment, crop, loader
 
 # TensorFlow and torch are imported where they are used: one process cannot hold both.
 
@@ -159,7 +159,7 @@ def decoding(files):
 
 
 def ours(files, pipelines):
-  """As `feed.for_training` builds it, but a single pass: nothing is read ahead for the next one."""
+  """As `loader.for_training` builds it, but a single pass: nothing is read ahead for the next one."""
   from simclr_jax.data import decode, stream
 
   encoded = files.examples(0, BATCH, 0, np.arange(BATCH)).take(len(files))
@@ -357,7 +357,7 @@ def memory(folder, batches, batch=16, size=32):
       image.convert('RGB').save(f'{small}/{i}.jpg')
     found = data.load(settings(small, on_device='no'), 'train')
     mesh = sharding.make_mesh(jax.devices()[:1])
-    batch_at = feed.for_training(found, 0, batch, SIMCLR, size, mesh)
+    batch_at = loader.for_training(found, 0, batch, SIMCLR, size, mesh)
     print(f'batches of {batch}, views of {size} pixels\nbatches  RSS MiB   batches/s')
     start, seen = time.perf_counter(), []
     for i in range(batches + 1):
@@ -379,7 +379,7 @@ def rss():
 
 # Kept on the device or streamed.
 
-WARM = feed.AHEAD + 2
+WARM = loader.AHEAD + 2
 
 
 def device(rounds, steps=5):
@@ -415,7 +415,7 @@ def device(rounds, steps=5):
           seconds[name].append((time.perf_counter() - start) / steps)
         run[1:] = state, at + WARM + steps
     for step, _, _ in runs.values():
-      step.feed.close()
+      step.loader.close()
   for name, s in seconds.items():
     print(f'{name:20} {1 / np.median(s):6.2f} steps/s')
   kept, streamed = (np.array(s) for s in seconds.values())

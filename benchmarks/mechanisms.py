@@ -30,7 +30,7 @@ NETWORK = {
   'dtype': 'float32',
   'image_size': '32',
   'model.depth': '8',
-  'model.dialect': 'torchvision',
+  'model.variant': 'torchvision',
   'model.normalize': 'cifar10',
   'model.stem': 'strided',
   'model.width_multiplier': '0.5',

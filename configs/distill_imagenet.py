@@ -9,13 +9,13 @@ Published with a ResNet-50 student: 73.9 % with 1 % of the labels, 77.5 % with 1
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config(variant: str = 'small') -> ml_collections.ConfigDict:
   if variant not in ('self', 'small'):
     raise ValueError(f'variant {variant!r} is not one of self, small')
-  config = defaults.recipe('distill')
+  config = fields.recipe('distill')
   config.epochs = 400
   config.batch_size = 4096
   config.augment.view1 = 'supervised'

@@ -7,11 +7,11 @@ The teacher's answers to all images are learned, without labels (SimCLR v2).
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = defaults.recipe('distill')
+  config = fields.recipe('distill')
   config.epochs = 5
   config.batch_size = 64
 

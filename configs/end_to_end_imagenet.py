@@ -9,11 +9,11 @@ Published (He et al. 2020, figure 3), linear accuracy for batches of 256, 512, 1
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = defaults.recipe('end_to_end')
+  config = fields.recipe('end_to_end')
   config.epochs = 200
   config.batch_size = 1024
   config.data.name = 'imagenet2012'
@@ -22,7 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.augment.view1 = 'moco_v1'
   config.augment.eval = 'moco_eval'
 
-  config.model.dialect = 'torchvision'
+  config.model.variant = 'torchvision'
   config.model.normalize = 'imagenet'
   config.model.bn_groups = 8
   config.model.head = 'linear'

@@ -12,7 +12,7 @@ which the paper leaves open. Not yet repeated here.
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config(variant: str = 'v2_1pct') -> ml_collections.ConfigDict:
@@ -20,7 +20,7 @@ def get_config(variant: str = 'v2_1pct') -> ml_collections.ConfigDict:
   if variant not in variants:
     raise ValueError(f'variant {variant!r} is not one of {", ".join(variants)}')
   version, share = variant.split('_')
-  config = defaults.recipe('supervised')
+  config = fields.recipe('supervised')
   config.data.unlabelled = 'drop'
   config.augment.view1 = 'supervised'
   config.weight_decay = 0.0

@@ -8,11 +8,11 @@ the first layer of the projection head is kept (SimCLR v2). The number of steps 
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = defaults.recipe('supervised')
+  config = fields.recipe('supervised')
   config.steps = 40
   config.batch_size = 64
   config.head_layer = 1

@@ -11,13 +11,13 @@ not state the bank's momentum; 0.5 is InstDisc's. Hardware: 8 GPUs. Not yet repe
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config(variant: str = 'info_nce') -> ml_collections.ConfigDict:
   if variant not in ('info_nce', 'nce'):
     raise ValueError(f'the variant {variant!r} is not info_nce or nce')
-  config = defaults.recipe('memory_bank')
+  config = fields.recipe('memory_bank')
   config.epochs = 200
   config.batch_size = 256
   config.data.name = 'imagenet2012'
@@ -26,7 +26,7 @@ def get_config(variant: str = 'info_nce') -> ml_collections.ConfigDict:
   config.augment.view1 = 'moco_v1'
   config.augment.eval = 'moco_eval'
 
-  config.model.dialect = 'torchvision'
+  config.model.variant = 'torchvision'
   config.model.normalize = 'imagenet'
   config.model.bn_groups = 8
   config.model.head = 'linear'

@@ -13,13 +13,13 @@ The demo counts epochs from 1, so the last one has learning rate 0; to try less 
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config(variant: str = 'asymmetric') -> ml_collections.ConfigDict:
   if variant not in ('asymmetric', 'symmetric'):
     raise ValueError(f'the variant {variant!r} is not asymmetric or symmetric')
-  config = defaults.recipe('moco')
+  config = fields.recipe('moco')
   config.epochs = 200
   config.batch_size = 512
   config.image_size = 32
@@ -30,7 +30,7 @@ def get_config(variant: str = 'asymmetric') -> ml_collections.ConfigDict:
 
   config.model.depth = 18
   config.model.stem = 'cifar'
-  config.model.dialect = 'torchvision'
+  config.model.variant = 'torchvision'
   config.model.normalize = 'cifar10'
   config.model.bn_groups = 8
   config.model.bn_layout = 'strided'  # the demo's split of a batch

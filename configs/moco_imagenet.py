@@ -12,13 +12,13 @@ The loss starts low, rises for some 256 steps while keys replace the noise in th
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config(variant: str = 'v1') -> ml_collections.ConfigDict:
   if variant not in ('v1', 'v2'):
     raise ValueError(f'the variant {variant!r} is not v1 or v2')
-  config = defaults.recipe('moco')
+  config = fields.recipe('moco')
   config.epochs = 200
   config.batch_size = 256
   config.data.name = 'imagenet2012'
@@ -27,7 +27,7 @@ def get_config(variant: str = 'v1') -> ml_collections.ConfigDict:
   config.augment.view1 = f'moco_{variant}'
   config.augment.eval = 'moco_eval'
 
-  config.model.dialect = 'torchvision'
+  config.model.variant = 'torchvision'
   config.model.normalize = 'imagenet'
   config.model.bn_groups = 8  # the published runs: 8 GPUs with 32 images each
   config.model.head = 'linear' if variant == 'v1' else 'mlp'

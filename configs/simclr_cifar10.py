@@ -11,13 +11,13 @@ google-research/simclr); not yet repeated here.
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config(variant: str = 'v1') -> ml_collections.ConfigDict:
   if variant not in ('v1', 'v2'):
     raise ValueError(f'the variant {variant!r} is not v1 or v2')
-  config = defaults.recipe('simclr')
+  config = fields.recipe('simclr')
   config.epochs = 1000
   config.batch_size = 512
   config.image_size = 32

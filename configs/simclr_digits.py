@@ -7,11 +7,11 @@ Hardware: two CPU cores. Time: two minutes to train. Result: see the README's ta
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = defaults.recipe('simclr')
+  config = fields.recipe('simclr')
   config.epochs = 6
   config.batch_size = 256
   config.image_size = 32

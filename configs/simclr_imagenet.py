@@ -14,13 +14,13 @@ v3 cores (`compile-check`). Not yet repeated here.
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config(variant: str = 'v1') -> ml_collections.ConfigDict:
   if variant not in ('v1', 'v2'):
     raise ValueError(f'the variant {variant!r} is not v1 or v2')
-  config = defaults.recipe('simclr')
+  config = fields.recipe('simclr')
   config.batch_size = 4096
   config.data.name = 'imagenet2012'
   config.data.test_split = 'validation'

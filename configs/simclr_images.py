@@ -11,13 +11,13 @@ No published result: it depends on the images.
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config(variant: str = '224') -> ml_collections.ConfigDict:
   if variant not in ('224', '64', '32', 'cpu'):
     raise ValueError(f'the variant {variant!r} is not 224, 64, 32 or cpu')
-  config = defaults.recipe('simclr')
+  config = fields.recipe('simclr')
   config.batch_size = 512
   config.epochs = 1000
   config.data.source = 'folder'

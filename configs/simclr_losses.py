@@ -12,7 +12,7 @@ are the middle ones, to be tuned likewise. Hardware: as simclr_imagenet. Not yet
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 LOSSES = ('nt_xent', 'nt_logistic', 'margin_triplet', 'pairwise_margin')
 
@@ -22,7 +22,7 @@ def get_config(variant: str = 'nt_xent') -> ml_collections.ConfigDict:
   if loss not in LOSSES or (loss in ('nt_xent', 'pairwise_margin') and loss != variant):
     raise ValueError(f'the variant {variant!r} is not one of {", ".join(LOSSES)}, or one of the '
                      'middle two with _sh')  # fmt: skip
-  config = defaults.recipe('simclr')
+  config = fields.recipe('simclr')
   config.epochs = 100
   config.batch_size = 4096
   config.data.name = 'imagenet2012'

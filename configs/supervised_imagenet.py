@@ -9,11 +9,11 @@ epochs, warm-up and the sparing of biases are common choices, not theirs. Not ye
 
 import ml_collections
 
-from simclr_jax import defaults
+from simclr_jax import fields
 
 
 def get_config() -> ml_collections.ConfigDict:
-  config = defaults.recipe('supervised')
+  config = fields.recipe('supervised')
   config.epochs = 90
   config.batch_size = 1024
   config.data.name = 'imagenet2012'

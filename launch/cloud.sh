@@ -1,41 +1,41 @@
 # shellcheck shell=bash
-# All that is said to Google Cloud, and the answers. Sourced by tpu.sh.
+# All gcloud calls, and the parsing of their output. Sourced by tpu.sh.
 
-# One call that changes something or talks to workers. With --dry-run it is printed instead.
+# Runs a gcloud call that changes a resource or connects to workers. With --dry-run, the call is printed instead.
 cloud() {
   if [[ -n ${opt[dry-run]:-} ]]; then
     printf '%s\n' "$(posixq gcloud "$@")"
     return
   fi
-  [[ -z ${opt[verbose]:-} ]] || printf '+ %s\n' "$(posixq gcloud "$@")" >&3  # the operator, also where errors are collected
+  [[ -z ${opt[verbose]:-} ]] || printf '+ %s\n' "$(posixq gcloud "$@")" >&3  # to the terminal, also where stderr is redirected
   gcloud "$@" </dev/null 3>&-
 }
 
 need_gcloud() {
   [[ -n ${opt[dry-run]:-} ]] && return
   command -v gcloud >/dev/null ||
-    die 'gcloud is not installed here: https://cloud.google.com/sdk/docs/install (--dry-run works without).'
+    die 'gcloud is not installed: see https://cloud.google.com/sdk/docs/install (--dry-run works without gcloud).'
   local account
   account=$(gcloud auth list --filter=status:ACTIVE '--format=value(account)' 2>/dev/null </dev/null) || true
-  [[ -n $account ]] || die 'gcloud knows no account: gcloud auth login'
+  [[ -n $account ]] || die 'gcloud has no active account: run gcloud auth login'
 }
 
-place() { where=("--zone=${opt[zone]}"); [[ -z ${opt[project]:-} ]] || where+=("--project=${opt[project]}"); }
+set_location() { location=("--zone=${opt[zone]}"); [[ -z ${opt[project]:-} ]] || location+=("--project=${opt[project]}"); }
 
 # --- the resource
 
-# Sets state (NONE where there is nothing, ERROR with why where gcloud does not say), found_type, nodes, detail.
+# Sets state (NONE if the resource does not exist, ERROR if gcloud fails for another reason), found_type, nodes and detail.
 describe() {
   local kind=(compute tpus queued-resources describe)
   local fields='state.state,tpu.nodeSpec[0].node.acceleratorType,tpu.nodeSpec[].nodeId.list(),state.failedData.error.message'
   if [[ -n ${opt[no-queue]:-} ]]; then
     kind=(compute tpus tpu-vm describe) fields='state,acceleratorType,name.basename(),health'
   fi
-  local call=("${kind[@]}" "${opt[name]}" "${where[@]}" "--format=value[separator=\"|\"]($fields)")
+  local call=("${kind[@]}" "${opt[name]}" "${location[@]}" "--format=value[separator=\"|\"]($fields)")
   if [[ -n ${opt[dry-run]:-} ]]; then
     cloud "${call[@]}"
-    state=$pretended found_type=${opt[type]:-} detail=
-    pretend_nodes
+    state=$dry_run_state found_type=${opt[type]:-} detail=
+    dry_run_nodes
     return
   fi
   local line names _
@@ -47,11 +47,11 @@ describe() {
   fi
   found_type='' nodes=() detail=$(tail -n 3 "$scratch/describe" | tr '\n' ' ')
   state=ERROR
-  # "PERMISSION_DENIED: Location ... is not found" is not an absence: only the code counts.
+  # "PERMISSION_DENIED: Location ... is not found" does not mean that the resource is missing: only the error code NOT_FOUND does.
   if grep -q 'NOT_FOUND: ' "$scratch/describe" && ! grep -q PERMISSION_DENIED "$scratch/describe"; then state=NONE; fi
 }
 
-pretend_nodes() {
+dry_run_nodes() {
   local i
   nodes=("${opt[name]}")
   ((${opt[num-slices]} == 1)) && return
@@ -61,10 +61,10 @@ pretend_nodes() {
 
 is_denied() { [[ $1 =~ PERMISSION_DENIED|UNAUTHENTICATED|invalid_grant|Reauthentication|gcloud\ auth\ login ]]; }
 
-# The state, or the end: nothing is created, deleted or retried on an answer that is not understood.
+# Like describe, but exits on ERROR: without a known state, nothing is created, deleted or retried.
 describe_or_die() {
   describe
-  [[ $state != ERROR ]] || die "cannot tell whether ${opt[name]} exists, so nothing was done: $detail"
+  [[ $state != ERROR ]] || die "cannot determine whether ${opt[name]} exists, so nothing was done: $detail"
 }
 
 runtime_version() {
@@ -79,8 +79,8 @@ runtime_version() {
 create_call() {
   local version=${opt[version]:-$(runtime_version)} alpha=()
   local labels="simclr-jax=${opt[name]}${opt[labels]:+,${opt[labels]}}"
-  [[ $version == "$(runtime_version)" ]] || warn "--version=$version: Google names $(runtime_version) for ${opt[type]}."
-  call=("${opt[name]}" "${where[@]}" "--accelerator-type=${opt[type]}" "--labels=$labels")
+  [[ $version == "$(runtime_version)" ]] || warn "--version=$version: Google recommends $(runtime_version) for ${opt[type]}."
+  call=("${opt[name]}" "${location[@]}" "--accelerator-type=${opt[type]}" "--labels=$labels")
   if [[ -n ${opt[no-queue]:-} ]]; then
     call=(compute tpus tpu-vm create "${call[@]}" "--version=$version")
   else
@@ -90,11 +90,11 @@ create_call() {
       call+=("--node-id=${opt[name]}")
     fi
     [[ -z ${opt[valid-until]:-} ]] || call+=("--valid-until-duration=${opt[valid-until]}")
-    # These are in gcloud alpha only.
+    # These flags are in gcloud alpha only.
     [[ -z ${opt[best-effort]:-} ]] || { alpha=(alpha) && call+=(--best-effort); }
     [[ -z ${opt[flex-start]:-} ]] || { alpha=(alpha) && call+=(--provisioning-model=flex-start); }
     [[ -z ${opt[max-run-duration]:-} ]] || { alpha=(alpha) && call+=("--max-run-duration=${opt[max-run-duration]}"); }
-    # gcloud alpha asks for the standard model next to --spot unless told otherwise.
+    # With --spot but no --provisioning-model, gcloud alpha also requests the standard model.
     [[ -z ${opt[spot]:-} || ${#alpha[@]} -eq 0 ]] || call+=(--provisioning-model=spot)
     call=("${alpha[@]}" compute tpus queued-resources create "${call[@]}" "--runtime-version=$version" --async)
   fi
@@ -111,16 +111,16 @@ create_call() {
 create_resource() {
   local call=()
   create_call
-  say "creating ${opt[name]}: $((chips * ${opt[num-slices]})) chips of ${opt[type]} in ${opt[zone]}; it bills from the moment it is there."
+  info "creating ${opt[name]}: $((chips * ${opt[num-slices]})) chips of ${opt[type]} in ${opt[zone]}; billing starts as soon as the TPU is active."
   billing=maybe
   if cloud "${call[@]}" 2>"$scratch/create"; then
-    pretended=ACTIVE
+    dry_run_state=ACTIVE
     return
   fi
   if grep -q ALREADY_EXISTS "$scratch/create"; then
-    say "${opt[name]} was created by somebody else in the meantime: looking again."
+    info "${opt[name]} was created by someone else in the meantime: checking its state again."
     describe_or_die
-    [[ $state != NONE ]] || die "gcloud says both that ${opt[name]} exists and that it does not: try again in a minute."
+    [[ $state != NONE ]] || die "gcloud reports both that ${opt[name]} exists and that ${opt[name]} does not exist: rerun the same command in a minute."
     refuse_other_type
     return
   fi
@@ -130,40 +130,40 @@ create_resource() {
 
 refuse_other_type() {
   [[ -z ${opt[type]:-} || -z $found_type || $found_type == "${opt[type]}" ]] ||
-    die "${opt[name]} exists in ${opt[zone]} and is a $found_type, not a ${opt[type]}: choose another --name, or delete it: $(delete_hint)"
+    die "${opt[name]} exists in ${opt[zone]} and is a $found_type, not a ${opt[type]}: choose another --name, or delete the TPU: $(delete_hint)"
 }
 
 delete_resource() {
-  say "deleting ${opt[name]} ($state)"
-  local call=(compute tpus queued-resources delete "${opt[name]}" "${where[@]}" --force --quiet)
-  [[ -z ${opt[no-queue]:-} ]] || call=(compute tpus tpu-vm delete "${opt[name]}" "${where[@]}" --quiet)
+  info "deleting ${opt[name]} ($state)"
+  local call=(compute tpus queued-resources delete "${opt[name]}" "${location[@]}" --force --quiet)
+  [[ -z ${opt[no-queue]:-} ]] || call=(compute tpus tpu-vm delete "${opt[name]}" "${location[@]}" --quiet)
   if ! cloud "${call[@]}" 2>"$scratch/delete" && ! grep -q 'NOT_FOUND: ' "$scratch/delete"; then
-    die "could not delete ${opt[name]}, so it may still bill: $(tail -n 3 "$scratch/delete" | tr '\n' ' ')"
+    die "could not delete ${opt[name]}, so the TPU may still be billed: $(tail -n 3 "$scratch/delete" | tr '\n' ' ')"
   fi
-  billing='' pretended=NONE
+  billing='' dry_run_state=NONE
 }
 
 delete_hint() {
-  local words=("$0" delete "--name=${opt[name]}" "${where[@]}")
-  [[ -z ${opt[no-queue]:-} ]] || words+=(--no-queue)
-  posixq "${words[@]}"
+  local hint=("$0" delete "--name=${opt[name]}" "${location[@]}")
+  [[ -z ${opt[no-queue]:-} ]] || hint+=(--no-queue)
+  posixq "${hint[@]}"
 }
 
 # --- the workers
 
-# Sets workers_of (by slice) from what the cloud says; in a dry run from the table of types.
+# Sets workers_of (workers per slice) as gcloud reports them; in a dry run, from the TPU type.
 count_workers() {
   local s line call
   workers_of=()
   for s in "${!nodes[@]}"; do
-    call=(compute tpus tpu-vm describe "${nodes[s]}" "${where[@]}" '--format=value(networkEndpoints.len())')
+    call=(compute tpus tpu-vm describe "${nodes[s]}" "${location[@]}" '--format=value(networkEndpoints.len())')
     if [[ -n ${opt[dry-run]:-} ]]; then
       cloud "${call[@]}"
       line=$hosts
     else
       line=$(cloud "${call[@]}" 2>"$scratch/count") || true
     fi
-    [[ $line =~ ^[1-9][0-9]*$ ]] || { why="cannot count the workers of ${nodes[s]}: $(tail -n 1 "$scratch/count" 2>/dev/null)"; return 1; }
+    [[ $line =~ ^[1-9][0-9]*$ ]] || { why="cannot get the number of workers of ${nodes[s]}: $(tail -n 1 "$scratch/count" 2>/dev/null)"; return 1; }
     workers_of[s]=$line
   done
   total=0
@@ -171,66 +171,66 @@ count_workers() {
   ((total > 0)) || { why="${opt[name]} has no nodes"; return 1; }
 }
 
-# The words that lead to the workers $2 of slice $1, by verb $3 (ssh or scp). What is copied is put behind.
-reach() {
+# Sets call and flags of `gcloud ... $3` (ssh or scp) for the workers $2 of slice $1. The caller adds the positional arguments.
+ssh_call() {
   local flag="--$3-flag=-o"
   if [[ -n ${opt[no-queue]:-} ]]; then
     call=(compute tpus tpu-vm "$3")
-    [[ -z ${opt[iap]:-} ]] || call=(alpha "${call[@]}")  # not in gcloud's stable tpu-vm ssh
-    words=("${where[@]}" "--worker=$2")
+    [[ -z ${opt[iap]:-} ]] || call=(alpha "${call[@]}")  # gcloud's stable tpu-vm ssh has no IAP
+    flags=("${location[@]}" "--worker=$2")
   else
     call=(compute tpus queued-resources "$3")
-    words=("${where[@]}" "--node=$1" "--worker=$2")
+    flags=("${location[@]}" "--node=$1" "--worker=$2")
   fi
-  [[ -z ${opt[internal-ip]:-} ]] || words+=(--internal-ip)
-  [[ -z ${opt[iap]:-} ]] || words+=(--tunnel-through-iap)
-  words+=("${flag}ConnectTimeout=30" "${flag}ServerAliveInterval=30" --quiet)
+  [[ -z ${opt[internal-ip]:-} ]] || flags+=(--internal-ip)
+  [[ -z ${opt[iap]:-} ]] || flags+=(--tunnel-through-iap)
+  flags+=("${flag}ConnectTimeout=30" "${flag}ServerAliveInterval=30" --quiet)
 }
 
-# Runs the shell string $3 on workers $2 of slice $1.
+# Runs the shell command $3 on the workers $2 of slice $1.
 remote() {
-  local call words
-  reach "$1" "$2" ssh
-  cloud "${call[@]}" "${opt[name]}" "${words[@]}" "--command=$3"
+  local call flags
+  ssh_call "$1" "$2" ssh
+  cloud "${call[@]}" "${opt[name]}" "${flags[@]}" "--command=$3"
 }
 
-# Copies files ${@:2} into this run's folder on all the workers of slice $1; --as NAME FILE gives it another name.
+# Copies the files ${@:2} into the run's folder on all workers of slice $1; --as NAME FILE copies one file under another name.
 copy() {
-  local call words s=$1 name=
+  local call flags s=$1 name=
   shift
   if [[ $1 == --as ]]; then
     name=$2
     shift 2
   fi
-  reach "$s" all scp
-  cloud "${call[@]}" "$@" "${opt[name]}:$home/$name" "${words[@]}"
+  ssh_call "$s" all scp
+  cloud "${call[@]}" "$@" "${opt[name]}:$home/$name" "${flags[@]}"
 }
 
-# Repeats what a broken connection may have cut short. gcloud itself reconnects ten times before it gives up, and may answer 0
-# without having reached anybody (a node that it cannot prepare is left out): so the caller counts the answers.
-persist() {
+# Retries a command that may have failed because of the connection. gcloud itself reconnects ten times before it fails. gcloud may
+# return exit code 0 without having reached a worker (a node that gcloud cannot prepare is skipped): so the caller counts the answers.
+with_retries() {
   local try
   for ((try = 1; ; try++)); do
     if "$@" 2>"$scratch/ssh"; then return; fi
-    if is_denied "$(<"$scratch/ssh")"; then die "gcloud may not: $(tail -n 3 "$scratch/ssh" | tr '\n' ' ')"; fi
+    if is_denied "$(<"$scratch/ssh")"; then die "gcloud was denied access: $(tail -n 3 "$scratch/ssh" | tr '\n' ' ')"; fi
     why="${why:-$(tail -n 2 "$scratch/ssh" | tr '\n' ' ')}"
     ((try < ssh_tries)) || return 1
-    say "no connection to ${opt[name]} (try $try of $ssh_tries): $why"
+    info "connection to ${opt[name]} failed (attempt $try of $ssh_tries): $why"
     why=
     pause "$(backoff "$try")"
   done
 }
 
-# Asks all the workers: worker.sh VERB WORDS. The answers are in reply[SLICE.WORKER], and why says who did not answer.
+# Runs worker.sh SUBCOMMAND ARGUMENTS on all workers. Sets reply[SLICE.WORKER] to the answers. If an answer is missing, why names the workers.
 ask() {
   local command
   command="bash $home/worker.sh $(posixq "$@")"
   why=
-  persist ask_once "$command"
+  with_retries ask_once "$command"
 }
 
-# Says a command to all workers. Sets reply, and fresh: how many have no worker.sh yet.
-hear() {
+# Runs a shell command on all workers. Sets reply, and fresh: the number of workers without worker.sh.
+run_on_all() {
   local s line out=()
   reply=() fresh=0
   for s in "${!nodes[@]}"; do
@@ -248,15 +248,15 @@ hear() {
 
 ask_once() {
   local s key fresh
-  hear "$1"
+  run_on_all "$1"
   [[ -z ${opt[dry-run]:-} ]] || return 0
   ((${#reply[@]} == total)) && return
-  local silent=()
+  local missing=()
   for s in "${!nodes[@]}"; do
-    for ((key = 0; key < workers_of[s]; key++)); do [[ -n ${reply[$s.$key]:-} ]] || silent+=("$(worker_name "$s.$key")"); done
+    for ((key = 0; key < workers_of[s]; key++)); do [[ -n ${reply[$s.$key]:-} ]] || missing+=("$(worker_name "$s.$key")"); done
   done
-  why="${#reply[@]} of $total workers answered, not $(join "${silent[@]}"). $(tail -n 2 "$scratch/ssh" | tr '\n' ' ')"
-  why+='(gcloud needs its key in the agent: ssh-add ~/.ssh/google_compute_engine)'
+  why="${#reply[@]} of $total workers answered; no answer from $(join "${missing[@]}"). $(tail -n 2 "$scratch/ssh" | tr '\n' ' ')"
+  why+='(gcloud needs its SSH key in ssh-agent: ssh-add ~/.ssh/google_compute_engine)'
   return 1
 }
 
@@ -265,17 +265,17 @@ copy_all() {
   for s in "${!nodes[@]}"; do copy "$s" "$@" || return 1; done
 }
 
-# The first thing that is said to a VM, where worker.sh may not be yet. Sets reply where it is.
+# The first command on a VM: creates the run's folder. Sets reply for the workers that already have worker.sh.
 make_home() {
   local fresh
   local command="umask 077; mkdir -p $home && if test -f $home/worker.sh; then bash $home/worker.sh status ''; else echo @fresh; fi"
-  hear "$command"
+  run_on_all "$command"
   [[ -z ${opt[dry-run]:-} ]] && ((fresh + ${#reply[@]} != total)) || return 0
-  why="$((fresh + ${#reply[@]})) of $total workers answered (gcloud needs its key in the agent: ssh-add ~/.ssh/google_compute_engine). $(tail -n 2 "$scratch/ssh" | tr '\n' ' ')"
+  why="$((fresh + ${#reply[@]})) of $total workers answered (gcloud needs its SSH key in ssh-agent: ssh-add ~/.ssh/google_compute_engine). $(tail -n 2 "$scratch/ssh" | tr '\n' ' ')"
   return 1
 }
 
-field() {  # field SLICE.WORKER NAME: one value of that worker's answer
+field() {  # field SLICE.WORKER NAME: prints one value from the answer of that worker
   local text=" ${reply[$1]:-} "
   case $2 in
     last) [[ $text =~ \ last=(.*)\ $ ]] ;;
@@ -291,4 +291,4 @@ worker_name() {
 
 join() { local IFS=,; local all="$*"; printf %s "${all//,/, }"; }
 
-last_lines() { remote "${1%.*}" "${1#*.}" "bash $home/worker.sh log $2" 2>/dev/null || echo '(its log cannot be read)'; }
+last_lines() { remote "${1%.*}" "${1#*.}" "bash $home/worker.sh log $2" 2>/dev/null || echo '(the log cannot be read)'; }

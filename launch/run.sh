@@ -1,47 +1,47 @@
 # shellcheck shell=bash
-# The parts of `up`: a TPU that is there, workers that are equal, a run that is watched, judged and repeated. Sourced by tpu.sh.
+# The steps of `up`: request the TPU, set up the workers, start the run, watch it, and retry according to its exit codes. Sourced by tpu.sh.
 
-# Whatever the state is, afterwards there is a resource that was asked for with these flags.
-ensure() {
+# Makes sure that a resource with these flags exists or is requested, whatever the state was before.
+ensure_resource() {
   describe_or_die
   while :; do
     case $state in
       NONE) create_resource && return ;;
-      ACTIVE | READY) refuse_other_type && billing=yes && say "${opt[name]} is there ($state)." && return ;;
+      ACTIVE | READY) refuse_other_type && billing=yes && info "${opt[name]} exists ($state)." && return ;;
       WAITING_FOR_RESOURCES | ACCEPTED | PROVISIONING | CREATING | STARTING | REPAIRING | RESTARTING)
         refuse_other_type
         billing=maybe
-        say "${opt[name]} has been asked for already ($state)."
+        info "${opt[name]} is already requested ($state)."
         return
         ;;
       SUSPENDED | FAILED | PREEMPTED | TERMINATED)
-        say "${opt[name]} is $state${detail:+ ($detail)}: it keeps its name and quota until it is deleted, so it is deleted and asked for again."
+        info "${opt[name]} is $state${detail:+ ($detail)}: deleting and requesting it again, because a TPU in this state occupies its name and quota until it is deleted."
         delete_resource
         state=NONE
         ;;
-      SUSPENDING | DELETING | STOPPING) wait_to_go ;;
-      STOPPED) die "${opt[name]} is stopped; start it (gcloud compute tpus tpu-vm start) or delete it: $(delete_hint)" ;;
-      *) die "${opt[name]} is in a state that is not known here, $state: nothing was done." ;;
+      SUSPENDING | DELETING | STOPPING) wait_until_gone ;;
+      STOPPED) die "${opt[name]} is stopped: start it (gcloud compute tpus tpu-vm start) or delete it: $(delete_hint)" ;;
+      *) die "${opt[name]} is in an unknown state, $state: nothing was done." ;;
     esac
   done
 }
 
-wait_to_go() {
+wait_until_gone() {
   local until=$((SECONDS + $(seconds "${opt[max-wait]}")))
   while [[ $state == SUSPENDING || $state == DELETING || $state == STOPPING ]]; do
     ((SECONDS < until)) || { failure=75 && die "${opt[name]} was still $state after ${opt[max-wait]} (--max-wait)."; }
-    say "${opt[name]} is $state, waiting"
+    info "${opt[name]} is $state, waiting"
     pause "${opt[poll]}"
     describe_or_die
   done
 }
 
-# Until the TPU is there. Returns 1, with why, when it will not come.
+# Waits until the TPU is ready. Returns 1 and sets why if the request failed or was preempted.
 wait_ready() {
   local until=$((SECONDS + $(seconds "${opt[max-wait]}"))) before='' errors=0
   while :; do
     describe
-    [[ $state == "$before" ]] || say "$(date +%T) ${opt[name]}: $state"
+    [[ $state == "$before" ]] || info "$(date +%T) ${opt[name]}: $state"
     before=$state
     case $state in
       ACTIVE | READY) billing=yes && return ;;
@@ -49,24 +49,24 @@ wait_ready() {
         why="${opt[name]} is $state${detail:+: $detail}"
         return 1
         ;;
-      NONE | DELETING) die "${opt[name]} is gone or going ($state): somebody deleted it, so it is not created again." ;;
+      NONE | DELETING) die "${opt[name]} is deleted or being deleted ($state): a TPU that someone else deleted is not created again." ;;
       ERROR)
-        if is_denied "$detail" || ((++errors > 10)); then die "the state of ${opt[name]} cannot be read: $detail"; fi
+        if is_denied "$detail" || ((++errors > 10)); then die "cannot read the state of ${opt[name]}: $detail"; fi
         ;;
       *) errors=0 ;;
     esac
-    ((SECONDS < until)) || { failure=75 && die "${opt[name]} was still $state after ${opt[max-wait]} (--max-wait). It stays in the queue and may start to bill: $(delete_hint)"; }
+    ((SECONDS < until)) || { failure=75 && die "${opt[name]} was still $state after ${opt[max-wait]} (--max-wait). The request stays in the queue, and billing may start later. To delete it: $(delete_hint)"; }
     pause "${opt[poll]}"
   done
 }
 
-# For the verbs that need a TPU that is there.
+# For the subcommands that need an existing TPU.
 find_workers() {
   describe_or_die
   case $state in
     ACTIVE | READY) billing=yes ;;
-    NONE) die "there is no ${opt[name]} in ${opt[zone]}: tpu.sh create makes it, tpu.sh list shows what there is." ;;
-    *) die "${opt[name]} is $state, not ready: tpu.sh wait." ;;
+    NONE) die "${opt[name]} does not exist in ${opt[zone]}: create it with tpu.sh create, or list the TPUs with tpu.sh list." ;;
+    *) die "${opt[name]} is $state, not ready: run tpu.sh wait." ;;
   esac
   if [[ -z ${opt[type]:-} ]]; then opt[type]=$found_type; fi
   check_type
@@ -74,34 +74,34 @@ find_workers() {
 }
 
 setup_workers() {
-  say "setup: Python and the pinned packages on $total workers (minutes on new ones)"
-  persist copy_all "$here/worker.sh" "$here/requirements.txt" "$here/uv.txt" &&
-    ask setup "${opt[python]:-}" && all_well && agree
+  info "setup: Python and the pinned packages on $total workers (takes minutes on new workers)"
+  with_retries copy_all "$here/worker.sh" "$here/requirements.txt" "$here/uv.txt" &&
+    ask setup "${opt[python]:-}" && require_ok && require_equal_versions
 }
 
-# Only what git knows goes to the workers, without what looks like a key.
+# Copies only files that git tracks (with --dirty: or does not ignore), without files that look like secrets.
 pack_source() {
-  local file revision dirty='' kept=() left=()
-  git -C "$root" rev-parse --verify -q HEAD >/dev/null || die "$root is no git checkout: the launcher ships one exact revision."
+  local file revision dirty='' kept=() skipped=()
+  git -C "$root" rev-parse --verify -q HEAD >/dev/null || die "$root is not a git checkout: the launcher copies one exact commit."
   revision=$(git -C "$root" rev-parse HEAD)
   [[ -z $(git -C "$root" status --porcelain) ]] || dirty=1
   [[ -z $dirty || -n ${opt[dirty]:-}${opt[dry-run]:-} ]] ||
-    die 'there are changes that no commit has: commit them, or ship them as they are with --dirty.'
+    die 'there are uncommitted changes: commit them, or copy them as they are with --dirty.'
   while IFS= read -r -d '' file; do
     [[ -f $root/$file && ! -L $root/$file ]] || continue
-    if looks_secret "$file"; then left+=("$file"); else kept+=("$file"); fi
+    if looks_secret "$file"; then skipped+=("$file"); else kept+=("$file"); fi
   done < <(git -C "$root" ls-files -z ${dirty:+--others --cached --exclude-standard})
-  ((${#left[@]} == 0)) || warn "not shipped, as they look like secrets: $(join "${left[@]}")"
+  ((${#skipped[@]} == 0)) || warn "skipped files that look like secrets: $(join "${skipped[@]}")"
   printf '%s\0' "${kept[@]}" >"$scratch/files"
-  tar -C "$root" --null -T "$scratch/files" -cf - | gzip -n >"$bundle/source.tgz" || die 'the source cannot be packed.'
+  tar -C "$root" --null -T "$scratch/files" -cf - | gzip -n >"$bundle/source.tgz" || die 'cannot pack the source.'
   (($(wc -c <"$bundle/source.tgz") < 200000000)) || die 'the source is larger than 200 MB: keep data out of the git checkout.'
   source_id=$revision
   if [[ -n $dirty ]]; then source_id=$revision+$(sha256 "$bundle/source.tgz" | cut -c1-8); fi
   describe_file source.tgz "${#kept[@]} files of $root at ${source_id:0:12}${source_id:40}"
 }
 
-# In a dry run: what a file would be that the next command copies.
-describe_file() { [[ -z ${opt[dry-run]:-} ]] || printf '%s\n' "# $memory/bundle/$1: $2" | sed '2,$s/^/#   /'; }
+# In a dry run: prints the content of a file that the next command copies.
+describe_file() { [[ -z ${opt[dry-run]:-} ]] || printf '%s\n' "# $state_dir/bundle/$1: $2" | sed '2,$s/^/#   /'; }
 
 looks_secret() {
   case /$1 in
@@ -114,12 +114,12 @@ looks_secret() {
 sync_source() {
   local source_id
   pack_source
-  say "sync: source ${source_id:0:12}${source_id:40} to $total workers"
-  persist copy_all "$memory/bundle/source.tgz" && ask unpack "$(sha256 "$bundle/source.tgz")" "$source_id" && all_well
+  info "sync: source ${source_id:0:12}${source_id:40} to $total workers"
+  with_retries copy_all "$state_dir/bundle/source.tgz" && ask unpack "$(sha256 "$bundle/source.tgz")" "$source_id" && require_ok
 }
 
-# A worker that says ok=0 says why.
-all_well() {
+# Exits with the error of the first worker that reported ok=0.
+require_ok() {
   local key
   [[ -z ${opt[dry-run]:-} ]] || return 0
   for key in $(workers); do
@@ -127,20 +127,20 @@ all_well() {
   done
 }
 
-# Unequal versions stall a pod, or train something else than it says.
-agree() {
+# Exits if the workers differ: different versions can stall a pod, or train a different model than configured.
+require_equal_versions() {
   local key what first
   [[ -z ${opt[dry-run]:-} ]] || return 0
   for what in source job python jax jaxlib libtpu flax orbax-checkpoint; do
     first=$(field "$(workers | head -n 1)" "$what")
     for key in $(workers); do
       [[ $(field "$key" "$what") == "$first" ]] ||
-        die "the workers differ in $what: $first on $(worker_name "$(workers | head -n 1)"), $(field "$key" "$what") on $(worker_name "$key"); setup and sync again, or delete the TPU."
+        die "the workers differ in $what: $first on $(worker_name "$(workers | head -n 1)"), $(field "$key" "$what") on $(worker_name "$key"): run tpu.sh setup and tpu.sh sync again, or delete the TPU."
     done
   done
 }
 
-# The script of the run, as every worker gets it.
+# Writes job.sh, the script that every worker runs.
 write_job() {
   local pair
   {
@@ -153,37 +153,37 @@ write_job() {
     printf 'export PYTHONPATH="$SOURCE"\n'
     for pair in "${env_pairs[@]}"; do printf 'export %s=%s\n' "${pair%%=*}" "$(posixq "${pair#*=}")"; done
     # shellcheck disable=SC2016
-    printf 'exec "$PYTHON" -m simclr_jax %s\n' "$(posixq "${words[@]}")"
+    printf 'exec "$PYTHON" -m simclr_jax %s\n' "$(posixq "${program[@]}")"
   } >"$bundle/job.sh"
 }
 
-# Whether all the workers, as they answered, are at this very run. Sets job, its number, and running.
-under_way() {
-  local words=("${args[@]}") key
-  if [[ " ${args[*]} " != *' --workdir='* ]]; then words+=("--workdir=${opt[workdir]}"); fi
+# Whether all workers, according to their answers, are running exactly this run. Sets job (the checksum of job.sh) and running.
+already_running() {
+  local program=("${args[@]}") key
+  if [[ " ${args[*]} " != *' --workdir='* ]]; then program+=("--workdir=${opt[workdir]}"); fi
   write_job
   job=$(sha256 "$bundle/job.sh" | cut -c1-16) running=0
   for key in $(workers); do
     [[ $(field "$key" state) == running ]] || continue
     running=$((running + 1))
-    [[ $(field "$key" job) == "$job" ]] || die "$(worker_name "$key") is at another run already: tpu.sh attach follows it, tpu.sh stop ends it."
+    [[ $(field "$key" job) == "$job" ]] || die "$(worker_name "$key") is already running another run: follow that run with tpu.sh attach, or end it with tpu.sh stop."
   done
-  ((running == total)) && say 'the run is under way already.'
+  ((running == total)) && info 'this run is already running on all workers.'
 }
 
 start_run() {
   local job running
   ask status "${opt[workdir]}" || return 1
-  if under_way; then return; fi
+  if already_running; then return; fi
   describe_file job.sh "$(<"$bundle/job.sh")"
   ((running == 0)) || stop_all KILL 0 || return 1
-  persist copy_all "$memory/bundle/job.sh" || return 1
-  [[ -z ${opt[env-file]:-} ]] || persist copy_all --as env "${opt[env-file]}" || return 1
-  ask check && all_well && agree && ask start "$job" && all_well || return 1
-  say "run: started on $total workers"
+  with_retries copy_all "$state_dir/bundle/job.sh" || return 1
+  [[ -z ${opt[env-file]:-} ]] || with_retries copy_all --as env "${opt[env-file]}" || return 1
+  ask check && require_ok && require_equal_versions && ask start "$job" && require_ok || return 1
+  info "run: started on $total workers"
 }
 
-stop_all() {  # signal, and whether an operator wants it
+stop_all() {  # stop_all SIGNAL REQUESTED: REQUESTED is 1 if an operator asked for the stop
   ask stop "$1" "$2" || return 1
   [[ -z ${opt[dry-run]:-} ]] || return 0
   local until=$((SECONDS + $(seconds "${opt[grace]}")))
@@ -196,7 +196,7 @@ stop_all() {  # signal, and whether an operator wants it
   done
 }
 
-# Sets running, ended, lost, clean (ended with 0) and asked (stopped by an operator), in workers; step and news.
+# Counts the workers: running, ended, lost, never (not started), clean (exit code 0), asked (stopped by an operator). Sets step, the latest checkpoint.
 count_states() {
   local key n
   running=0 ended=0 lost=0 clean=0 asked=0 never=0 step=none
@@ -209,44 +209,44 @@ count_states() {
   done
 }
 
-# Watches until the run has ended. Sets outcome: finished, stopped, again (worth another try) or failed, with why, culprit, code.
+# Watches the run until it ends. Sets outcome: finished, stopped, retry or failed; and why, culprit and code.
 watch() {
-  local errors=0 quiet_polls=0 limping=0 before='' news
+  local errors=0 quiet_polls=0 partial_since=0 before='' news
   outcome='' why='' culprit='' code=0
   while :; do
     describe
     case $state in
       ACTIVE | READY) errors=0 ;;
       SUSPENDING | SUSPENDED | PREEMPTED | TERMINATED | FAILED)
-        outcome=again why="preempted: ${opt[name]} is $state"
+        outcome=retry why="preempted: ${opt[name]} is $state"
         return
         ;;
-      NONE | DELETING) billing='' && die "${opt[name]} was deleted while it ran: it is not created again." ;;
+      NONE | DELETING) billing='' && die "${opt[name]} was deleted during the run: a TPU that someone else deleted is not created again." ;;
       *)
-        if is_denied "$detail" || ((++errors > 20)); then die "the state of ${opt[name]} cannot be read ($state): $detail. The run goes on: tpu.sh attach."; fi
+        if is_denied "$detail" || ((++errors > 20)); then die "cannot read the state of ${opt[name]} ($state): $detail. The run continues; follow it with tpu.sh attach."; fi
         pause "${opt[poll]}"
         continue
         ;;
     esac
     if ! ask status "${opt[workdir]}"; then
-      ((++quiet_polls < 3)) || { outcome=again && why="${why:-the workers do not answer}" && return; }
+      ((++quiet_polls < 3)) || { outcome=retry && why="${why:-the workers do not answer}" && return; }
       continue
     fi
     quiet_polls=0
     count_states
     key=$(workers | head -n 1)
-    news="$running of $total run, checkpoint $step; $(field "$key" last)"
-    [[ $news == "$before" ]] || say "$(date +%T) $news"
+    news="$running of $total workers running, checkpoint $step; $(field "$key" last)"
+    [[ $news == "$before" ]] || info "$(date +%T) $news"
     before=$news
     if ((running == 0)); then
       judge
       return
     fi
-    # A dead peer ends the others by jax's heartbeats; who is left after the grace never will.
+    # When a worker dies, JAX's heartbeat timeout ends the others. Workers that still run after --grace would never end.
     if ((running < total)); then
-      ((limping)) || limping=$SECONDS
-      if ((SECONDS - limping > $(seconds "${opt[grace]}"))); then
-        say "$((total - running)) of $total workers have ended and the rest has not for ${opt[grace]} s: ending it."
+      ((partial_since)) || partial_since=$SECONDS
+      if ((SECONDS - partial_since > $(seconds "${opt[grace]}"))); then
+        info "$((total - running)) of $total workers have ended, but the others still run after ${opt[grace]} s (--grace): killing them."
         ask stop KILL 0 || true
       fi
     fi
@@ -254,7 +254,7 @@ watch() {
   done
 }
 
-# What the exit codes together mean. The cause comes first: when one worker fails, its peers abort with 134.
+# Derives outcome, culprit and why from the exit codes. The code with the highest rank is the cause: when one worker fails, its peers abort with 134.
 judge() {
   local key rc worst=-1 rank
   ((asked == 0 || clean == total)) || { outcome=stopped && return; }
@@ -273,32 +273,32 @@ judge() {
     esac
     if ((rank > worst)); then worst=$rank culprit=$key code=$rc; fi
   done
-  why="$(worker_name "$culprit") ended with $code ($(meaning "$code"))"
+  why="$(worker_name "$culprit"): exit code ${code/lost/unknown} ($(meaning "$code"))"
   case $worst in
     6) outcome=failed ;;
-    5) killed=$((killed + 1)) && if ((killed > 1)); then outcome=failed why+=', the second time'; else outcome=again; fi ;;
-    *) outcome=again ;;
+    5) killed=$((killed + 1)) && if ((killed > 1)); then outcome=failed why+=', the second time'; else outcome=retry; fi ;;
+    *) outcome=retry ;;
   esac
   return 0
 }
 
 meaning() {
   case $1 in
-    1) echo 'failed; the reason is in the log' ;;
-    2) echo 'wrong recipe or words' ;;
+    1) echo 'error; see the log' ;;
+    2) echo 'invalid arguments or recipe' ;;
     3) echo 'the loss is not finite' ;;
-    4) echo 'a step hung, see the stacks in the log' ;;
-    75) echo 'preempted, after saving' ;;
+    4) echo 'a step hung; see the stack traces in the log' ;;
+    75) echo 'preempted; a checkpoint was saved' ;;
     130) echo 'stopped by Ctrl-C' ;;
     134) echo 'another worker died' ;;
-    137) echo 'killed: out of memory?' ;;
-    143 | 129) echo 'ended by the machine, before saving' ;;
-    lost) echo 'no exit code: the machine went down' ;;
+    137) echo 'killed; out of memory?' ;;
+    143 | 129) echo 'terminated before a checkpoint was saved' ;;
+    lost) echo 'the machine went down' ;;
     *) echo 'unexpected' ;;
   esac
 }
 
-# The newest checkpoint, from where it is.
+# Prints the latest checkpoint in the workdir.
 checkpoint() {
   if [[ ${opt[workdir]} != gs://* ]]; then
     echo "$step"
@@ -309,7 +309,7 @@ checkpoint() {
   echo "${found:-none}"
 }
 
-report() {  # what failed, with the last lines of the worker that did
+report() {  # prints why, and the last lines of the log of the culprit
   printf 'tpu.sh: %s\n' "$why" >&2
   [[ -n $culprit ]] || return 0
   printf '%s\n' "--- the last 30 lines of $(worker_name "$culprit")" >&2
@@ -317,29 +317,29 @@ report() {  # what failed, with the last lines of the worker that did
   printf '%s\n' '---' >&2
 }
 
-# From nothing to a run on all the workers. Returns 1, with why, where another try may help.
+# Requests the TPU, sets up the workers and starts the run. Returns 1 and sets why if a retry may help.
 bring_up() {
-  ensure
+  ensure_resource
   wait_ready || return 1
-  count_workers && persist make_home || return 1
+  count_workers && with_retries make_home || return 1
   local job running
-  if [[ -z ${opt[dry-run]:-} ]] && under_way; then return; fi  # with the packages and the source that it has
+  if [[ -z ${opt[dry-run]:-} ]] && already_running; then return; fi  # keep its packages and source
   setup_workers && sync_source && start_run
 }
 
-# Runs, and again as long as it gets somewhere.
-persevere() {
+# Starts and watches the run, and retries as long as there are new checkpoints.
+run_to_completion() {
   local tries=0 stalled=0 best=none now killed=0
   local outcome why culprit code step=none running ended lost clean asked never key
   while :; do
-    outcome=again culprit='' why=''
+    outcome=retry culprit='' why=''
     if bring_up; then
       [[ -z ${opt[dry-run]:-} ]] || return 0
       watch
     fi
     case $outcome in
-      finished) say "done: checkpoint $(checkpoint) in ${opt[workdir]}" && return 0 ;;
-      stopped) say "stopped as asked; tpu.sh resume goes on." && return 75 ;;
+      finished) info "done: checkpoint $(checkpoint) in ${opt[workdir]}" && return 0 ;;
+      stopped) info 'stopped as requested; continue the run with tpu.sh resume.' && return 75 ;;
       failed) report && return "$code" ;;
     esac
     report
@@ -347,23 +347,23 @@ persevere() {
     if [[ $now == none || $now == "$best" ]]; then stalled=$((stalled + 1)); else stalled=0; fi
     best=$now tries=$((tries + 1))
     if ((stalled >= opt[stall])); then
-      printf 'tpu.sh: given up: %s starts in a row without a new checkpoint (%s), see --stall.\n' "$stalled" "$now" >&2
+      printf 'tpu.sh: giving up: %s starts in a row without a new checkpoint (%s); see --stall.\n' "$stalled" "$now" >&2
       return 1
     fi
     if ((tries > opt[retries])); then
-      printf 'tpu.sh: given up after %s retries (--retries); the same command goes on from checkpoint %s.\n' "${opt[retries]}" "$now" >&2
+      printf 'tpu.sh: giving up after %s retries (--retries); rerun the same command to resume from checkpoint %s.\n' "${opt[retries]}" "$now" >&2
       return 75
     fi
-    say "retry $tries of ${opt[retries]}, from checkpoint $now"
+    info "retry $tries of ${opt[retries]}, from checkpoint $now"
     pause "$(backoff "$tries")"
   done
 }
 
-finish() {  # after the end, good or bad
+finish() {  # after success or failure
   if [[ -n ${opt[autodelete]:-} ]]; then
     describe
     [[ $state == NONE ]] || delete_resource
   elif [[ -z ${opt[dry-run]:-} && -n $billing ]]; then
-    say "${opt[name]} is still there and bills: $(delete_hint)"
+    info "${opt[name]} still exists and is billed. To delete it: $(delete_hint)"
   fi
 }

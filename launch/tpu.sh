@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # One command from a laptop to a TPU: tpu.sh up --name=... --zone=... --type=v4-32 --workdir=gs://... -- pretrain --config=...
 #
-# lib.sh checks what was given, cloud.sh speaks to gcloud, run.sh has the parts of `up`, worker.sh is what runs on the TPU. docs/launch.md explains.
+# lib.sh checks flags and arguments, cloud.sh calls gcloud, run.sh has the steps of `up`, worker.sh runs on the TPU VMs. Documentation: docs/launch.md.
 if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 404)); then
-  echo "tpu.sh: bash 4.4 or newer is needed, this is $BASH_VERSION (on macOS: brew install bash, then bash launch/tpu.sh ...)." >&2
+  echo "tpu.sh: bash 4.4 or newer is required, this is $BASH_VERSION (on macOS: brew install bash, then bash launch/tpu.sh ...)." >&2
   exit 2
 fi
 set -Eeuo pipefail
@@ -13,15 +13,15 @@ exec 3>&2
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(dirname "$here")
 
-# What the command line, the environment, the file and the memory of a name may set.
+# Flags for the command line, tpu.conf and the saved flags of a TPU.
 with_value=(name project zone type version num-slices valid-until max-run-duration network subnet service-account labels disk
   workdir env-file python retries stall backoff poll max-wait grace worker lines)
 switches=(spot best-effort reserved flex-start no-queue internal-ip iap autodelete dirty)
-moods=(dry-run yes quiet verbose json force follow)  # command line only
+cli_only=(dry-run yes quiet verbose json force follow)  # command line only
 declare -A opt=() reply=()
-declare -a args=() env_pairs=() nodes=() workers_of=() where=()
+declare -a args=() env_pairs=() nodes=() workers_of=() location=()
 state='' found_type='' detail='' why='' family='' chips=0 hosts=0 total=0
-billing='' pretended=NONE scratch='' lock='' sleeper='' home='' memory='' bundle='' ssh_tries=5 verb=help
+billing='' dry_run_state=NONE scratch='' lock='' sleeper='' home='' state_dir='' bundle='' ssh_tries=5 subcommand=help
 
 # shellcheck source=launch/lib.sh
 . "$here/lib.sh"
@@ -32,74 +32,77 @@ billing='' pretended=NONE scratch='' lock='' sleeper='' home='' memory='' bundle
 
 help() {
   cat <<'TEXT'
-tpu.sh VERB [FLAGS] [-- WORDS]: runs simclr-jax on Cloud TPUs. docs/launch.md has the whole story.
+tpu.sh COMMAND [FLAGS] [-- ARGUMENTS]: runs simclr-jax on Cloud TPUs. Documentation: docs/launch.md.
 
-  up      create, wait, setup, sync, run, watch; recreate and resume after a preemption. -- WORDS of simclr-jax
-  doctor  look whether gcloud, account, project, zone, type, bucket and ssh key will do
-  create | wait | setup | sync | run -- WORDS | attach        the parts of up, one by one
+  up      create, wait, setup, sync, run, attach; recreates the TPU and resumes after a preemption. -- ARGUMENTS of simclr-jax
+  doctor  check gcloud, account, project, zone, TPU type, bucket and SSH key
+  create | wait | setup | sync | run -- ARGUMENTS | attach    the steps of up, one by one
   status [--json] | logs [-f] [--worker=N|all] | list | fetch [FOLDER] | exec -- COMMAND
-  stop [--force]   let the run save and end (--force: kill what is left after --grace)
-  resume           run the same words again, on the same workdir
-  delete [--yes]   end the billing
+  stop [--force]   save a checkpoint and end the run (--force: kill workers that still run after --grace)
+  resume           rerun the last run with the same arguments and workdir
+  delete [--yes]   delete the TPU, which ends the billing
 
-Where and what   --name --zone --project --type=v4-32 --num-slices=1 --version (default: by type)
-How it is paid   --spot | --best-effort | --reserved | --flex-start, --valid-until=6h --max-run-duration=2d --no-queue
-Around it        --network --subnet --internal-ip | --iap --service-account --labels=k=v,... --disk (a data disk)
-The run          --workdir=gs://BUCKET/FOLDER --env=KEY=VALUE (repeat) --env-file=FILE (secrets, mode 600) --python=PATH --dirty
-Patience         --retries=10 --stall=3 --backoff=15 --poll=30 --max-wait=24h --grace=300 --autodelete
-This terminal    --dry-run --yes --quiet --verbose --json --lines=100
-Flag, else TPU_NAME and so on in the environment, else tpu.conf here (FLAG = VALUE lines), else what the name was made with.
+TPU             --name --zone --project --type (such as v4-32) --num-slices=N (default: 1) --version (default: by type)
+Provisioning    --spot | --best-effort | --reserved | --flex-start (default: on demand), --valid-until=6h --max-run-duration=2d --no-queue
+Network, disk   --network --subnet --internal-ip | --iap --service-account --labels=k=v,... --disk (a data disk)
+Run             --workdir=gs://BUCKET/FOLDER --env=KEY=VALUE (repeatable) --env-file=FILE (secrets, mode 600) --python=PATH --dirty
+Retries         --retries=N (default: 10) --stall=N (default: 3) --backoff=SECONDS (default: 15)
+Waiting         --poll=SECONDS (default: 30) --max-wait=DURATION (default: 24h) --grace=DURATION (default: 300)
+Billing         --autodelete: delete the TPU after success or failure
+Output          --dry-run --yes --quiet --verbose --json --lines=N (default: 100)
+A flag is read from the command line, else from TPU_NAME and so on in the environment, else from tpu.conf in the current folder
+(FLAG = VALUE lines), else from the flags saved when the TPU was created, else from the gcloud configuration.
 TEXT
 }
 
-# --- what was given
+# --- flags and arguments
 
 contains() { local x=$1 y; shift; for y in "$@"; do [[ $x != "$y" ]] || return 0; done; return 1; }
 
 parse() {
-  verb=${1:-help}
+  subcommand=${1:-help}
   shift || true
-  local word key
+  local arg key
   while (($#)); do
-    word=$1
+    arg=$1
     shift
-    case $word in
+    case $arg in
       --) args=("$@") && return ;;
       -f) opt[follow]=1 ;;
-      -h | --help) verb=help ;;
-      --env=*) env_pairs+=("${word#*=}") ;;
+      -h | --help) subcommand=help ;;
+      --env=*) env_pairs+=("${arg#*=}") ;;
       --env)
-        (($#)) || wrong '--env needs KEY=VALUE.'
+        (($#)) || usage_error '--env needs KEY=VALUE.'
         env_pairs+=("$1") && shift
         ;;
       --*)
-        key=${word#--} key=${key%%=*}
-        if contains "$key" "${switches[@]}" "${moods[@]}"; then
-          [[ $word != *=* ]] || wrong "--$key takes no value."
+        key=${arg#--} key=${key%%=*}
+        if contains "$key" "${switches[@]}" "${cli_only[@]}"; then
+          [[ $arg != *=* ]] || usage_error "--$key takes no value."
           opt[$key]=1
         elif ! contains "$key" "${with_value[@]}"; then
-          wrong "no flag --$key$(resembling "$key"); tpu.sh help lists them, and words for simclr-jax go after --."
-        elif [[ $word == *=* ]]; then
-          opt[$key]=${word#*=}
+          usage_error "unknown flag --$key$(similar_flag "$key"): tpu.sh help lists the flags, and arguments for simclr-jax go after --."
+        elif [[ $arg == *=* ]]; then
+          opt[$key]=${arg#*=}
         else
-          (($#)) || wrong "--$key needs a value."
+          (($#)) || usage_error "--$key needs a value."
           opt[$key]=$1 && shift
         fi
-        [[ -n ${opt[$key]} ]] || wrong "--$key is empty."
+        [[ -n ${opt[$key]} ]] || usage_error "--$key is empty."
         ;;
       *)
-        [[ $verb == fetch && ${#args[@]} -eq 0 ]] || wrong "$(posixq "$word") is not understood: flags start with --, and words for simclr-jax go after --."
-        args=("$word")
+        [[ $subcommand == fetch && ${#args[@]} -eq 0 ]] || usage_error "unexpected argument $(posixq "$arg"): flags start with --, and arguments for simclr-jax go after --."
+        args=("$arg")
         ;;
     esac
   done
 }
 
-resembling() {
+similar_flag() {
   local key
-  for key in "${with_value[@]}" "${switches[@]}" "${moods[@]}" env; do
+  for key in "${with_value[@]}" "${switches[@]}" "${cli_only[@]}" env; do
     if [[ $key == "$1"* || $1 == "$key"* || $key == *"$1" ]]; then
-      printf ' (is --%s meant?)' "$key"
+      printf ' (did you mean --%s?)' "$key"
       return
     fi
   done
@@ -113,7 +116,7 @@ from_environment() {
   done
 }
 
-# FLAG = VALUE lines; nothing in it is executed.
+# Reads FLAG = VALUE lines; nothing in the file is executed.
 from_file() {
   local file=$1 line key value n=0
   [[ -f $file ]] || return 0
@@ -121,10 +124,10 @@ from_file() {
     n=$((n + 1))
     [[ ! $line =~ ^[[:space:]]*(#.*)?$ ]] || continue
     [[ $line =~ ^[[:space:]]*([a-z-]+)[[:space:]]*=[[:space:]]*(.*[^[:space:]])[[:space:]]*$ ]] ||
-      wrong "$file, line $n: FLAG = VALUE is expected."
+      usage_error "$file, line $n: expected FLAG = VALUE."
     key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
-    contains "$key" "${with_value[@]}" "${switches[@]}" || wrong "$file, line $n: there is no flag $key."
-    contains "$key" "${with_value[@]}" || [[ $value == 1 ]] || wrong "$file, line $n: $key = 1, or leave it out."
+    contains "$key" "${with_value[@]}" "${switches[@]}" || usage_error "$file, line $n: unknown flag $key."
+    contains "$key" "${with_value[@]}" || [[ $value == 1 ]] || usage_error "$file, line $n: write $key = 1, or remove the line."
     [[ -n ${opt[$key]:-} ]] || opt[$key]=$value
   done <"$file"
 }
@@ -146,40 +149,40 @@ defaults() {
 resolve() {
   from_environment
   from_file tpu.conf
-  if [[ $verb != list && $verb != doctor ]]; then check_name; fi
-  # A name and a place of its own in memory: what the TPU was made with, the words of its run.
+  if [[ $subcommand != list && $subcommand != doctor ]]; then check_name; fi
+  # Each TPU name has a state folder: the flags that the TPU was created with, and the arguments of its last run.
   if [[ -n ${opt[name]:-} ]]; then
     [[ ${opt[name]} =~ ^[a-z0-9-]+$ ]] || check_name
-    memory=${SIMCLR_JAX_STATE:-${XDG_STATE_HOME:-$HOME/.local/state}/simclr_jax}/${opt[name]}
+    state_dir=${SIMCLR_JAX_STATE:-${XDG_STATE_HOME:-$HOME/.local/state}/simclr_jax}/${opt[name]}
     home=simclr_jax_runs/${opt[name]}
-    # What is made is what is asked for now; the others ask for what was made.
-    [[ $verb == up || $verb == create ]] || from_file "$memory/flags"
-    bundle=$memory/bundle
+    # up and create request the TPU with the flags given now. All other subcommands also read the saved flags.
+    [[ $subcommand == up || $subcommand == create ]] || from_file "$state_dir/flags"
+    bundle=$state_dir/bundle
     if [[ -n ${opt[dry-run]:-} ]]; then bundle=$scratch; else (umask 077 && mkdir -p "$bundle"); fi
   fi
   defaults
   check_numbers
   check_tier
-  check_words
+  check_values
 }
 
-remember() {
+save_state() {
   [[ -z ${opt[dry-run]:-} ]] || return 0
   local key
-  mkdir -p "$memory"
+  mkdir -p "$state_dir"
   for key in project zone type num-slices no-queue internal-ip iap workdir python env-file; do
     [[ -z ${opt[$key]:-} ]] || printf '%s = %s\n' "$key" "${opt[$key]}"
-  done >"$memory/flags.new"
-  mv "$memory/flags.new" "$memory/flags"
-  ((${#args[@]} == 0)) || printf '%s\0' "${args[@]}" >"$memory/words"
-  ((${#env_pairs[@]} == 0)) || printf '%s\0' "${env_pairs[@]}" >"$memory/env"
+  done >"$state_dir/flags.new"
+  mv "$state_dir/flags.new" "$state_dir/flags"
+  ((${#args[@]} == 0)) || printf '%s\0' "${args[@]}" >"$state_dir/words"
+  ((${#env_pairs[@]} == 0)) || printf '%s\0' "${env_pairs[@]}" >"$state_dir/env"
 }
 
-# --- one launcher a name, and what is left behind
+# --- one launcher per TPU name, and the cleanup
 
 enter() {
   scratch=$(mktemp -d)
-  trap leave EXIT
+  trap clean_up EXIT
   trap 'interrupted 130' INT
   trap 'interrupted 143' TERM HUP
 }
@@ -187,20 +190,20 @@ enter() {
 take_lock() {
   [[ -z ${opt[dry-run]:-} ]] || return 0
   local owner
-  mkdir -p "$memory"
-  if ! mkdir "$memory/lock" 2>/dev/null; then
-    owner=$(cat "$memory/lock/pid" 2>/dev/null || echo 0)
+  mkdir -p "$state_dir"
+  if ! mkdir "$state_dir/lock" 2>/dev/null; then
+    owner=$(cat "$state_dir/lock/pid" 2>/dev/null || echo 0)
     if [[ $owner =~ ^[1-9][0-9]*$ ]] && kill -0 "$owner" 2>/dev/null; then
-      die "another tpu.sh (process $owner) is at work on ${opt[name]}: let it end, or end it; status, logs and stop work meanwhile."
+      die "another tpu.sh (process $owner) is running for ${opt[name]}: wait for that process or end it; status, logs and stop work in the meantime."
     fi
-    rm -rf "$memory/lock"  # its owner is gone
-    mkdir "$memory/lock" 2>/dev/null || die "another tpu.sh has just started on ${opt[name]}."
+    rm -rf "$state_dir/lock"  # the owner no longer runs
+    mkdir "$state_dir/lock" 2>/dev/null || die "another tpu.sh has just started for ${opt[name]}."
   fi
-  echo $$ >"$memory/lock/pid"
-  lock=$memory/lock
+  echo $$ >"$state_dir/lock/pid"
+  lock=$state_dir/lock
 }
 
-leave() {
+clean_up() {
   [[ -z $sleeper ]] || kill "$sleeper" 2>/dev/null || true
   [[ -z $lock ]] || rm -rf "$lock"
   [[ -z $scratch ]] || rm -rf "$scratch"
@@ -211,7 +214,7 @@ interrupted() {
   printf '\n' >&2
   if [[ -n $billing ]]; then
     {
-      printf 'tpu.sh: interrupted. %s in %s (%s x %s) is left as it is: what runs goes on, and it bills until it is deleted.\n' \
+      printf 'tpu.sh: interrupted. %s in %s (%s x %s) is not changed: a started run continues, and the TPU is billed until it is deleted.\n' \
         "${opt[name]}" "${opt[zone]}" "${opt[num-slices]}" "${opt[type]:-?}"
       printf '  watch:  %s\n  delete: %s\n' "$(posixq "$0" attach "--name=${opt[name]}")" "$(delete_hint)"
     } >&2
@@ -223,98 +226,98 @@ interrupted() {
 
 confirm() {
   [[ -z ${opt[dry-run]:-}${opt[yes]:-} ]] || return 0
-  [[ -t 0 ]] || wrong "$1 Nobody can be asked here: give --yes."
+  [[ -t 0 ]] || usage_error "$1 There is no terminal to confirm this: give --yes."
   local reply_to=
-  read -r -p "$1 Type $2 to go on: " reply_to
-  [[ $reply_to == "$2" ]] || die 'not confirmed, nothing was done.'
+  read -r -p "$1 Type $2 to confirm: " reply_to
+  [[ $reply_to == "$2" ]] || die 'not confirmed: nothing was done.'
 }
 
 show_plan() {
   local tier='on demand' key
   for key in spot best-effort reserved flex-start; do [[ -z ${opt[$key]:-} ]] || tier=$key; done
-  say "name      ${opt[name]}"
-  say "where     ${opt[zone]}, project ${opt[project]:-as gcloud has it}"
-  say "TPU       ${opt[num-slices]} x ${opt[type]}: $((chips * ${opt[num-slices]})) chips on $((hosts * ${opt[num-slices]})) hosts, $tier, runtime ${opt[version]:-$(runtime_version)}"
-  [[ -z ${opt[workdir]:-} ]] || say "workdir   ${opt[workdir]}"
-  ((${#args[@]} == 0)) || say "runs      simclr-jax $(posixq "${args[@]}")"
-  for key in "${env_pairs[@]}"; do say "env       ${key%%=*}"; done
-  [[ -z ${opt[env-file]:-} ]] || say "secrets   from ${opt[env-file]}, not shown"
+  info "name      ${opt[name]}"
+  info "zone      ${opt[zone]}, project ${opt[project]:-from the gcloud configuration}"
+  info "TPU       ${opt[num-slices]} x ${opt[type]}: $((chips * ${opt[num-slices]})) chips on $((hosts * ${opt[num-slices]})) hosts, $tier, runtime ${opt[version]:-$(runtime_version)}"
+  [[ -z ${opt[workdir]:-} ]] || info "workdir   ${opt[workdir]}"
+  ((${#args[@]} == 0)) || info "command   simclr-jax $(posixq "${args[@]}")"
+  for key in "${env_pairs[@]}"; do info "env       ${key%%=*}"; done
+  [[ -z ${opt[env-file]:-} ]] || info "secrets   from ${opt[env-file]} (not shown)"
 }
 
-# --- the verbs
+# --- the subcommands
 
-begin() {  # of the verbs about one TPU
+select_tpu() {  # for the subcommands that need a TPU name
   resolve
   need_gcloud
   from_gcloud
-  check_place
-  place
+  check_location
+  set_location
 }
 
-prepare() {  # of those that start a run
-  [[ $verb != resume ]] || recall
+check_run() {  # for the subcommands that start a run
+  [[ $subcommand != resume ]] || load_last_run
   check_args
   check_workdir
   check_env
 }
 
-recall() {
-  [[ -f $memory/words ]] || die "nothing was run under the name ${opt[name]} from here: tpu.sh run -- WORDS."
-  ((${#args[@]})) || mapfile -t -d '' args <"$memory/words"
-  if ((${#env_pairs[@]} == 0)) && [[ -f $memory/env ]]; then mapfile -t -d '' env_pairs <"$memory/env"; fi
+load_last_run() {
+  [[ -f $state_dir/words ]] || die "no run of ${opt[name]} was started from this machine: start one with tpu.sh run -- ARGUMENTS."
+  ((${#args[@]})) || mapfile -t -d '' args <"$state_dir/words"
+  if ((${#env_pairs[@]} == 0)) && [[ -f $state_dir/env ]]; then mapfile -t -d '' env_pairs <"$state_dir/env"; fi
 }
 
 do_up() {
-  begin
+  select_tpu
   check_type
-  prepare
+  check_run
   show_plan
   warn_workdir
   confirm "This creates $((chips * ${opt[num-slices]})) TPU chips, which are billed." "${opt[name]}"
   take_lock
-  remember
+  save_state
   local result=0
-  persevere || result=$?
+  run_to_completion || result=$?
   finish
   return "$result"
 }
 
 do_create() {
-  begin
+  select_tpu
   check_type
   show_plan
   confirm "This creates $((chips * ${opt[num-slices]})) TPU chips, which are billed." "${opt[name]}"
   take_lock
-  remember
-  ensure
+  save_state
+  ensure_resource
 }
 
 do_wait() {
-  begin
-  if [[ -n ${opt[dry-run]:-} ]]; then pretended=ACTIVE; fi
+  select_tpu
+  if [[ -n ${opt[dry-run]:-} ]]; then dry_run_state=ACTIVE; fi
   wait_ready || die "$why"
-  say "${opt[name]} is ready."
+  info "${opt[name]} is ready."
 }
 
 on_workers() {
-  begin
-  if [[ -n ${opt[dry-run]:-} ]]; then pretended=ACTIVE; fi
+  select_tpu
+  if [[ -n ${opt[dry-run]:-} ]]; then dry_run_state=ACTIVE; fi
   find_workers
 }
 
-do_setup() { on_workers && take_lock && { { persist make_home && setup_workers; } || die "$why"; }; }
+do_setup() { on_workers && take_lock && { { with_retries make_home && setup_workers; } || die "$why"; }; }
 do_sync() { on_workers && take_lock && { sync_source || die "$why"; }; }
 
 do_run() {
   resolve
-  prepare
+  check_run
   on_workers
   show_plan
   warn_workdir
   take_lock
-  remember
+  save_state
   start_run || die "$why"
-  say "it goes on without this terminal: $(posixq "$0" attach "--name=${opt[name]}")"
+  info "the run continues without this terminal. To follow it: $(posixq "$0" attach "--name=${opt[name]}")"
 }
 do_resume() { do_run; }
 
@@ -324,13 +327,13 @@ do_attach() {
   [[ -n ${opt[workdir]:-} ]] || opt[workdir]=
   ask status "${opt[workdir]}" || die "$why"
   count_states
-  ((never < total)) || die "nothing has been run on ${opt[name]}: tpu.sh run -- WORDS."
+  ((never < total)) || die "no run was started on ${opt[name]}: start one with tpu.sh run -- ARGUMENTS."
   watch
   case $outcome in
-    finished) say 'done.' ;;
-    stopped) say 'stopped as asked; tpu.sh resume goes on.' && result=75 ;;
+    finished) info 'done.' ;;
+    stopped) info 'stopped as requested; continue the run with tpu.sh resume.' && result=75 ;;
     failed) report && result=$code ;;
-    *) report && say 'tpu.sh up (the same words) goes on from the last checkpoint.' && result=75 ;;
+    *) report && info 'tpu.sh up with the same arguments resumes from the latest checkpoint.' && result=75 ;;
   esac
   finish
   return "$result"
@@ -338,7 +341,7 @@ do_attach() {
 
 do_status() {
   local step=none running=0 ended=0 lost=0 clean=0 asked=0 never=0 key
-  begin
+  select_tpu
   describe_or_die
   if [[ $state == ACTIVE || $state == READY ]]; then
     find_workers
@@ -376,7 +379,7 @@ do_logs() {
   on_workers
   local which=${opt[worker]:-0} s w
   if [[ -n ${opt[follow]:-} ]]; then
-    [[ $which != all ]] || wrong 'logs -f follows one worker: --worker=N.'
+    [[ $which != all ]] || usage_error 'logs -f follows one worker: --worker=N.'
     follow_log "$(slice_of "$which")" "${which#*.}"
     return
   fi
@@ -391,10 +394,10 @@ do_logs() {
 
 slice_of() { if [[ $1 == *.* ]]; then echo "${1%.*}"; else echo 0; fi; }
 
-# What has come so far is kept in a file, whose size is where to go on after the connection broke.
+# The part of the log received so far is kept in a file. After a lost connection, its size is the offset to continue from.
 follow_log() {
-  local file=$memory/log.$1.$2 try=0 code size
-  mkdir -p "$memory"
+  local file=$state_dir/log.$1.$2 try=0 code size
+  mkdir -p "$state_dir"
   : >"$file"
   while :; do
     size=$(wc -c <"$file")
@@ -402,7 +405,7 @@ follow_log() {
     remote "$1" "$2" "bash $home/worker.sh follow $((size))" 2>"$scratch/ssh" | tee -a "$file" || code=$?
     ((code != 0)) || return 0
     (($(wc -c <"$file") == size)) || try=0
-    ((++try <= ssh_tries)) || die "the log of worker $2 cannot be followed: $(tail -n 2 "$scratch/ssh" | tr '\n' ' ')"
+    ((++try <= ssh_tries)) || die "cannot follow the log of worker $2: $(tail -n 2 "$scratch/ssh" | tr '\n' ' ')"
     pause "$(backoff "$try")"
   done
 }
@@ -410,23 +413,23 @@ follow_log() {
 do_stop() {
   local step running=0 ended lost clean asked never result=0
   on_workers
-  say "asking the run on $total workers to save and end"
+  info "asking the run on $total workers to save a checkpoint and exit"
   stop_all TERM 1 || result=$?
   if ((result == 2)) && [[ -n ${opt[force]:-} ]]; then
-    say "$running workers were still at it after ${opt[grace]} s: killing them."
+    info "$running workers still run after ${opt[grace]} s (--grace): killing them."
     result=0
     stop_all KILL 1 || result=$?
   fi
   case $result in
-    0) say "stopped. ${opt[name]} still bills: $(delete_hint)" ;;
-    2) die "$running workers still run after ${opt[grace]} s (--grace): wait, or stop --force." ;;
+    0) info "stopped. ${opt[name]} is still billed. To delete it: $(delete_hint)" ;;
+    2) die "$running workers still run after ${opt[grace]} s (--grace): wait, or run tpu.sh stop --force." ;;
     *) die "$why" ;;
   esac
 }
 
 do_exec() {
   local s code=0
-  ((${#args[@]})) || wrong 'which command? tpu.sh exec -- COMMAND WORDS.'
+  ((${#args[@]})) || usage_error 'a command is required: tpu.sh exec -- COMMAND ARGUMENTS.'
   on_workers
   for s in "${!nodes[@]}"; do
     remote "$s" "${opt[worker]:-all}" "$(posixq "${args[@]}")" || code=$?
@@ -435,7 +438,7 @@ do_exec() {
 }
 
 do_fetch() {
-  begin
+  select_tpu
   local to=${args[0]:-runs/${opt[name]}}
   check_workdir
   mkdir -p -- "$to"
@@ -443,83 +446,83 @@ do_fetch() {
     cloud storage rsync --recursive "${opt[workdir]%/}" "$to"
   else
     on_workers
-    local call words
-    reach 0 0 scp
-    cloud "${call[@]}" --recurse "${opt[name]}:${opt[workdir]%/}" "$to" "${words[@]}"
+    local call flags
+    ssh_call 0 0 scp
+    cloud "${call[@]}" --recurse "${opt[name]}:${opt[workdir]%/}" "$to" "${flags[@]}"
   fi
-  say "fetched to $to"
+  info "fetched to $to"
 }
 
 do_delete() {
-  begin
+  select_tpu
   describe_or_die
   if [[ -n ${opt[dry-run]:-} ]]; then state=ACTIVE; fi
   if [[ $state == NONE ]]; then
-    say "there is no ${opt[name]} in ${opt[zone]}: nothing to delete."
+    info "${opt[name]} does not exist in ${opt[zone]}: nothing to delete."
     return
   fi
-  confirm "This deletes ${opt[name]} ($state, $found_type) in ${opt[zone]} and all that is on its disks." "${opt[name]}"
+  confirm "This deletes ${opt[name]} ($state, $found_type) in ${opt[zone]} and all data on its disks." "${opt[name]}"
   delete_resource
-  say "${opt[name]} is deleted."
+  info "${opt[name]} is deleted."
 }
 
 do_list() {
   resolve
   need_gcloud
   from_gcloud
-  check_place
-  place
+  check_location
+  set_location
   local columns='name.basename(),state.state,tpu.nodeSpec[0].node.acceleratorType'
-  cloud compute tpus queued-resources list "${where[@]}" '--filter=tpu.nodeSpec.node.labels.simclr-jax:*' "--format=value($columns)"
-  cloud compute tpus tpu-vm list "${where[@]}" '--filter=labels.simclr-jax:*' '--format=value(name.basename(),state,acceleratorType)'
+  cloud compute tpus queued-resources list "${location[@]}" '--filter=tpu.nodeSpec.node.labels.simclr-jax:*' "--format=value($columns)"
+  cloud compute tpus tpu-vm list "${location[@]}" '--filter=labels.simclr-jax:*' '--format=value(name.basename(),state,acceleratorType)'
 }
 
 do_doctor() {
   local bad=0 account key
-  look() {  # look WHAT MEND COMMAND...
-    local what=$1 mend=$2
+  check_item() {  # check_item WHAT FIX COMMAND...
+    local what=$1 fix=$2
     shift 2
-    if "$@" >"$scratch/look" 2>&1 </dev/null; then printf 'ok    %s\n' "$what"; else
-      printf 'FAIL  %s: %s\n' "$what" "$mend" && bad=1
+    if "$@" >"$scratch/check" 2>&1 </dev/null; then printf 'ok    %s\n' "$what"; else
+      printf 'FAIL  %s: %s\n' "$what" "$fix" && bad=1
     fi
   }
   resolve
-  look 'bash, git, tar, ssh' 'install what is missing' type git tar gzip ssh awk
-  look 'gcloud' 'https://cloud.google.com/sdk/docs/install' command -v gcloud
+  check_item 'bash, git, tar, ssh' 'install the missing programs' type git tar gzip ssh awk
+  check_item 'gcloud' 'install it: https://cloud.google.com/sdk/docs/install' command -v gcloud
   ((bad == 0)) || return 1
   from_gcloud
   account=$(gcloud auth list --filter=status:ACTIVE '--format=value(account)' 2>/dev/null </dev/null || true)
-  look "account ${account:-none}" 'gcloud auth login' test -n "$account"
-  look "project ${opt[project]:-none}" 'gcloud config set project PROJECT, or --project' test -n "${opt[project]:-}"
-  look "zone ${opt[zone]:-none}" 'gcloud config set compute/zone ZONE, or --zone' test -n "${opt[zone]:-}"
+  check_item "account ${account:-none}" 'gcloud auth login' test -n "$account"
+  check_item "project ${opt[project]:-none}" 'gcloud config set project PROJECT, or --project' test -n "${opt[project]:-}"
+  check_item "zone ${opt[zone]:-none}" 'gcloud config set compute/zone ZONE, or --zone' test -n "${opt[zone]:-}"
   ((bad == 0)) || return 1
-  check_place
-  place
-  look 'TPU API' 'gcloud services enable tpu.googleapis.com, or ask for the role TPU Admin' gcloud compute tpus queued-resources list "${where[@]}" --limit=1
+  check_location
+  set_location
+  check_item 'TPU API' 'gcloud services enable tpu.googleapis.com, or request the IAM role TPU Admin' gcloud compute tpus queued-resources list "${location[@]}" --limit=1
   if [[ -n ${opt[type]:-} ]]; then
     check_type
-    gcloud compute tpus accelerator-types list "${where[@]}" '--format=value(type)' >"$scratch/types" 2>/dev/null </dev/null || true
-    look "${opt[type]} in ${opt[zone]}" "not offered there; offered: $(head -c 300 "$scratch/types" | tr '\n' ' ')" grep -qx -- "${opt[type]}" "$scratch/types"
-    printf 'note  %s chips: see the quota of %s chips in %s at https://console.cloud.google.com/iam-admin/quotas\n' \
+    gcloud compute tpus accelerator-types list "${location[@]}" '--format=value(type)' >"$scratch/types" 2>/dev/null </dev/null || true
+    check_item "${opt[type]} in ${opt[zone]}" "not available in this zone; available types: $(head -c 300 "$scratch/types" | tr '\n' ' ')" grep -qx -- "${opt[type]}" "$scratch/types"
+    printf 'note  %s chips: check the quota of %s chips in %s at https://console.cloud.google.com/iam-admin/quotas\n' \
       "$((chips * ${opt[num-slices]}))" "$family" "${opt[zone]}"
   fi
   if [[ -n ${opt[workdir]:-} ]]; then
     check_workdir
     key=${opt[workdir]%/}/.doctor
-    [[ ${opt[workdir]} != gs://* ]] || look "${opt[workdir]} can be written" 'create the bucket, or ask for the role Storage Object User' doctor_bucket "$key"
+    [[ ${opt[workdir]} != gs://* ]] || check_item "${opt[workdir]} is writable" 'create the bucket, or request the IAM role Storage Object User' doctor_bucket "$key"
   fi
-  look 'ssh key in the agent' 'ssh-add ~/.ssh/google_compute_engine (gcloud makes the key at the first ssh)' ssh-add -l
+  check_item 'SSH key in ssh-agent' 'ssh-add ~/.ssh/google_compute_engine (gcloud creates the key at the first ssh)' ssh-add -l
   return "$bad"
 }
 
 doctor_bucket() { echo ok | gcloud storage cp - "$1" && gcloud storage rm "$1"; }
 
 parse "$@"
-case $verb in
+case $subcommand in
   help | -h | --help) help ;;
   doctor | create | wait | status | setup | sync | run | logs | attach | stop | resume | up | fetch | exec | delete | list)
     enter
-    "do_$verb"
+    "do_$subcommand"
     ;;
-  *) wrong "no verb $(posixq "$verb"): doctor, up, create, wait, setup, sync, run, attach, status, logs, stop, resume, fetch, exec, delete, list, help." ;;
+  *) usage_error "unknown command $(posixq "$subcommand"): use doctor, up, create, wait, setup, sync, run, attach, status, logs, stop, resume, fetch, exec, delete, list or help." ;;
 esac

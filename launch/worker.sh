@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# The part of tpu.sh that runs on the workers of a TPU: worker.sh VERB WORDS, in the folder of one run.
+# The part of tpu.sh that runs on the workers of a TPU: worker.sh SUBCOMMAND ARGUMENTS, in the folder of one run.
 #
-# Every verb answers with one line, "@simclr-jax worker=N key=value ... last=text", and ends with 0: any other exit code is
-# the connection's. What a run leaves behind: log, process (its number and start time), rc once it has ended, stopped if it was asked to.
-# shellcheck disable=SC2329  # the verbs are called by their names, in the last lines
+# Every subcommand prints one line, "@simclr-jax worker=N key=value ... last=text", with exit code 0: any other exit code comes
+# from the connection. The files of a run: log, process (process ID and start time), rc (the exit code, once the run has ended) and
+# stopped (if an operator stopped the run).
+# shellcheck disable=SC2329  # the last lines call the subcommands by name
 set -Eeuo pipefail
 umask 077
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -11,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 here=$PWD
 venvs=$(dirname "$here")/venvs
 
-# Of this worker in its slice: told by the environment, by the VM's metadata, or by the name that Google gives to hosts.
+# The index of this worker in its slice: from the environment, the VM's metadata, or the host name that Google Cloud assigns.
 worker_number() {
   local number=${TPU_WORKER_ID:-} url=http://metadata.google.internal/computeMetadata/v1/instance/attributes
   [[ -n $number || ! -f number ]] || number=$(<number)
@@ -22,19 +23,19 @@ worker_number() {
   echo "$number"
 }
 
-# One write, so that the lines of many workers do not mix.
+# A single write, so that the lines of several workers do not mix.
 answer() { printf '@simclr-jax worker=%s %s\n' "$(worker_number)" "$*"; }
 
 printable() { tr -cd '[:print:]' | cut -c1-300; }
 
-give_up() {
+fail() {
   answer "ok=0 last=$(printable <<<"$*")"
   exit 0
 }
 
 sha256() { sha256sum "$1" | cut -d' ' -f1; }
 
-# --- setup: python and the pinned packages, or the interpreter $1 that has them
+# --- setup: installs Python and the pinned packages, or uses the interpreter $1, which must have the packages
 
 setup() {
   local python=$1
@@ -42,17 +43,17 @@ setup() {
     local venv
     venv=$venvs/$(sha256 requirements.txt | cut -c1-16)
     [[ -f $venv/.complete ]] || install_packages "$venv" >setup.log 2>&1 </dev/null ||
-      give_up "installing failed: $(tail -n 1 setup.log) (more in $here/setup.log)"
+      fail "installation failed: $(tail -n 1 setup.log) (see $here/setup.log)"
     python=$venv/bin/python
   fi
-  [[ -x $python ]] || give_up "$python is not there"
+  [[ -x $python ]] || fail "$python does not exist"
   echo "$python" >python
   versions
 }
 
 install_packages() {
   local venv=$1 python exact=(--require-hashes)
-  # A package or two is not built beforehand: the pinned setuptools does it, not whatever is newest.
+  # Some packages have no wheel. The pinned setuptools builds their wheels, not the newest setuptools.
   sed -n '/^setuptools==/,/[^\\]$/p' requirements.txt >setuptools.txt
   mkdir -p "$venvs"
   exec 9>"$venvs/lock"
@@ -64,7 +65,7 @@ install_packages() {
     "$venv/bin/python" -m pip install --no-cache-dir --no-deps "${exact[@]}" --only-binary=:all: -r setuptools.txt || return 1
     "$venv/bin/python" -m pip install --no-cache-dir "${exact[@]}" --no-build-isolation -r requirements.txt || return 1
   else
-    # Ubuntu 22.04 has Python 3.10. uv brings its own and knows its checksum.
+    # Ubuntu 22.04 has Python 3.10. uv installs a newer Python and verifies its checksum.
     python3 -m pip install --no-cache-dir --target uv --upgrade "${exact[@]}" --only-binary=:all: -r uv.txt || return 1
     uv/bin/uv venv --managed-python --python 3.12 "$venv" || return 1
     uv/bin/uv pip install --no-cache --python "$venv/bin/python" "${exact[@]}" --no-deps -r setuptools.txt || return 1
@@ -83,7 +84,7 @@ find_python() {
   return 1
 }
 
-# What has to be equal on all the workers. Nothing is imported: that would take the TPU.
+# Prints what must be equal on all workers. No package is imported, because importing jax could occupy the TPU.
 versions() {
   local found source=none job=none
   [[ ! -f python ]] || found=$("$(<python)" - <<'PY'
@@ -96,22 +97,22 @@ def version(name):
     return 'none'
 print(f'python={platform.python_version()}', *(f'{name}={version(name)}' for name in names))
 PY
-) || give_up "$(<python) does not run"
+) || fail "$(<python) cannot be run"
   [[ ! -f source.id ]] || source=$(<source.id)
   [[ ! -f job.sh ]] || job=$(sha256 job.sh | cut -c1-16)
   answer "ok=1 source=$source job=$job ${found:-python=none}"
 }
 
-# --- sync: the archive whose checksum is $1 becomes the source tree $2
+# --- sync: unpacks the archive with checksum $1 as the source with ID $2
 
 unpack() {
-  [[ $(sha256 source.tgz) == "$1" ]] || give_up 'the copy of the source is damaged: sync again'
+  [[ $(sha256 source.tgz) == "$1" ]] || fail 'the source archive is corrupt: run tpu.sh sync again'
   local tree=source-${1:0:16}
-  [[ $(readlink source 2>/dev/null) == "$tree" ]] || ! alive || give_up 'a run is under way here, with another source: stop it first'
+  [[ $(readlink source 2>/dev/null) == "$tree" ]] || ! alive || fail 'a run with another source is running on this worker: run tpu.sh stop first'
   if [[ ! -d $tree ]]; then
     rm -rf new-source
     mkdir new-source
-    tar -xzf source.tgz -C new-source || give_up 'the source cannot be unpacked (disk full?)'
+    tar -xzf source.tgz -C new-source || fail 'cannot unpack the source (disk full?)'
     mv new-source "$tree"
   fi
   ln -sfn "$tree" source
@@ -122,17 +123,17 @@ unpack() {
 
 # --- the run
 
-started_at() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
+start_time_of() { sed 's/.*) //' "/proc/$1/stat" 2>/dev/null | cut -d' ' -f20; }
 
-# Whether the program whose number is in the file runs: the start time tells it from a later process with its number.
+# Whether the process in the file `process` is running. The start time distinguishes that process from a later one with the same ID.
 alive() {
-  local pid began
+  local pid start_time
   [[ -f process ]] || return 1
-  read -r pid began <process || return 1
-  [[ $began == "$(started_at "$pid")" && -n $began ]]
+  read -r pid start_time <process || return 1
+  [[ $start_time == "$(start_time_of "$pid")" && -n $start_time ]]
 }
 
-# Others that hold the TPU. They are named and left alone.
+# Prints the other processes that use the TPU. The launcher reports them and does not kill them.
 holders() {
   local link pid
   compgen -G '/dev/accel[0-9]*' >/dev/null || compgen -G '/dev/vfio/[0-9]*' >/dev/null || return 0
@@ -150,7 +151,7 @@ check() {
     return
   fi
   held=$(holders)
-  [[ -z $held ]] || give_up "the TPU is held by ${held}already, which was left alone: end it with tpu.sh exec -- kill PROCESS"
+  [[ -z $held ]] || fail "the TPU is in use by ${held% }: end that process with tpu.sh exec -- kill PID"
   versions
 }
 
@@ -159,7 +160,7 @@ start() {
     answer 'ok=1 state=running'
     return
   fi
-  [[ $(sha256 job.sh | cut -c1-16) == "$1" ]] || give_up 'job.sh is another one than was sent'
+  [[ $(sha256 job.sh | cut -c1-16) == "$1" ]] || fail 'job.sh differs from the job.sh that tpu.sh sent'
   [[ ! -f env ]] || chmod 600 env
   rm -f rc stopped process
   local attempt=1
@@ -171,12 +172,12 @@ start() {
     [[ ! -f process && ! -f rc ]] || break
     sleep 0.1
   done
-  [[ -f process || -f rc ]] || give_up "it did not start: $(tail -n 1 log)"
+  [[ -f process || -f rc ]] || fail "the run did not start: $(tail -n 1 log)"
   answer "ok=1 state=running attempt=$attempt"
 }
 
-# Not for ssh: the parent of the program, in a session of its own. It outlives the connection, and it outlives a SIGTERM to all
-# processes to write down how the program took it.
+# Not called over ssh: the parent process of the program, in its own session. It survives the end of the connection. It also survives
+# a SIGTERM to all processes, so that it can record the exit code of the program.
 supervise() {
   local child code signalled
   trap 'signalled=1' TERM HUP INT
@@ -184,7 +185,7 @@ supervise() {
   load_env
   PYTHON=$(<python) SOURCE=$(readlink -f source) sh "$here/job.sh" </dev/null &
   child=$!
-  echo "$child $(started_at "$child")" >process.new
+  echo "$child $(start_time_of "$child")" >process.new
   mv process.new process
   while
     signalled=
@@ -192,12 +193,12 @@ supervise() {
     wait "$child" || code=$?
     [[ -n $signalled ]]
   do :; done
-  printf '=== ended with %s, %s\n' "$code" "$(date -u +%FT%TZ)"
+  printf '=== exit code %s, %s\n' "$code" "$(date -u +%FT%TZ)"
   echo "$code" >rc.new
   mv rc.new rc
 }
 
-# KEY=VALUE lines as they stand: nothing is expanded.
+# Exports KEY=VALUE lines literally: nothing is expanded.
 load_env() {
   local line
   [[ -f env ]] || return 0
@@ -207,7 +208,7 @@ load_env() {
   done <./env
 }
 
-# The newest checkpoint in a folder $1 of this machine's own; tpu.sh looks after gs:// itself.
+# Prints the latest checkpoint in the folder $1 on this machine; tpu.sh itself reads gs://.
 latest_step() {
   local step best=none
   for step in "$1"/checkpoints/*; do
@@ -225,7 +226,7 @@ status() {
   elif [[ -f rc ]]; then
     state=ended code=$(<rc)
   elif [[ -f process ]]; then
-    state=lost  # neither alive nor ended: the machine went down, or somebody killed its parent too
+    state=lost  # neither running nor ended: the machine went down, or the parent process was killed too
   fi
   local stopped=0 step=none attempt=0 job=none
   [[ ! -f stopped ]] || stopped=1
@@ -235,28 +236,28 @@ status() {
   answer "ok=1 state=$state rc=$code stopped=$stopped step=$step attempt=$attempt job=$job last=$(tail -n 1 log 2>/dev/null | printable)"
 }
 
-# $1 is the signal, $2 whether an operator wants it: then it is not a preemption.
+# $1 is the signal. $2 is 1 if an operator asked for the stop, so that the stop is not taken for a preemption.
 stop() {
-  local pid began state=idle
+  local pid start_time state=idle
   if alive; then
-    read -r pid began <process
+    read -r pid start_time <process
     [[ $2 == 0 ]] || touch stopped
-    # job.sh has become the program; its own children, if any, are in the same group as the parent.
+    # The process of job.sh has become the program (exec). Children of the program are in the process group of the parent.
     kill -s "$1" "$pid" 2>/dev/null || true
     state=signalled
   fi
   answer "ok=1 state=$state"
 }
 
-log() { tail -n "$1" log 2>/dev/null || echo '(nothing logged yet)'; }
+log() { tail -n "$1" log 2>/dev/null || echo '(no log yet)'; }
 
-# The log from byte $1 on, until the run ends.
+# Prints the log from byte offset $1, until the run ends.
 follow() {
-  local size pid=0 began
+  local size pid=0 start_time
   size=$(stat -c %s log 2>/dev/null || echo 0)
-  if (($1 > size)); then set -- 0; fi  # another VM, another log
+  if (($1 > size)); then set -- 0; fi  # a new VM has a new log
   if alive; then
-    read -r pid began <process
+    read -r pid start_time <process
     tail -c "+$(($1 + 1))" -f --pid="$pid" log
   else
     tail -c "+$(($1 + 1))" log
@@ -266,7 +267,7 @@ follow() {
 case $1 in
   setup | versions | unpack | check | start | supervise | status | stop | log | follow)
     "$@"
-    exit  # read already: this file may be another one by the time a run ends
+    exit  # bash must not read further: this file may be replaced before the run ends
     ;;
-  *) give_up "worker.sh knows no $1" ;;
+  *) fail "worker.sh: unknown subcommand $1" ;;
 esac

@@ -1,75 +1,72 @@
-"""Recipes: finding, overriding and checking them, before any device is touched."""
+"""Recipes: loading, overriding and checking them, before any device is touched."""
 
-import difflib
-import importlib.util
+import ast
 import json
 import math
 import pathlib
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
 
 import ml_collections
 
-from simclr_jax import defaults, methods, optim
-from simclr_jax.data import augment
+from simclr_jax import fields, plugins
 from simclr_jax.errors import ConfigError
-from simclr_jax.models import heads, norm, resnet
+from simclr_jax.validation import did_you_mean
 
-# Where recipes named without a path are found: beside the package in a checkout, inside it when
-# installed.
+# Where the built-in recipes are: beside the package in a checkout, inside it when installed.
 FOLDERS = (
   pathlib.Path(__file__).parent / 'configs',
   pathlib.Path(__file__).parents[1] / 'configs',
 )
-# A run may be resumed with other values of these: they change no result.
-FREE = (
-  'log_every_steps',
-  'checkpoint_every_steps',
-  'keep_checkpoints',
-  'knn_every_epochs',
-  'knn_images',
-  'tensorboard',
-  'watchdog_seconds',
-  'profile_steps',
-  'sharding',
-  'rematerialize',
-  'first_loss',
-  'data.dir',
-  'data.test_split',
-  'data.threads',
-)
+OWN_FILES = ('method', 'model.encoder', 'augment.ops')  # fields that may name a Python file
+PIPELINES = ('augment.view1', 'augment.view2', 'augment.eval')
 
 
 def names() -> list[str]:
-  """The shipped recipes."""
+  """The built-in recipes."""
   return sorted({p.stem for folder in FOLDERS for p in folder.glob('[a-z]*.py')})
 
 
-def load(spec: str, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
+def description(name: str) -> str:
+  """The first line of a recipe's file."""
+  return (_module(name).__doc__ or '').strip().split('\n')[0]
+
+
+def variants(name: str) -> dict[str, str]:
+  """The variants of a recipe with a description of each, the default first; empty if it has none."""
+  return dict(getattr(_module(name), 'VARIANTS', {}))
+
+
+def _module(name) -> ModuleType:
+  candidates = (pathlib.Path(name), *(folder / f'{name}.py' for folder in FOLDERS))
+  path = next((p for p in candidates if p.is_file()), None)
+  if path is None:
+    raise ConfigError(
+      f'no recipe {name!r}{did_you_mean(name, names())}; available recipes: {", ".join(names())}'
+    )
+  return plugins.load(path, 'recipe', 'get_config()')
+
+
+def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
   """Runs a recipe's `get_config` and sets fields.
 
   A recipe is a Python file and is executed: load none that you do not trust.
 
   Args:
-    spec: a path, or the name of a shipped recipe; `:variant` behind it is given to `get_config`.
-    overrides: field (`'data.dir'`) -> value as text; it gets the type of the recipe's value.
+    spec: a path, or the name of a built-in recipe; `:variant` behind it is passed to `get_config`.
+    overrides: field (`'data.dir'`) -> its value, or the value as text: `{'epochs': 5}` or `{'epochs': '5'}`.
 
   Raises:
-    ConfigError: no such recipe or field, or a value that is not of the field's type or range.
+    ConfigError: no such recipe, variant or field, or a value that is not of the field's type or range.
   """
-  path, _, variant = spec.partition(':')
-  found = [p for p in (pathlib.Path(path), *(f / f'{path}.py' for f in FOLDERS)) if p.is_file()]
-  if not found:
-    raise ConfigError(f'no recipe {path!r}{_did_you_mean(path, names())}; '
-                      f'shipped ones: {", ".join(names())}')  # fmt: skip
-  module_spec = importlib.util.spec_from_file_location('recipe', found[0])
-  if module_spec is None:
-    raise ConfigError(f'the recipe {str(found[0])!r} is not a Python file')
-  module = importlib.util.module_from_spec(module_spec)
-  try:
-    module_spec.loader.exec_module(module)
-  except Exception as error:
-    raise ConfigError(f'the recipe {found[0]} fails: {type(error).__name__}: {error}') from None
-  if not hasattr(module, 'get_config'):
-    raise ConfigError(f'{found[0]} has no function get_config()')
+  name, _, variant = spec.partition(':')
+  module, known = _module(name), variants(name)
+  if variant and known and variant not in known:
+    raise ConfigError(
+      f'the recipe {name} has no variant {variant!r}, only {", ".join(known)}'
+      + did_you_mean(variant, known)
+    )
   try:
     config = module.get_config(variant) if variant else module.get_config()
   except (ValueError, TypeError) as error:
@@ -77,20 +74,100 @@ def load(spec: str, overrides: dict[str, str] | None = None) -> ml_collections.C
   return _finish(config, overrides)
 
 
-def from_dict(values: dict, overrides: dict[str, str] | None = None) -> ml_collections.ConfigDict:
-  """A recipe from a run's config.json, as `load` gives it."""
-  return _finish(ml_collections.ConfigDict(values), overrides)
+def from_dict(
+  values: dict, overrides: Mapping[str, Any] | None = None
+) -> ml_collections.ConfigDict:
+  """A recipe from the `config.json` of a run, as `load` returns it.
+
+  Raises:
+    ConfigError: as `load`, or a file of the user's own that the recipe names has changed since.
+  """
+  config = _finish(ml_collections.ConfigDict(values), overrides)
+  check_code(values.get('code', ()), flatten(config))
+  return config
 
 
 def _finish(config, overrides):
-  for field, text in (overrides or {}).items():
-    _override(config, field, text)
+  for field, value in (overrides or {}).items():
+    _override(config, field, value)
+  _record_own_files(config)
   config.lock()
   check(config)
   return config
 
 
-def flatten(config: ml_collections.ConfigDict | dict) -> dict[str, object]:
+def _override(config, field, value):
+  flat = flatten(config)
+  if field not in flat:
+    raise ConfigError(f'the recipe has no field {field!r}{did_you_mean(field, flat)}')
+  if field == 'code':
+    raise ConfigError('code is filled in by the program')
+  old = flat[field]
+  try:
+    parsed = _typed(value, old)
+    config.update_from_flattened_dict({field: parsed})
+  except (ValueError, TypeError, SyntaxError):
+    kinds = {
+      bool: 'true or false', int: 'an integer', float: 'a number', str: 'a string',
+      tuple: 'numbers: 1,2',
+    }  # fmt: skip
+    raise ConfigError(f'{field}={value!r} is not {kinds[type(old)]}') from None
+
+
+def _typed(value, like):
+  """`value`, or what it says if it is text, as a value of the type of `like`."""
+  kind = type(like)
+  if kind is str and not isinstance(value, (bool, int, float, tuple, list)) and value is not None:
+    return str(value)  # a path, for instance
+  if isinstance(value, str):
+    text = value.strip()
+    text = {'true': 'True', 'false': 'False'}.get(text.lower(), text)
+    value = ast.literal_eval(text or '()')
+    if kind is bool and value in (0, 1):
+      return bool(value)
+  if hasattr(value, 'item'):  # a scalar of numpy
+    value = value.item()
+  if kind is tuple:
+    items = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return tuple(_typed(item, like[0] if like else 0) for item in items)
+  if kind is int and isinstance(value, float) and value.is_integer():
+    value = int(value)
+  if kind is float and type(value) is int:
+    value = float(value)
+  if type(value) is not kind:
+    raise TypeError(value)
+  return value
+
+
+def _record_own_files(config):
+  """Makes the paths of the user's own files absolute, and records what is in them."""
+  code, flat = [], flatten(config)
+  for field in OWN_FILES:
+    if plugins.is_file(flat.get(field, '')):
+      path = pathlib.Path(flat[field]).expanduser().resolve()
+      code.append(f'{field}={plugins.checksum(path, field)}')
+      config.update_from_flattened_dict({field: str(path)})
+  config.code = tuple(code)
+
+
+def check_code(recorded: tuple[str, ...] | list[str], flat: Mapping[str, Any]) -> None:
+  """Raises ConfigError if a file of the user's own is not the one that was `recorded`.
+
+  Args:
+    recorded: the field `code` of a run.
+    flat: its flattened recipe: where the files are.
+  """
+  for entry in recorded:
+    field, digest = entry.split('=')
+    now = plugins.checksum(flat[field], field)
+    if now != digest:
+      raise ConfigError(
+        f'{field}: {flat[field]} has changed since it was used (checksum {digest} then, {now} now): '
+        'restore the file, or train again'
+      )
+
+
+def flatten(config: ml_collections.ConfigDict | dict) -> dict[str, Any]:
   """Nested recipe -> {'data.dir': value, ...}, derived values resolved."""
   flat = {}
   for key, value in config.items():
@@ -101,81 +178,36 @@ def flatten(config: ml_collections.ConfigDict | dict) -> dict[str, object]:
   return flat
 
 
-# field -> its lowest and highest number, None for no limit, or the words that it may be.
-ALLOWED = {
-  'seed': (0, 2**32 - 1),
-  'epochs': (0, None),
-  'steps': (0, None),
-  'batch_size': (2, None),
-  'image_size': (8, None),
-  'learning_rate': (0.0, None),
-  'schedule_first_epoch': (0, 1),
-  'warmup_epochs': (0.0, None),
-  'weight_decay': (0.0, None),
-  'momentum': (0.0, 1.0),
-  'log_every_steps': (1, None),
-  'checkpoint_every_steps': (0, None),
-  'keep_checkpoints': (1, None),
-  'watchdog_seconds': (0.0, None),
-  'sharding': ('replicated', 'fsdp'),
-  'accumulate_steps': (1, None),
-  'knn_every_epochs': (0, None),
-  'knn_images': (0, None),
-  'data.label_seed': (0, 2**32 - 1),
-  'data.unlabelled': ('keep', 'drop'),
-  'data.num_classes': (0, None),
-  'data.examples': (0, None),
-  'data.skip_bad': (0, None),
-  'data.max_pixels': (1, 2**31 - 1),
-  'data.shuffle_buffer': (1, None),
-  'data.threads': (0, None),
-  'model.width_multiplier': (1 / 64, None),
-  'model.sk_ratio': (0.0, 1.0),
-  'model.se_ratio': (0.0, 1.0),
-  'model.bn_groups': (1, None),
-  'model.head_layers': (1, 4),
-  'model.head_dim': (1, None),
-  'dtype': ('auto', 'float32', 'bfloat16'),
-  'optimizer': ('lars', 'sgd', 'nesterov', 'adamw'),
-  'learning_rate_scaling': ('linear', 'sqrt', 'none'),
-  'schedule': optim.SCHEDULES,
-  'weight_decay_on': ('kernels', 'all'),
-  'data.source': ('arrays', 'digits', 'folder', 'tfds'),
-  'data.on_device': ('auto', 'yes', 'no'),
-  'data.resize_on': ('device', 'host'),
-  'model.depth': tuple(resnet.DEPTHS),
-  'model.stem': tuple(resnet.STEMS),
-  'model.dialect': resnet.DIALECTS,
-  'model.normalize': ('none', *resnet.NORMALIZE),
-  'model.bn_layout': norm.LAYOUTS,
-  'model.head': heads.MODES,
-}
-
-
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises `ConfigError` with the field, its value and what is allowed."""
   flat = flatten(config)
-  for field, value in flat.items():
+  if 'method' not in flat:
+    raise ConfigError("the recipe lacks the field 'method'")
+  for name, field in fields.of_recipe(flat['method']).items():
+    if name not in flat:
+      raise ConfigError(f'the recipe lacks the field {name!r}')
+    value = flat[name]
     if isinstance(value, float) and not math.isfinite(value):
-      raise ConfigError(f'{field}={value} is not a finite number')
-  fields = methods.module(_get(flat, 'method')).FIELDS
-  for field, allowed in {**ALLOWED, **{k: allowed for k, (_, allowed) in fields.items()}}.items():
-    _check(field, _get(flat, field), allowed)
-  for field in ('view1', 'view2', 'eval'):
-    _check_pipeline(f'augment.{field}', _get(flat, f'augment.{field}'), field)
-  if len(_get(flat, 'first_loss')) != 2:
-    raise ConfigError(f'first_loss={flat["first_loss"]} is not two numbers: lowest,highest')
-  if config.profile_steps and not (
-    len(config.profile_steps) == 2 and 1 <= config.profile_steps[0] <= config.profile_steps[1]
-  ):
-    raise ConfigError(f'profile_steps={config.profile_steps} is not FIRST,LAST')
+      raise ConfigError(f'{name}={value} is not a finite number')
+    if field.allowed:
+      field.allowed.check(name, value)
+  _check_combinations(config)
+  _check_pipelines(flat)
+
+
+def _check_combinations(config):
+  """What single fields cannot say."""
+  if len(config.first_loss) != 2:
+    raise ConfigError(f'first_loss={config.first_loss} is not two numbers: LOWEST,HIGHEST')
+  steps = config.profile_steps
+  if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+    raise ConfigError(f'profile_steps={steps} is not FIRST,LAST')
   if config.batch_size % config.accumulate_steps:
     raise ConfigError(
       f'batch_size={config.batch_size} is not divisible by accumulate_steps={config.accumulate_steps}'
     )
-  part = config.batch_size // config.accumulate_steps
   if not config.steps and not config.epochs:
-    raise ConfigError('epochs=0 and steps=0: one of them says how long to train')
+    raise ConfigError('epochs=0 and steps=0: set epochs or steps')
   if not config.steps and config.warmup_epochs > config.epochs:
     raise ConfigError(
       f'warmup_epochs={config.warmup_epochs:g} is longer than the training, epochs={config.epochs}'
@@ -185,60 +217,43 @@ def check(config: ml_collections.ConfigDict) -> None:
       f'warmup_epochs={config.warmup_epochs}: only schedule=cosine has a warm-up, '
       f'{config.schedule} has none'
     )
-  if config.model.width_multiplier * 64 % 1:
+  model = config.model
+  if model.width_multiplier * 64 % 1:
     raise ConfigError(
-      f'model.width_multiplier={config.model.width_multiplier}: 64 times it is not a whole number'
+      f'model.width_multiplier={model.width_multiplier}: 64 times the value must be an integer'
     )
-  if config.model.sk_ratio and config.model.dialect != 'simclr':
+  if model.sk_ratio and model.variant != 'simclr':
     raise ConfigError(
-      f'model.sk_ratio={config.model.sk_ratio}: selective kernels are of model.dialect=simclr, '
-      f'not {config.model.dialect}'
+      f'model.sk_ratio={model.sk_ratio}: selective kernels need model.variant=simclr, '
+      f'not {model.variant}'
     )
-  if part % config.model.bn_groups:
+  if config.batch_size // config.accumulate_steps % model.bn_groups:
     raise ConfigError(
-      f'batch_size={config.batch_size}{_parts(config)} is not divisible by '
-      f'model.bn_groups={config.model.bn_groups}'
-    )
-  if part == config.model.bn_groups and config.method != 'simclr':
-    raise ConfigError(
-      f'model.bn_groups={config.model.bn_groups} leaves one example in each group: '
-      'use a larger batch_size'
+      f'batch_size={config.batch_size}{_per_part(config)} is not divisible by '
+      f'model.bn_groups={model.bn_groups}'
     )
 
 
-def _parts(config):
+def _check_pipelines(flat):
+  from simclr_jax.data import augment  # needs JAX
+
+  for field in PIPELINES:
+    if flat[field] or field != 'augment.view2':
+      try:
+        augment.parse(augment.with_ops(flat[field], flat['augment.ops']), field != 'augment.eval')
+      except ConfigError as error:
+        raise ConfigError(f'{field}: {error}') from None
+
+
+def _per_part(config):
   return f' / accumulate_steps={config.accumulate_steps}' if config.accumulate_steps > 1 else ''
-
-
-def _check(field, value, allowed):
-  if allowed is None:
-    return
-  if len(allowed) > 2 or isinstance(allowed[0], (str, bool)):
-    if value not in allowed:
-      raise ConfigError(f'{field}={value!r} is not one of {", ".join(map(str, allowed))}')
-    return
-  lowest, highest = allowed
-  if not isinstance(value, (int, float)):
-    raise ConfigError(f'{field}={value!r} is not a number')
-  if value < lowest or (highest is not None and value > highest):
-    allowed = f'at least {lowest}' if highest is None else f'from {lowest} to {highest}'
-    raise ConfigError(f'{field}={value} is out of range: {allowed}')
-
-
-def _check_pipeline(field, text, kind):
-  if not text and kind == 'view2':
-    return
-  try:
-    augment.parse(text, random=kind != 'eval')
-  except ValueError as error:
-    raise ConfigError(f'{field}: {error}') from None
 
 
 def with_examples(config: ml_collections.ConfigDict, examples: int) -> ml_collections.ConfigDict:
   """The recipe with `data.examples`, the number of training images, filled in.
 
   Raises:
-    ConfigError: it says another number already.
+    ConfigError: it has another number already.
   """
   if config.data.examples not in (0, examples):
     raise ConfigError(
@@ -257,7 +272,7 @@ def check_against(
   if classes and train.classes > classes:
     raise ConfigError(
       f'data.num_classes={classes}, but the training labels go up to {train.classes - 1}: '
-      'set it to the number of classes, or to 0 for no online probe'
+      'set data.num_classes to the number of classes, or to 0 for no online probe'
     )
   if config.batch_size > examples:
     raise ConfigError(
@@ -265,7 +280,7 @@ def check_against(
     )
   if config.batch_size // config.accumulate_steps % devices:
     raise ConfigError(
-      f'batch_size={config.batch_size}{_parts(config)} is not divisible by the number of devices, '
+      f'batch_size={config.batch_size}{_per_part(config)} is not divisible by the number of devices, '
       f'{devices}'
     )
   if warmup_steps > steps:
@@ -276,89 +291,103 @@ def check_against(
 
 
 def read_run(workdir: pathlib.Path) -> dict:
-  """The recipe that a workdir was begun with, as plain data."""
+  """The recipe of a run as plain data, with the fields and names of today."""
   path = workdir / 'config.json'
   try:
-    found = json.loads(path.read_text())['config']
-    # Fields that are newer than the run have their neutral values.
-    return _filled(defaults.recipe(found['method']).to_dict(), found)
+    return upgraded(json.loads(path.read_text())['config'])
   except FileNotFoundError:
-    raise ConfigError(f'{workdir} is not the workdir of a run: it has no config.json') from None
-  except (ValueError, KeyError, TypeError):
+    raise ConfigError(f'{workdir} is not a run directory: it has no config.json') from None
+  except ConfigError:
+    raise
+  except (ValueError, KeyError, TypeError, AttributeError):
     raise ConfigError(f'{path} is damaged: it does not hold a recipe') from None
 
 
-def _filled(values, others):
-  both = {
-    k: _filled(values[k], v) if isinstance(v, dict) and k in values else v
-    for k, v in others.items()
-  }
-  return {**values, **both}
+def of_run(
+  workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None
+) -> ml_collections.ConfigDict:
+  """The recipe of a run, checked.
+
+  Raises:
+    ConfigError: `workdir` is no run directory, or as `from_dict`.
+  """
+  return from_dict(read_run(workdir), overrides)
 
 
-def architecture(config: ml_collections.ConfigDict | dict, classifier: bool = False) -> dict:
-  """What rebuilds a recipe's encoder, or its classifier, and its input."""
+def upgraded(old: dict) -> dict:
+  """The recipe of an older version: old names are translated, newer fields get their defaults."""
+  flat = fields.recipe(old['method']).to_dict()
+  flat = flatten(flat)
+  for name, value in flatten(old).items():
+    flat[fields.RENAMED.get(name, name)] = _today(name, value)
+  nested: dict = {}
+  for name, value in flat.items():
+    *group, key = name.split('.')
+    part = nested
+    for g in group:
+      part = part.setdefault(g, {})
+    part[key] = value
+  return nested
+
+
+def _today(field, value):
+  return fields.OLD_VALUES.get(field, {}).get(value, value) if isinstance(value, bool) else value
+
+
+def architecture(config: ml_collections.ConfigDict, classifier: bool = False) -> dict:
+  """What rebuilds a recipe's encoder, or its classifier, and its input: plain data."""
+  from simclr_jax.data import augment  # needs JAX
+
   found = {
-    **dict(config['model']),
-    'image_size': config['image_size'],
-    'eval_view': config['augment']['eval'],
+    **config.model.to_dict(),
+    'image_size': config.image_size,
+    'eval_view': augment.with_ops(config.augment.eval, config.augment.ops),
   }
+  code = [entry for entry in config.code if not entry.startswith('method=')]
+  if code:
+    found |= {'code': code, 'ops': config.augment.ops}
   if classifier:
-    found |= {'classes': config['data']['num_classes'], 'head_layer': config['head_layer']}
+    found |= {'classes': config.data.num_classes, 'head_layer': config.head_layer}
+  return found
+
+
+def upgraded_architecture(old: dict) -> dict:
+  """`architecture` as today, of an encoder that an older version exported.
+
+  Raises:
+    ConfigError: a file of the user's own has changed since.
+  """
+  found = {name: field.default for name, field in fields.TABLE.items() if name.startswith('model.')}
+  for name, value in old.items():
+    field = f'model.{name}'
+    known = fields.RENAMED.get(field, field)
+    found[known if known in found else name] = _today(field, value)
+  found = {name.removeprefix('model.'): value for name, value in found.items()}
+  files = {'model.encoder': found['encoder'], 'augment.ops': found.get('ops', '')}
+  check_code(found.get('code', ()), files)
   return found
 
 
 def check_unchanged(old: dict, new: ml_collections.ConfigDict, workdir: str) -> None:
-  """Refuses to go on in a workdir that another recipe began.
+  """Refuses to resume in a workdir that was started with another recipe.
 
   Raises:
     ConfigError: naming each field that differs, its old and its new value.
   """
   old_flat, new_flat = flatten(old), flatten(new)
-  changes = [
-    f'{field}: {old_flat.get(field, "absent")!r} -> {new_flat.get(field, "absent")!r}'
-    for field in sorted(old_flat.keys() | new_flat.keys())
-    if field not in FREE and old_flat.get(field, None) != new_flat.get(field, None)
-  ]
+  known = fields.of_recipe(new.method)
+  changes = []
+  for field in sorted(old_flat.keys() | new_flat.keys()):
+    before, after = old_flat.get(field), new_flat.get(field)
+    if before == after or (field in known and known[field].resumable):
+      continue
+    if plugins.is_file(str(before)) and plugins.is_file(str(after)):
+      continue  # the file may have moved; `code` says whether it is the same
+    changes.append(
+      f'{field}: {old_flat.get(field, "absent")!r} -> {new_flat.get(field, "absent")!r}'
+    )
   if changes:
     raise ConfigError(
-      f'{workdir} holds a run of another recipe ({"; ".join(changes)}): '
+      f'{workdir} contains a run with a different configuration ({"; ".join(changes)}): '
       'restore these values or choose a new --workdir'
     )
-
-
-def _get(flat, field):
-  if field not in flat:
-    raise ConfigError(f'the recipe lacks the field {field!r}')
-  return flat[field]
-
-
-def _did_you_mean(word, words):
-  close = difflib.get_close_matches(word, words, n=1)
-  return f', did you mean {close[0]!r}?' if close else ''
-
-
-def _override(config, field, text):
-  flat = flatten(config)
-  if field not in flat:
-    raise ConfigError(f'the recipe has no field {field!r}{_did_you_mean(field, list(flat))}')
-  old = flat[field]
-  try:
-    if isinstance(old, bool):
-      value = {'true': True, '1': True, 'false': False, '0': False}[text.lower()]
-    elif isinstance(old, tuple):
-      kind = type(old[0]) if old else int
-      value = tuple(kind(part) for part in text.split(',')) if text else ()
-    else:
-      value = type(old)(text)
-  except (ValueError, KeyError):
-    kind = {bool: 'true or false', int: 'a whole number', float: 'a number', tuple: 'numbers: 1,2'}
-    kind = kind[type(old)]
-    raise ConfigError(f'{field}={text!r} is not {kind}') from None
-  *parents, key = field.split('.')
-  for parent in parents:
-    config = config[parent]
-  with (
-    config.ignore_type()
-  ):  # the value has the type of the old one; a derived field has its source's
-    config[key] = value

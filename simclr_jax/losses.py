@@ -61,7 +61,7 @@ def nt_xent(
   more = 0
   if negatives is not None:
     memory = (
-      jnp.matmul(sharding.by_rows(candidates), negatives.T, precision='highest') / temperature
+      jnp.matmul(sharding.shard_rows(candidates), negatives.T, precision='highest') / temperature
     )  # [2n, K]
     total = jnp.logaddexp(total, jax.nn.logsumexp(memory, axis=1))
     hit &= positive_logit >= memory.max(axis=1)

@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh axis, 'data', over all devices of all processes."""
+"""Placement of arrays: one mesh axis, 'data', over all devices of all processes."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 PyTree = Any
-SMALL = 2**14  # numbers in an array that is not worth splitting
+SMALL = 2**14  # elements; smaller arrays are not split
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -31,7 +31,7 @@ def replicate(x: jax.Array) -> jax.Array:
   return _constrain(x, P())
 
 
-def by_rows(x: jax.Array) -> jax.Array:
+def shard_rows(x: jax.Array) -> jax.Array:
   """Inside jit: the rows of `x` are split over the devices. Without a mesh in scope, `x` itself."""
   return _constrain(x, P('data'))
 
@@ -43,9 +43,9 @@ def _constrain(x, spec):
 
 
 def split(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:
-  """Each device has a part of an array of parameters: of its longest axis that can be divided evenly.
+  """FSDP sharding of an array of parameters: split along the longest axis that divides evenly.
 
-  Small ones, and those that have no such axis, are whole on every device.
+  Small arrays, and those without such an axis, are whole on every device.
   """
   axes = [i for i, size in enumerate(shape) if size % mesh.size == 0]
   if not axes or np.prod(shape) < SMALL:
@@ -65,15 +65,15 @@ def put_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str
 
 
 def local_rows(mesh: jax.sharding.Mesh, rows: int) -> np.ndarray:
-  """Which rows of a batch of `rows` live on the devices of this process, in order."""
+  """Which rows of a batch of `rows` are on the devices of this process, in order."""
   parts = NamedSharding(mesh, P('data')).addressable_devices_indices_map((rows,)).values()
   return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
 
 
-def put_local(
+def put_local_rows(
   mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], rows: int
 ) -> dict[str, jax.Array]:
-  """A batch of which every process has its `local_rows` -> global arrays of `rows` rows."""
+  """The `local_rows` of a batch on every process -> global arrays of `rows` rows."""
   by_row = NamedSharding(mesh, P('data'))
   if jax.process_count() == 1:
     return jax.device_put(batch, by_row)
@@ -84,7 +84,7 @@ def put_local(
 
 
 def put(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
-  """An array that every process has whole, or a global one -> a global array laid out so."""
+  """An array that every process has whole, or a global array -> a global array with this sharding."""
   if jax.process_count() == 1:
     return jax.device_put(x, sharding)
   if isinstance(x, jax.Array) and not x.is_fully_addressable:

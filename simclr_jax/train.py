@@ -1,12 +1,14 @@
 """The pretraining loop: recipe -> mesh -> data -> method -> restore -> steps."""
 
 import contextlib
+import dataclasses
 import fcntl
 import json
+import os
 import pathlib
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,46 +18,41 @@ from absl import logging
 from clu import parameter_overview
 
 from simclr_jax import (
-  checkpoint,
   config as recipes,
   data,
-  distributed,
-  goodput,
-  health,
-  logs,
+  diagnostics,
+  fields,
   methods,
   optim,
-  paths,
+  runs,
   sharding,
-  stopping,
   train_state,
 )
-from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import features, knn
+from simclr_jax.data import Dataset
+from simclr_jax.encoder import Encoder
+from simclr_jax.errors import ConfigError, NotFinite, Stopped
+from simclr_jax.evaluate import knn
+from simclr_jax.runtime import checkpoint, distributed, environment, files, goodput, logs, paths
+from simclr_jax.runtime.preemption import GracefulStop, Watchdog
 
-EXIT_NAN = 3  # the loss is not finite
-FEWEST = 20  # steps between two checkpoints, where an epoch is shorter
-
-
-class NotFinite(RuntimeError):
-  """The loss or its gradient is NaN or infinite."""
+MIN_SAVE_STEPS = 20  # steps between two checkpoints, where an epoch is shorter
 
 
 def pretrain(
   config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
+  workdir: str | os.PathLike,
   command: str = '',
-  train=None,
+  train: Dataset | None = None,
   quiet: bool = False,
 ) -> int:
   """Trains to the end of the recipe, from the newest checkpoint in `workdir` if there is one.
 
   Args:
-    config: a checked recipe (`config.load`).
+    config: a recipe (`config.load`).
     workdir: gets `config.json`, `checkpoints/`, `metrics.jsonl` and `metrics/` (TensorBoard).
     command: recorded, for the report.
     train: the training set, if it is loaded already.
-    quiet: leave out the description at the start.
+    quiet: do not print the configuration at the start.
 
   Returns:
     0 when the training is complete; 75 or 130 when a signal stopped it after saving.
@@ -65,205 +62,273 @@ def pretrain(
     CheckpointError: no checkpoint can be read, or one cannot be written.
     NotFinite: the loss became NaN or infinite; the last checkpoint is from before.
   """
+  workdir = paths.path(workdir)
   with (
-    stopping.Stop() as stop,
-    stopping.Watchdog(config.watchdog_seconds) as watchdog,
+    GracefulStop() as stop,
+    Watchdog(config.watchdog_seconds) as watchdog,
     contextlib.ExitStack() as cleanup,
   ):
-    spent = goodput.Clock()
-
-    def prepare():
-      distributed.check_accelerator()
-      images = data.load(config.data, 'train') if train is None else train
-      filled = recipes.with_examples(config, len(images))
-      if distributed.leader():
-        cleanup.enter_context(_locked(workdir))
-        _check_workdir(filled, workdir)
-      steps = optim.train_steps(filled, len(images))
-      warmup = optim.warmup_steps(filled, len(images))
-      recipes.check_against(filled, images, jax.device_count(), warmup, steps)
-      _warn(filled, images)
-      test = _test_images(filled, images) if filled.knn_every_epochs else None
-      return filled, images, steps, test
-
-    config, train, steps, test = distributed.together(prepare)
-    distributed.agree(_identity(config))
-    data.agree({'the training images': train, 'the test images': test})
-    online_knn = _online_knn(config, train, test) if test else None
-    watchdog.beat(compiling=True)
-
-    mesh = sharding.make_mesh()
-    folder = workdir / 'checkpoints'
-    begun = checkpoint.exists(folder)
-    state, step_fn = train_state.build(config, train, mesh, start=not begun)
-    cleanup.callback(lambda: step_fn.feed.close())
-    if not quiet:
-      _describe(config, mesh, train, steps, state)
-
-    restored = checkpoint.restore(folder, checkpoint.abstract(state), quarantine=True)
-    if restored:
-      state = restored[0]
-      print(f'resuming {workdir} from step {int(state.step)} of {steps}', flush=True)
-    watchdog.beat(compiling=True)
-    first = int(state.step)
+    clock = goodput.Clock()
+    setup = _set_up(config, workdir, train, cleanup)
+    watchdog.heartbeat(compiling=True)
+    state, step_fn = _restore(setup, workdir, cleanup, quiet)
+    watchdog.heartbeat(compiling=True)
+    first, steps = int(state.step), setup.steps
     if first >= steps:
       print(f'{workdir} is complete: {first} steps', flush=True)
       return stop.exit_code
-    if distributed.leader():
-      _write_config(config, workdir, command)
+    if distributed.is_main_process():
+      _write_config(setup.config, workdir, command)
 
-    saver = cleanup.enter_context(checkpoint.Saver(folder, config.keep_checkpoints))
-    log = logs.Log(workdir, first, steps, config.tensorboard, distributed.leader())
-    cleanup.callback(log.close)
-    log.event(first, 'start', {'time': spent.started})
-    every_epoch = max(len(train) // config.batch_size, 1)
-    save_every = config.checkpoint_every_steps or max(every_epoch, FEWEST)
-    knn_every = config.knn_every_epochs * every_epoch
-    metrics = _Metrics(config, workdir, log, spent, first, steps, len(train))
-    trace = _Trace(config.profile_steps, steps, workdir / 'profile')
-
-    def save(done):
-      metrics.flush()  # nothing is saved before its loss is known to be finite
-      with spent.on('checkpoint'):
-        log.flush()
-        saver.save(done, state, {'config': config.to_dict(), 'versions': checkpoint.versions()})
-
-    done = first
+    run = _Recorder(setup, workdir, first, clock, cleanup)
+    trace = _Trace(setup.config.profile_steps, steps, workdir / 'profile')
+    stopped = False
     for i in range(first, steps):
-      if not step_fn.feed.ready(i):
-        metrics.flush()  # the device is idle from here on
-        with spent.on('data'):
-          step_fn.feed.wait(i)
+      with clock.measure('data'):
+        step_fn.loader.wait(i)
       trace.before(i + 1)
-      state, values = step_fn(state, i)
+      state, metrics = step_fn(state, i)
       done = i + 1
-      metrics.flush()
-      watchdog.beat()
+      run.metrics.push(done, metrics)
+      watchdog.heartbeat()
       if done == first + 1:
-        jax.block_until_ready(values)
-        spent.begun()
+        jax.block_until_ready(metrics)
+        clock.first_step_done()
       if trace.ends(done):
-        jax.block_until_ready(values)
-        log.say(trace.stop())
-      metrics.pending = (done, values)
-      if done % save_every == 0 or done == steps:
-        save(done)
-      stopped = stop.wanted()
-      if online_knn and not stopped and (done % knn_every == 0 or done == steps):
-        metrics.flush()
-        try:
-          with spent.on('evaluation'):
-            accuracy = online_knn(state)
-          log.write(done, {'knn_acc': accuracy} | spent.fields())
-          log.say(f'step {done}/{steps}  online kNN {accuracy:.1%}')
-        except stopping.Stopped:  # saved below
-          stopped = True
-        metrics.restart_clock(done)
+        jax.block_until_ready(metrics)
+        run.log.info(trace.stop())
+      stopped = run.after_step(done, state, stop, idle=not step_fn.loader.ready(done))
       if stopped:
         break
-    if stopped and done < steps:
-      if done % save_every:
-        save(done)
-      with spent.on('checkpoint'):
-        saver.wait()
-      log.event(done, 'stopped', spent.fields())
-      name = signal.Signals(stop.signal).name
-      log.say(f'{name}: saved step {done} of {steps}; the same command goes on from there')
-      return stop.exit_code
-    with spent.on('checkpoint'):
-      saver.wait()
-    log.event(done, 'complete', spent.fields())
-    log.say(f'complete: {steps} steps, in {workdir}')
+    run.finish(done, state, stop, stopped)
     return stop.exit_code
 
 
-class _Metrics:
-  """What the steps report, fetched while the next step is on the device.
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+  """A run before its first step: `config` has `data.examples`; `test` has labels, or there is none."""
+
+  config: ml_collections.ConfigDict
+  train: Dataset
+  test: Dataset | None
+  steps: int
+  mesh: jax.sharding.Mesh
+
+
+def _set_up(config, workdir, train, cleanup) -> _Setup:
+  """Loads the data, locks the workdir, and checks that recipe, data, devices and workdir fit together."""
+
+  def prepare():
+    distributed.check_accelerator()
+    recipes.check(config)
+    images = data.load(config.data, 'train') if train is None else train
+    filled = recipes.with_examples(config, len(images))
+    if distributed.is_main_process():
+      cleanup.enter_context(_locked(workdir))
+      _check_workdir(filled, workdir)
+    steps = optim.train_steps(filled, len(images))
+    warmup = optim.warmup_steps(filled, len(images))
+    recipes.check_against(filled, images, jax.device_count(), warmup, steps)
+    _warn(filled, images)
+    test = _test_images(filled, images) if filled.knn_every_epochs else None
+    return _Setup(filled, images, test, steps, sharding.make_mesh())
+
+  setup = distributed.run_on_all(prepare)
+  distributed.check_equal(_identity(setup.config))
+  data.check_same({'the training images': setup.train, 'the test images': setup.test})
+  return setup
+
+
+def _restore(setup, workdir, cleanup, quiet):
+  """The state of the newest checkpoint, or the initial one, and the function of a step."""
+  config, folder = setup.config, workdir / 'checkpoints'
+  resuming = checkpoint.exists(folder)
+  state, step_fn = train_state.build(
+    config,
+    setup.train,
+    setup.mesh,
+    pretrained=None if resuming else runs.load_pretrained(config),
+    teacher=runs.load_teacher(config),
+    resuming=resuming,
+  )
+  cleanup.callback(lambda: step_fn.loader.close())
+  if not quiet:
+    _describe(setup, state)
+  restored = checkpoint.restore(folder, checkpoint.abstract(state), quarantine=True)
+  if restored:
+    state = restored[0]
+    print(f'resuming {workdir} from step {int(state.step)} of {setup.steps}', flush=True)
+  return state, step_fn
+
+
+class _Recorder:
+  """What happens after a step: metrics, checkpoints, online kNN, and the end of the run.
 
   Attributes:
-    pending: (step, its metrics on the device), not fetched yet.
+    log, metrics: of the run.
   """
 
-  def __init__(self, config, workdir, log, spent, first, steps, examples):
-    self.pending = None
-    self._config, self._workdir, self._log, self._spent = config, workdir, log, spent
+  def __init__(self, setup, workdir, first, clock, cleanup):
+    config, steps = setup.config, setup.steps
+    self._workdir, self._clock, self._steps = workdir, clock, steps
+    self._saver = cleanup.enter_context(
+      checkpoint.Saver(workdir / 'checkpoints', config.keep_checkpoints)
+    )
+    self.log = logs.Log(workdir, first, steps, config.tensorboard, distributed.is_main_process())
+    cleanup.callback(self.log.close)
+    self.log.event(first, 'start', {'time': clock.started})
+    self.metrics = _Metrics(config, workdir, self.log, clock, first, steps, len(setup.train))
+    self._metadata = {'config': config.to_dict(), 'versions': environment.versions()}
+    self._evaluate = _online_knn(config, setup.train, setup.test) if setup.test else None
+    epoch = max(len(setup.train) // config.batch_size, 1)
+    self._save_every = config.checkpoint_every_steps or max(epoch, MIN_SAVE_STEPS)
+    self._evaluate_every = config.knn_every_epochs * epoch
+    self._saved = first
+
+  def after_step(
+    self, done: int, state: train_state.TrainState, stop: GracefulStop, idle: bool
+  ) -> bool:
+    """Saves and evaluates when due; returns whether to stop.
+
+    Args:
+      done: steps that are done.
+      state: after them.
+      stop: whether a signal asks to stop.
+      idle: the device has nothing to compute until the next batch arrives.
+    """
+    last = done == self._steps
+    stopped = stop.requested()
+    save = last or done % self._save_every == 0
+    evaluate = not stopped and self._evaluate and (last or done % self._evaluate_every == 0)
+    if save or evaluate or stopped or idle:
+      self.metrics.flush()  # nothing is saved before its loss is known to be finite
+    if save:
+      self._save(done, state)
+    if evaluate:
+      try:
+        with self._clock.measure('evaluation'):
+          accuracy = self._evaluate(state)
+        self.log.write(done, {'knn_acc': accuracy} | self._clock.fields())
+        self.log.info(f'step {done}/{self._steps}  online kNN {accuracy:.1%}')
+      except Stopped:
+        stopped = True
+      self.metrics.restart_clock(done)
+    return stopped
+
+  def finish(
+    self, done: int, state: train_state.TrainState, stop: GracefulStop, stopped: bool
+  ) -> None:
+    """Saves the state of a stopped run, waits until it is on disk, and records the event."""
+    stopped = stopped and done < self._steps
+    if stopped and self._saved != done:
+      self._save(done, state)
+    with self._clock.measure('checkpoint'):
+      self._saver.wait()
+    self.log.event(done, 'stopped' if stopped else 'complete', self._clock.fields())
+    if stopped:
+      name = signal.Signals(stop.signal).name
+      self.log.info(f'{name}: saved step {done} of {self._steps}; rerun the same command to resume')
+    else:
+      self.log.info(f'complete: {self._steps} steps, in {self._workdir}')
+
+  def _save(self, done, state):
+    with self._clock.measure('checkpoint'):
+      self.log.flush()
+      self._saver.save(done, state, self._metadata)
+    self._saved = done
+
+
+class _Metrics:
+  """The metrics of the steps, fetched while the next step runs on the device."""
+
+  def __init__(self, config, workdir, log, clock, first, steps, examples):
+    self._pending: tuple[int, Any] | None = None
+    self._config, self._workdir, self._log, self._clock = config, workdir, log, clock
     self._steps, self._examples = steps, examples
     self._records = [r for r in logs.read(workdir) if 'loss' in r]
-    self._known = set(health.findings(config, []))
+    self._reported = set(diagnostics.findings(config, []))
     self.restart_clock(first)
 
-  def restart_clock(self, done):
-    """Speeds are of the time from here on."""
+  def restart_clock(self, done: int) -> None:
+    """Speeds are measured from here."""
     self._since, self._since_step = time.monotonic(), done
-    self._waited = self._spent.seconds['data']
+    self._waited = self._clock.seconds['data']
 
-  def flush(self):
-    """Fetches what is pending, and logs it when due.
+  def push(self, done: int, metrics: dict[str, jax.Array]) -> None:
+    """Takes the metrics of a step that has just been started, and records those of the step before."""
+    self.flush()
+    self._pending = (done, metrics)
+
+  def flush(self) -> None:
+    """Waits for the step whose metrics are pending, and records them when due.
 
     Raises:
-      NotFinite: the loss or its gradient is not.
+      NotFinite: its loss or gradient is not finite.
     """
-    if self.pending:
-      (done, metrics), self.pending = self.pending, None
-      values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-      values = {k: v for k, v in values.items() if k in ('loss', 'grad_norm') or not np.isnan(v)}
-      if not np.isfinite([values['loss'], values['grad_norm']]).all():
-        self._log.write(done, values | self._spent.fields())
-        raise NotFinite(
-          f'step {done}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, learning rate '
-          f'{values["learning_rate"]:.4g}: training stopped before the next checkpoint; '
-          f'{_newest(self._workdir / "checkpoints")}. A lower learning_rate or a longer warm-up usually '
-          'helps'
-        )
-      if done % self._config.log_every_steps == 0 or done in (1, self._steps):
-        self._record(done, values)
+    if not self._pending:
+      return
+    (done, metrics), self._pending = self._pending, None
+    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    values = {k: v for k, v in values.items() if k in ('loss', 'grad_norm') or not np.isnan(v)}
+    if not np.isfinite([values['loss'], values['grad_norm']]).all():
+      self._log.write(done, values | self._clock.fields())
+      raise NotFinite(
+        f'step {done}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, learning rate '
+        f'{values["learning_rate"]:.4g}: training stopped before the next checkpoint; '
+        f'{_newest(self._workdir / "checkpoints")}. A lower learning_rate or a longer warm-up usually '
+        'helps'
+      )
+    if done % self._config.log_every_steps == 0 or done in (1, self._steps):
+      self._record(done, values)
 
   def _record(self, done, values):
     seconds = max(time.monotonic() - self._since, 1e-9)
     batch = self._config.batch_size
-    values['data_wait'] = (self._spent.seconds['data'] - self._waited) / seconds
+    values['data_wait'] = (self._clock.seconds['data'] - self._waited) / seconds
     values['steps_per_second'] = (done - self._since_step) / seconds
     values['examples_per_second'] = values['steps_per_second'] * batch
     values['epoch'] = done * batch / self._examples
     self.restart_clock(done)
-    self._log.write(done, values | self._spent.fields())
+    self._log.write(done, values | self._clock.fields())
     self._log.progress(done, values)
     self._records.append({'step': done, **values})
-    del self._records[1:-200]  # the first step and the recent ones tell enough
-    for name, sentence in health.findings(self._config, self._records).items():
-      if name not in self._known:
-        self._log.say(sentence)
-        self._known.add(name)
+    del self._records[1:-200]  # the first step and the recent ones are enough for diagnostics
+    for name, sentence in diagnostics.findings(self._config, self._records).items():
+      if name not in self._reported:
+        self._log.info(sentence)
+        self._reported.add(name)
 
 
 class _Trace:
-  """A trace of the steps that `profile_steps` names, if it names any."""
+  """A profiler trace of the steps `profile_steps`, if there are any."""
 
-  def __init__(self, wanted: Sequence[int], steps: int, folder: pathlib.Path):
-    self._first, last = wanted or (0, 0)
+  def __init__(self, profile_steps: Sequence[int], steps: int, folder: pathlib.Path):
+    self._first, last = profile_steps or (0, 0)
     self._last, self._folder, self._on = min(last, steps), folder, False
 
-  def before(self, step):
+  def before(self, step: int) -> None:
+    """Starts the trace before its first step."""
     if step == self._first:
       jax.profiler.start_trace(str(self._folder))
       self._on = True
 
-  def ends(self, done):
+  def ends(self, done: int) -> bool:
+    """Whether its last step is done."""
     return self._on and done >= self._last
 
   def stop(self) -> str:
-    """Writes it; returns a sentence that says so."""
+    """Writes the trace; returns a sentence about it."""
     jax.profiler.stop_trace()
     self._on = False
     return f'wrote a trace of steps {self._first} to {self._last}: {self._folder}'
 
 
 @contextlib.contextmanager
-def _locked(workdir):
-  """One run in a workdir at a time."""
+def _locked(workdir) -> Iterator[None]:
+  """Refuses a second run in the same workdir at the same time."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if paths.remote(workdir):  # buckets have no locks
+    if paths.is_remote(workdir):  # buckets have no locks
       yield
       return
     file = (workdir / '.lock').open('w')
@@ -279,79 +344,77 @@ def _locked(workdir):
 
 def _check_workdir(config, workdir):
   if not checkpoint.exists(workdir / 'checkpoints'):
-    return  # nothing was trained that another recipe could spoil
+    return  # nothing has been trained yet
   if not (workdir / 'config.json').exists():
     raise ConfigError(f'{workdir} has checkpoints, but its config.json is missing')
   recipes.check_unchanged(recipes.read_run(workdir), config, str(workdir))
 
 
 def _identity(config) -> dict[str, Any]:
-  """What all processes of a run must have in common."""
-  own = ('data.dir', 'data.threads')
-  fields = {k: v for k, v in recipes.flatten(config).items() if k not in own}
-  # As it looks after the journey to the others: JSON knows no tuples.
-  return json.loads(json.dumps(fields | checkpoint.versions()))
+  """What must be equal in all processes of a run."""
+  table = fields.of_recipe(config.method)
+  flat = {k: v for k, v in recipes.flatten(config).items() if k not in table or not table[k].local}
+  # As it is after the transfer to other processes: JSON has no tuples.
+  return json.loads(json.dumps(flat | environment.versions()))
 
 
 def _write_config(config, workdir, command):
   values = config.to_dict()
-  if config.data.dir and '://' not in config.data.dir:
+  if config.data.dir and not paths.is_remote(config.data.dir):
     values['data']['dir'] = str(pathlib.Path(config.data.dir).expanduser().resolve())
-  about = {'config': values, 'command': command, 'versions': checkpoint.versions()}
-  new = workdir / 'config.json.new'
-  new.write_text(json.dumps(about, indent=1) + '\n')
-  new.replace(workdir / 'config.json')
+  about = {'config': values, 'command': command, 'versions': environment.versions()}
+  files.write_json(workdir / 'config.json', about)
 
 
-def _describe(config, mesh, train, steps, state):
-  """What a log needs at its top to be understood later."""
+def _describe(setup, state):
+  """Prints what a log needs at its top to be understood later."""
+  config, mesh, train = setup.config, setup.mesh, setup.train
   print(config)
-  print('\n'.join(f'{name} {version}' for name, version in checkpoint.versions().items()))
+  print('\n'.join(f'{name} {version}' for name, version in environment.versions().items()))
   kinds = sorted({d.device_kind for d in mesh.devices.flat})
   print(f'{mesh.size} device(s): {", ".join(kinds)}; mesh {dict(mesh.shape)}')
   kind = list(train.images.shape[1:]) if isinstance(train, data.Arrays) else 'read from files'
-  print(f'{len(train):,} images, {kind}; {steps:,} steps of {config.batch_size}')
-  alone = jax.process_count() == 1  # parts of the parameters may be elsewhere
-  print(parameter_overview.get_parameter_overview(state.params, include_stats=alone), flush=True)
+  print(f'{len(train):,} images, {kind}; {setup.steps:,} steps of {config.batch_size}')
+  whole = jax.process_count() == 1  # statistics need all of the parameters in one process
+  print(parameter_overview.get_parameter_overview(state.params, include_stats=whole), flush=True)
 
 
 def _warn(config, train):
-  for sentence in health.findings(config, []).values():
+  for sentence in diagnostics.findings(config, []).values():
     logging.warning('%s', sentence)
   if config.data.num_classes and not train.labelled and not config.data.labels:
-    logging.warning('the data has no labels: probe_acc means nothing')
+    logging.warning('the data has no labels: ignore probe_acc')
 
 
-def _test_images(config, train):
-  """The labelled images to measure an online kNN on, or None if there are none."""
+def _test_images(config, train) -> Dataset | None:
+  """The labelled images for the online kNN, or None if there are none."""
   if not train.labelled:
     return None
   try:
     test = data.load(config.data, 'test')
   except ConfigError as error:
-    logging.warning('no online kNN: %s', error)
+    logging.warning('online kNN evaluation disabled: %s', error)
     return None
   if not test.labelled:
-    logging.warning('no online kNN: the test images have no labels')
+    logging.warning('online kNN evaluation disabled: the test images have no labels')
     return None
   return test
 
 
-def _online_knn(config, train, test):
+def _online_knn(config, train, test) -> Callable[[train_state.TrainState], float]:
   """A function: state -> kNN accuracy on the test split."""
   method = methods.build(config)
   bank = train.sample(config.knn_images or len(train))
   queries = test.sample(-(-config.knn_images // 5) or len(test))
 
-  def measure(state):
+  def evaluate(state):
     variables = method.encoder(state.params, state.state)
-    encoder = features.Encoder(recipes.architecture(config), variables)
-    known, asked = (encoder.embed(images) for images in (bank, queries))
-    return knn.accuracy(*known, *asked)
+    encoder = Encoder(recipes.architecture(config), variables)
+    return knn.accuracy(*encoder.embed(bank), *encoder.embed(queries))
 
-  return measure
+  return evaluate
 
 
 def _newest(folder):
-  found = checkpoint.steps(folder)
-  return f'the newest checkpoint is of step {found[-1]}' if found else 'there is no checkpoint yet'
+  saved = checkpoint.steps(folder)
+  return f'the newest checkpoint is of step {saved[-1]}' if saved else 'there is no checkpoint yet'

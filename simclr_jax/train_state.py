@@ -1,4 +1,4 @@
-"""The state of a training and the step that advances it."""
+"""The state of a training and the step that updates it."""
 
 import dataclasses
 import functools
@@ -13,14 +13,11 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from simclr_jax import config as recipes, health, methods, optim, sharding
-from simclr_jax.data import augment, feed
+from simclr_jax import config as recipes, fields, health, methods, optim, sharding
+from simclr_jax.data import Dataset, augment, loader
 from simclr_jax.errors import ConfigError
 
 PyTree = Any
-
-# Fields that no program depends on.
-NOT_COMPILED = ('seed', 'data.dir', 'data.label_seed', 'teacher')
 
 
 @flax.struct.dataclass
@@ -30,8 +27,8 @@ class TrainState:
   Attributes:
     step: int32 `[]`, steps taken.
     params: learned by gradient.
-    state: what else the method keeps: BatchNorm statistics, queues.
-    opt_state: the optimizer's slots.
+    state: what else the method keeps: BatchNorm statistics, EMA parameters, queues.
+    opt_state: the optimizer state.
   """
 
   step: jax.Array
@@ -46,7 +43,7 @@ def create(
   seed: int | jax.Array,
   image_size: int,
 ) -> TrainState:
-  """A fresh state; a function of `seed` alone. Call it inside jit."""
+  """The initial state; a function of `seed` alone. Call it inside jit."""
   batch = {'views': jnp.zeros((2, method.views, image_size, image_size, 3))}
   params, state = method.init(jax.random.key(seed), batch)
   return TrainState(jnp.zeros((), jnp.int32), params, state, optimizer.init(params))
@@ -59,7 +56,7 @@ def train_step(
   config: ml_collections.ConfigDict,
   ts: TrainState,
   seed: jax.Array,
-  given: PyTree,
+  teacher: methods.Teacher | None,
   constants: dict[str, jax.Array],
   rows: dict[str, jax.Array],
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -68,24 +65,26 @@ def train_step(
   Args:
     method, optimizer, rate, config: what is trained, and how; not traced.
     ts: the state before.
-    seed: of the run, uint32 `[]`. An argument, so that runs of other seeds share what is compiled.
-    given: what the method wants to find in `batch['given']`.
-    constants, rows: the batch, as `data.feed.for_training` gives it.
+    seed: of the run, uint32 `[]`. An argument, so that runs with other seeds share the compiled program.
+    teacher: for methods with `needs_teacher`.
+    constants, rows: the batch, as `data.loader.for_training` returns it.
 
   Returns:
     The state after, and scalar metrics: the method's, `learning_rate`, `grad_norm`, `param_norm`,
-    figures of the embeddings in steps that are logged, and `batch_hash`, a uint32 checksum of the
-    views, in which a changed pixel or order shows.
+    `health.embedding_metrics` in steps that are logged, and `batch_hash`, a uint32 checksum of the
+    views, which changes with every pixel and with the order.
   """
   # The base key is never advanced, so a resumed run draws what the uninterrupted one would have.
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), ts.step)
 
+  steps = optim.train_steps(config, config.data.examples)
+
   def objective(params, state, rows, key):
     if config.sharding == 'fsdp':  # gathered here, layer by layer as the compiler sees fit
       params = jax.tree.map(sharding.replicate, params)
-      if 'key' in state:  # of the moving average
-        state = {**state, 'key': jax.tree.map(sharding.replicate, state['key'])}
-    batch = feed.pick(constants, rows)
+      ema = {k: state[k] for k in method.ema_state if k in state}
+      state = {**state, **jax.tree.map(sharding.replicate, ema)}
+    batch = loader.with_images(constants, rows)
     views = augment.views(
       batch['images'],
       batch['epoch'],
@@ -95,7 +94,14 @@ def train_step(
       config.image_size,
       batch.get('crops'),
     )
-    batch = {'views': views, 'label': batch['label'], 'index': batch['index'], 'given': given}
+    batch = {
+      'views': views,
+      'label': batch['label'],
+      'index': batch['index'],
+      'step': ts.step,
+      'steps': jnp.int32(steps),
+      'teacher': teacher,
+    }
     loss, (state, metrics) = method.loss(params, state, batch, key)
     return loss, (state, metrics | {'batch_hash': _hash(views)})
 
@@ -105,9 +111,9 @@ def train_step(
   else:
     grads, state, metrics = _accumulated(gradient, config.accumulate_steps, ts, rows, key)
   updates, opt_state = optimizer.update(grads, ts.opt_state, ts.params)
-  done, total = ts.step + 1, optim.train_steps(config, config.data.examples)
-  logged = (done % config.log_every_steps == 0) | (done == 1) | (done == total)
-  metrics |= _health(metrics.pop('embeddings'), logged)
+  done = ts.step + 1
+  logged = (done % config.log_every_steps == 0) | (done == 1) | (done == steps)
+  metrics |= _embedding_metrics(metrics.pop('embeddings'), logged)
   metrics['learning_rate'] = rate(ts.step)
   metrics['grad_norm'] = optax.tree.norm(grads)
   metrics['param_norm'] = optax.tree.norm(ts.params)
@@ -124,7 +130,7 @@ def _accumulated(gradient, parts, ts, rows, key):
   def add(carry, part):
     total, state = carry
     i, rows = part
-    rows = jax.tree.map(sharding.by_rows, rows)
+    rows = jax.tree.map(sharding.shard_rows, rows)
     grads, (state, metrics) = gradient(ts.params, state, rows, jax.random.fold_in(key, i))
     return (jax.tree.map(jnp.add, total, grads), state), metrics
 
@@ -137,10 +143,10 @@ def _accumulated(gradient, parts, ts, rows, key):
   return jax.tree.map(lambda x: x / parts, total), state, metrics
 
 
-def _health(z, due):
-  """The figures of embeddings z `[n, v, d]`, computed only when `due`; otherwise NaN."""
-  absent = {k: jnp.float32(jnp.nan) for k in jax.eval_shape(health.embedding_figures, z)}
-  return jax.lax.cond(due, health.embedding_figures, lambda z: absent, z)
+def _embedding_metrics(z, due):
+  """`health.embedding_metrics` of z `[n, v, d]`, computed only when `due`; otherwise NaN."""
+  absent = {k: jnp.float32(jnp.nan) for k in jax.eval_shape(health.embedding_metrics, z)}
+  return jax.lax.cond(due, health.embedding_metrics, lambda z: absent, z)
 
 
 def _hash(views):
@@ -151,39 +157,47 @@ def _hash(views):
 
 def build(
   config: ml_collections.ConfigDict,
-  dataset,
+  dataset: Dataset,
   mesh: jax.sharding.Mesh | None = None,
-  start: bool = True,
+  pretrained: PyTree | None = None,
+  teacher: methods.Teacher | None = None,
+  resuming: bool = False,
 ) -> tuple[TrainState, Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]]]:
-  """A recipe and its images -> a fresh state and `step(state, i) -> (state, metrics)`.
+  """A recipe and its images -> the initial state and `step(state, i) -> (state, metrics)`.
 
-  `i` picks the batch: step `i` of the run that `config` describes. The state given to `step` is used
-  up (its buffers are donated). `step.feed` is where the batches come from; close it when done.
+  `i` selects the batch: step `i` of the run that `config` describes. The state passed to `step` is used
+  up (its buffers are donated). `step.loader` is where the batches come from; close it when done.
 
   Args:
     config: a recipe; `data.examples` is filled in.
-    dataset: of any kind that `data.load` returns.
+    dataset: the training images.
     mesh: the devices; all of them by default.
-    start: whether weights that the recipe begins with (`init_from`) are read; no, if a checkpoint is
-      going to be.
+    pretrained: the weights that the recipe starts from (`init_from`), as `runs.load_pretrained` returns them.
+    teacher: for distillation, as `runs.load_teacher` returns it.
+    resuming: a checkpoint will replace the initial state, so that `pretrained` is not needed.
 
   Raises:
-    ConfigError: the method cannot use these images, or needs another recipe.
+    ConfigError: the method cannot use these images, needs another recipe, or its weights are missing.
   """
   mesh = mesh or sharding.make_mesh()
+  recipes.check(config)
   config = recipes.with_examples(config, len(dataset))
   method = methods.build(config)
   if method.needs_labels and not dataset.labelled:
     raise ConfigError(f'method={config.method} needs labels, and not all training images have one')
   if method.views == 1 and config.augment.view2:
-    raise ConfigError(f'augment.view2 is set, but method={config.method} looks at view1 only')
+    raise ConfigError(f'augment.view2 is set, but method={config.method} uses view1 only')
+  if method.needs_teacher and teacher is None:
+    raise ConfigError(f'method={config.method} needs a teacher: pass runs.load_teacher(config)')
+  if method.load_pretrained and pretrained is None and not resuming:
+    raise ConfigError('init_from is set: pass its weights, runs.load_pretrained(config)')
   seed = np.uint32(config.seed)
   init, compiled = programs(config, mesh)
   with jax.set_mesh(mesh):
     ts = init(seed)
-  if method.start and start:
-    ts = _started(method, ts)
-  batches = feed.for_training(
+  if method.load_pretrained and not resuming:
+    ts = _with_pretrained(method, ts, pretrained)
+  batches = loader.for_training(
     dataset,
     config.seed,
     config.batch_size,
@@ -191,16 +205,17 @@ def build(
     config.image_size,
     mesh,
   )
-  given = sharding.put_replicated(mesh, method.given()) if method.given else {}
+  if teacher is not None:
+    teacher = sharding.put_replicated(mesh, teacher)
 
-  def run(ts, i, call=compiled):
+  def step(ts, i, call=compiled):
     rows = batches(i)
     with jax.set_mesh(mesh):
-      return call(ts, seed, given, batches.constants, rows)
+      return call(ts, seed, teacher, batches.constants, rows)
 
-  run.feed = batches
-  run.lower = functools.partial(run, call=compiled.lower)  # to look at what was compiled
-  return ts, run
+  step.loader = batches
+  step.lower = functools.partial(step, call=compiled.lower)  # to inspect the compiled program
+  return ts, step
 
 
 def programs(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
@@ -211,19 +226,22 @@ def programs(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> tupl
     mesh: to be set (`jax.set_mesh`) when either is called or lowered.
 
   Returns:
-    `init(seed) -> state` and `step(state, seed, given, constants, rows) -> (state, metrics)`, see
+    `init(seed) -> state` and `step(state, seed, teacher, constants, rows) -> (state, metrics)`, see
     `train_step`.
   """
-  return _programs(_Key(config), mesh)
+  return _programs(_CompileKey(config), mesh)
 
 
-class _Key:
-  """A recipe, equal to another if they differ in nothing that is compiled."""
+class _CompileKey:
+  """A recipe that equals another one if the compiled programs are the same."""
 
   def __init__(self, config):
     self.config = config
+    table = fields.of_recipe(config.method)
     flat = recipes.flatten(config)
-    self.text = repr([(k, flat[k]) for k in sorted(flat) if k not in NOT_COMPILED])
+    self.text = repr(
+      [(k, v) for k, v in sorted(flat.items()) if k not in table or table[k].compiled]
+    )
 
   def __eq__(self, other):
     return self.text == other.text
@@ -237,11 +255,11 @@ def _programs(key, mesh):
   config = key.config
   method = methods.build(config)
   rate = optim.schedule(config, config.data.examples)
-  optimizer = optim.build(config, rate)
+  optimizer = optim.build(config, rate, method.optimizer_groups)
   replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
 
-  def step(ts, seed, given, constants, rows):
-    return train_step(method, optimizer, rate, config, ts, seed, given, constants, rows)
+  def step(ts, seed, teacher, constants, rows):
+    return train_step(method, optimizer, rate, config, ts, seed, teacher, constants, rows)
 
   def init(seed):
     return create(method, optimizer, seed, config.image_size)
@@ -250,9 +268,9 @@ def _programs(key, mesh):
 
   def place(path, leaf):
     part, key = path[0].name, getattr(path[-1] if len(path) < 2 else path[1], 'key', None)
-    if part == 'state' and key in method.row_state:
+    if part == 'state' and key in method.sharded_state:
       return by_row
-    if config.sharding == 'fsdp' and (part != 'state' or key == 'key'):
+    if config.sharding == 'fsdp' and (part != 'state' or key in method.ema_state):
       return sharding.split(mesh, leaf.shape)
     return replicated
 
@@ -266,8 +284,8 @@ def _programs(key, mesh):
   return jax.jit(init, out_shardings=places), compiled
 
 
-def _started(method, ts):
-  params, state = method.start(ts.params, ts.state)
+def _with_pretrained(method, ts, pretrained):
+  params, state = method.load_pretrained(ts.params, ts.state, pretrained)
   new, old = (
     {jax.tree_util.keystr(k[1:]): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
     for tree in ((params, state), (ts.params, ts.state))
@@ -279,11 +297,11 @@ def _started(method, ts):
         'recipe; its model fields must be those of the pretraining'
       )
 
-  def put(x, was):
-    if x is was:
+  def put(x, initial):
+    if x is initial:
       return x
     # A copy: the step is going to reuse the buffers.
-    return sharding.put(np.array(jax.device_get(x)), was.sharding)
+    return sharding.put(np.array(jax.device_get(x)), initial.sharding)
 
   params, state = jax.tree.map(put, (params, state), (ts.params, ts.state))
   return dataclasses.replace(ts, params=params, state=state)

@@ -1,14 +1,15 @@
-"""A Cloud that fits on a desk: answers to `gcloud` for the tests of launch/tpu.sh.
+"""A fake `gcloud` for the tests of launch/tpu.sh.
 
-Checks the words against the grammar of the real subcommands (Google Cloud SDK 528: flags in gcloud and in gcloud alpha,
-what is required, no empty words), keeps resources in files, lets states advance with every describe, and has for each
-worker a home in which `ssh --command` runs and `scp` copies. All is in the folder $FAKE_GCLOUD:
-  calls.jsonl    the words of every call
-  faults         lines: regular expression, exit code, stderr, how many times, separated by tabs; exit code `lose` answers 0
-                 and does nothing, as the real one does when it cannot prepare a node; `cut` breaks ssh in mid-output
-  timelines.json [[state, ...], ...]: the states of the first, second, ... resource that is created; the last state stays
-  env.json       {"SLICE.WORKER": {KEY: VALUE}}: environments of the workers
-  HOST/          the workers' homes, in NAME/SLICE.WORKER/; gs/ holds the buckets
+Checks the arguments against the grammar of the real subcommands (Google Cloud SDK 528: flags of gcloud and of gcloud alpha,
+required flags, no empty arguments), stores resources in files, advances their states with every describe, and has for each
+worker a home folder in which `ssh --command` runs and into which `scp` copies. The folder $FAKE_GCLOUD contains:
+  calls.jsonl    the arguments of every call
+  faults         lines of regular expression, exit code, stderr and count, separated by tabs. Exit code `lose` exits with 0 and does
+                 nothing, like the real gcloud when it cannot prepare a node; `cut` breaks ssh in the middle of its output
+  timelines.json [[state, ...], ...]: the states of the first, second, ... resource that is created; the last state is final
+  env.json       {"SLICE.WORKER": {KEY: VALUE}}: environment variables of the workers
+  HOST/          the home folders of the workers, NAME/SLICE.WORKER/
+  gs/            the buckets
 $FAKE_REMOTE_SHELL is the workers' login shell.
 """
 
@@ -18,8 +19,8 @@ import pathlib
 import sys
 
 HERE = pathlib.Path(os.environ['FAKE_GCLOUD'])
-GONE = ('SUSPENDED', 'PREEMPTED', 'TERMINATED', 'FAILED')
-EVERYWHERE = {'project=', 'format=', 'quiet', 'filter=', 'limit=', 'verbosity='}
+FINAL_STATES = ('SUSPENDED', 'PREEMPTED', 'TERMINATED', 'FAILED')
+COMMON_FLAGS = {'project=', 'format=', 'quiet', 'filter=', 'limit=', 'verbosity='}
 
 SSH = 'zone= worker= internal-ip command= output-directory= dry-run plain force-key-file-overwrite ssh-key-file= ssh-key-expiration= ssh-key-expire-after= strict-host-key-checking= ssh-flag='
 SCP = 'zone= worker= internal-ip dry-run plain scp-flag= recurse compress ssh-key-file= strict-host-key-checking= force-key-file-overwrite'
@@ -34,9 +35,9 @@ VM = (
   'zone= accelerator-type= topology= type= version= description= network= subnetwork= internal-ips queue-count= preemptible spot '
   'reserved range= service-account= scopes= labels= metadata= metadata-from-file= tags= data-disk= shielded-secure-boot async'
 )
-ROUTES = ' tunnel-through-iap batch-size='
+SSH_EXTRA = ' tunnel-through-iap batch-size='
 queued, vm = 'compute tpus queued-resources ', 'compute tpus tpu-vm '
-# subcommand: (its flags, how many other words, required flags)
+# subcommand: (its flags, minimum and maximum of positional arguments, required flags)
 GRAMMAR = {
   queued + 'create': (
     QR,
@@ -46,8 +47,8 @@ GRAMMAR = {
   queued + 'describe': ('zone=', (1, 1), ['zone']),
   queued + 'delete': ('zone= force async', (1, 1), ['zone']),
   queued + 'list': ('zone=', (0, 0), ['zone']),
-  queued + 'ssh': (SSH + ROUTES + ' node=', (1, 1), ['zone', 'command']),
-  queued + 'scp': (SCP + ROUTES + ' node=', (2, 99), ['zone']),
+  queued + 'ssh': (SSH + SSH_EXTRA + ' node=', (1, 1), ['zone', 'command']),
+  queued + 'scp': (SCP + SSH_EXTRA + ' node=', (2, 99), ['zone']),
   vm + 'create': (VM, (1, 1), ['zone']),
   vm + 'describe': ('zone=', (1, 1), ['zone']),
   vm + 'delete': ('zone= async', (1, 1), ['zone']),
@@ -64,8 +65,8 @@ GRAMMAR = {
 }
 ALPHA = {
   queued + 'create': (QR + QR_ALPHA, *GRAMMAR[queued + 'create'][1:]),
-  vm + 'ssh': (SSH + ROUTES, *GRAMMAR[vm + 'ssh'][1:]),
-  vm + 'scp': (SCP + ROUTES, *GRAMMAR[vm + 'scp'][1:]),
+  vm + 'ssh': (SSH + SSH_EXTRA, *GRAMMAR[vm + 'ssh'][1:]),
+  vm + 'scp': (SCP + SSH_EXTRA, *GRAMMAR[vm + 'scp'][1:]),
 }
 
 
@@ -74,43 +75,43 @@ class Refused(Exception):
 
 
 def parse(argv):
-  """The subcommand, its flags and its other words; Refused where the real gcloud would exit with 2."""
+  """The subcommand, its flags and its positional arguments; raises Refused where the real gcloud exits with 2."""
   grammar = GRAMMAR
-  words = list(argv)
-  if words[:1] == ['alpha']:
-    grammar, words = {**GRAMMAR, **ALPHA}, words[1:]
-  command = next((c for c in grammar if words[: len(c.split())] == c.split()), None)
+  args = list(argv)
+  if args[:1] == ['alpha']:
+    grammar, args = {**GRAMMAR, **ALPHA}, args[1:]
+  command = next((c for c in grammar if args[: len(c.split())] == c.split()), None)
   if command is None:
-    raise Refused(f'Invalid choice: {words}')
+    raise Refused(f'Invalid choice: {args}')
   known, (least, most), required = grammar[command]
-  known = set(known.split()) | EVERYWHERE
-  flags, others = {}, []
-  for word in words[len(command.split()) :]:
-    if not word:
-      raise Refused('empty word')
-    if not word.startswith('--'):
-      others.append(word)
+  known = set(known.split()) | COMMON_FLAGS
+  flags, positional = {}, []
+  for arg in args[len(command.split()) :]:
+    if not arg:
+      raise Refused('empty argument')
+    if not arg.startswith('--'):
+      positional.append(arg)
       continue
-    key, _, value = word[2:].partition('=')
+    key, _, value = arg[2:].partition('=')
     takes = key + '=' in known
     if not takes and key not in known:
-      raise Refused(f'unrecognized arguments: {word}')
-    if takes and not value or not takes and '=' in word:
+      raise Refused(f'unrecognized arguments: {arg}')
+    if takes and not value or not takes and '=' in arg:
       raise Refused(f'argument --{key}: expected {"one" if takes else "no"} argument')
     flags.setdefault(key, []).append(value or True)
   for choice in required:
     if sum(key in flags for key in choice.split('|')) != 1:
       raise Refused(f'Exactly one of {choice} must be specified')
-  if not least <= len(others) <= most:
-    raise Refused(f'unrecognized arguments: {others}')
-  return command, flags, others
+  if not least <= len(positional) <= most:
+    raise Refused(f'unrecognized arguments: {positional}')
+  return command, flags, positional
 
 
 def injected(argv):
   path = HERE / 'faults'
   if not path.exists():
     return None
-  import re  # late: most calls do not need it, and every test makes dozens
+  import re  # imported here: most calls do not need it, and every test makes dozens of calls
 
   lines = [line.split('\t') for line in path.read_text().splitlines()]
   for line in lines:
@@ -161,7 +162,7 @@ def create(kind, flags, name):
   slices = int(flags.get('node-count', ['1'])[0])
   nodes = [f'{flags["node-prefix"][0]}-{s}' for s in range(slices)] if slices > 1 else [name]
   timeline = timelines[min(nth, len(timelines) - 1)]
-  # A VM is waited for; a queued resource is not.
+  # `tpu-vm create` waits until the VM is ready; the creation of a queued resource does not wait.
   timeline = ['READY'] if kind == 'vm' and timeline == ready else timeline
   save(
     dict(
@@ -179,12 +180,12 @@ def create(kind, flags, name):
 
 
 def advance(resource):
-  """The state now; the next look finds the next one. Who is gone takes its processes and its disk along."""
+  """Returns the current state and advances to the next one. In a final state, processes and disks are deleted."""
   state = resource['timeline'][0]
   if len(resource['timeline']) > 1:
     resource['timeline'] = resource['timeline'][1:]
     save(resource)
-  if state in GONE:
+  if state in FINAL_STATES:
     wipe(resource['name'])
   return state
 
@@ -256,16 +257,16 @@ def ssh(kind, flags, name, cut=False):
       os.write(1, out[: len(out) // 2])
       sys.exit(255)
     code = process.wait() or code
-    # The end of the connection is the end of all that did not leave its session.
+    # The end of the connection kills all processes that did not leave its session.
     with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, signal.SIGKILL)
   sys.exit(code)
 
 
-def scp(kind, flags, words):
+def scp(kind, flags, paths):
   import shutil
 
-  *sources, to = words
+  *sources, to = paths
   if ':' in to:
     name, _, path = to.partition(':')
     for s, w in targets(kind, flags, name):
@@ -277,7 +278,7 @@ def scp(kind, flags, words):
     return
   name, _, path = sources[0].partition(':')
   [(s, w)] = targets(kind, flags, name)
-  source = home_of(name, s, w) / path  # an absolute path stays one
+  source = home_of(name, s, w) / path  # an absolute path stays absolute
   shutil.copytree(source, pathlib.Path(to) / source.name, dirs_exist_ok=True)
 
 
@@ -285,31 +286,31 @@ def bucket(url):
   return HERE / 'gs' / url.removeprefix('gs://') if url.startswith('gs://') else pathlib.Path(url)
 
 
-def storage(verb, words):
-  if verb == 'ls':
-    folder = bucket(words[0])
+def storage(action, urls):
+  if action == 'ls':
+    folder = bucket(urls[0])
     if not folder.is_dir():
       fail(1, 'ERROR: (gcloud.storage.ls) One or more URLs matched no objects.')
     for entry in sorted(folder.iterdir()):
-      print(words[0].rstrip('/') + '/' + entry.name + ('/' if entry.is_dir() else ''))
-  elif verb == 'rsync':
+      print(urls[0].rstrip('/') + '/' + entry.name + ('/' if entry.is_dir() else ''))
+  elif action == 'rsync':
     import shutil
 
-    shutil.copytree(bucket(words[0]), bucket(words[1]), dirs_exist_ok=True)
-  elif verb == 'cp':
-    bucket(words[1]).parent.mkdir(parents=True, exist_ok=True)
-    bucket(words[1]).write_bytes(
-      sys.stdin.buffer.read() if words[0] == '-' else bucket(words[0]).read_bytes()
+    shutil.copytree(bucket(urls[0]), bucket(urls[1]), dirs_exist_ok=True)
+  elif action == 'cp':
+    bucket(urls[1]).parent.mkdir(parents=True, exist_ok=True)
+    bucket(urls[1]).write_bytes(
+      sys.stdin.buffer.read() if urls[0] == '-' else bucket(urls[0]).read_bytes()
     )
   else:
-    bucket(words[0]).unlink()
+    bucket(urls[0]).unlink()
 
 
 def main(argv):
   with open(HERE / 'calls.jsonl', 'a') as file:
     file.write(json.dumps(argv) + '\n')
   try:
-    command, flags, words = parse(argv)
+    command, flags, positional = parse(argv)
   except Refused as error:
     fail(2, f'ERROR: (gcloud) {error}')
   fault = injected(argv)
@@ -317,46 +318,46 @@ def main(argv):
     if fault[0] == 'lose':
       return
     if fault[0] == 'cut':
-      ssh('vm' if 'tpu-vm' in command else 'queued', flags, words[0], cut=True)
+      ssh('vm' if 'tpu-vm' in command else 'queued', flags, positional[0], cut=True)
     fail(int(fault[0]), fault[1])
   kind = 'vm' if 'tpu-vm' in command else 'queued'
-  verb = command.split()[-1]
+  action = command.split()[-1]
   if command == 'auth list':
     print('somebody@example.com')
   elif command == 'config get-value':
     print(
-      (HERE / 'config' / words[0].replace('/', '_')).read_text()
+      (HERE / 'config' / positional[0].replace('/', '_')).read_text()
       if (HERE / 'config').exists()
       else '(unset)'
     )
   elif command.startswith('storage'):
-    storage(verb, words)
+    storage(action, positional)
   elif command == 'compute tpus accelerator-types list':
     print('v4-8\nv4-16\nv6e-8')
-  elif verb == 'create':
-    create(kind, flags, words[0])
-  elif verb == 'delete':
-    load(words[0], kind)
-    wipe(words[0])
-    path_of(words[0]).unlink()
-  elif verb == 'list':
+  elif action == 'create':
+    create(kind, flags, positional[0])
+  elif action == 'delete':
+    load(positional[0], kind)
+    wipe(positional[0])
+    path_of(positional[0]).unlink()
+  elif action == 'list':
     for path in sorted((HERE / 'resources').glob('*.json')):
       resource = json.loads(path.read_text())
       if resource['kind'] == kind:
         print(resource['name'], resource['timeline'][0], resource['type'], sep='\t')
-  elif verb == 'ssh':
-    ssh(kind, flags, words[0])
-  elif verb == 'scp':
-    scp(kind, flags, words)
-  elif 'networkEndpoints' in flags['format'][0]:  # of a node, also of a queued resource's
+  elif action == 'ssh':
+    ssh(kind, flags, positional[0])
+  elif action == 'scp':
+    scp(kind, flags, positional)
+  elif 'networkEndpoints' in flags['format'][0]:  # describe of a node, also of a queued resource
     for path in (HERE / 'resources').glob('*.json'):
       resource = json.loads(path.read_text())
-      if words[0] in resource['nodes']:
+      if positional[0] in resource['nodes']:
         print(resource['workers'])
         return
     fail(1, 'ERROR: (gcloud) NOT_FOUND: no such node')
   else:
-    resource = load(words[0], kind)
+    resource = load(positional[0], kind)
     state = advance(resource)
     detail = 'HEALTHY' if kind == 'vm' else 'There is no more capacity' * (state == 'FAILED')
     print(state, resource['type'], ','.join(resource['nodes']), detail, sep='|')

@@ -25,7 +25,7 @@ def faulty(*args, **kwargs):
       os._exit(9)
     return step(state, i)
 
-  run.feed = step.feed
+  run.loader = step.loader
   return state, run
 
 

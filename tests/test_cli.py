@@ -13,9 +13,10 @@ from conftest import TINY
 from PIL import Image
 
 from simclr_jax import arguments, cli, config, data
+from simclr_jax.encoder import Encoder
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import embed, features
-from simclr_jax.interop.orbax import load_encoder
+from simclr_jax.evaluate import embed
+from simclr_jax.runs import load_encoder
 
 SMALL = {**TINY, 'steps': '4', 'knn_every_epochs': '1', 'tensorboard': 'true'}
 README = pathlib.Path(__file__).parents[1] / 'README.md'
@@ -235,7 +236,7 @@ def test_embed_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     config.load('simclr_digits', {'data.source': 'folder', 'data.dir': str(tmp_path / 'folder'),
                                   'data.train_split': '.'}).data, 'train')  # fmt: skip
   looked_at = []
-  whole = features.Encoder.embed
+  whole = Encoder.embed
 
   def counted(self, part, **options):
     if len(looked_at) == 3:
@@ -243,13 +244,13 @@ def test_embed_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
     looked_at.append(len(part))
     return whole(self, part, **options)
 
-  monkeypatch.setattr(features.Encoder, 'embed', counted)
+  monkeypatch.setattr(Encoder, 'embed', counted)
   with pytest.raises(KeyboardInterrupt):
     embed.embed(encoder, dataset, tmp_path / 'f.csv')
   assert not (tmp_path / 'f.csv').exists()
   looked_at[:] = []
   monkeypatch.setattr(
-    features.Encoder, 'embed', lambda s, p, **o: looked_at.append(len(p)) or whole(s, p, **o)
+    Encoder, 'embed', lambda s, p, **o: looked_at.append(len(p)) or whole(s, p, **o)
   )
   embed.embed(encoder, dataset, tmp_path / 'f.csv')
   assert looked_at == [7, 7, 5] and {p.name for p in tmp_path.iterdir()} == {'folder', 'f.csv'}

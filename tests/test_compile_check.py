@@ -22,8 +22,8 @@ from simclr_jax import (
   sharding,
   train_state,
 )
-from simclr_jax.aot import check, hardware, hlo, verdict
-from simclr_jax.data import augment, feed
+from simclr_jax.compile_check import check, hardware, hlo, verdict
+from simclr_jax.data import augment, loader
 from simclr_jax.errors import ConfigError
 
 TABLE = pathlib.Path(__file__).parents[1] / 'benchmarks/tpu_table'
@@ -277,10 +277,10 @@ def test_batches_have_the_shapes_that_are_compiled(tmp_path, resize_on):
   c = config.load('simclr_digits', {**TINY, **changes, 'data.resize_on': resize_on})
   mesh = sharding.make_mesh(jax.devices()[:2])
   files = data.load(c.data, 'train')
-  batches = feed.for_training(files, 0, 8, augment.pipelines(c.augment, 2), 32, mesh)
+  batches = loader.for_training(files, 0, 8, augment.pipelines(c.augment, 2), 32, mesh)
   real = {k: (v.shape, v.dtype) for k, v in batches(0).items()}
   batches.close()
-  constants, rows = feed.shapes(8, 8, 2, 32, resize_on)
+  constants, rows = loader.shapes(8, 8, 2, 32, resize_on)
   assert real == {k: (v.shape, v.dtype) for k, v in rows.items()} and constants == {}
 
 
@@ -289,8 +289,10 @@ def test_resident_images_have_the_shapes_that_are_compiled():
   c = config.load('simclr_digits', TINY)
   images = data.load(c.data, 'train')
   mesh = sharding.make_mesh(jax.devices()[:2])
-  real = feed.for_training(images, 0, 8, augment.pipelines(c.augment, 2), c.image_size, mesh)
-  constants, rows = feed.shapes(len(images), 8, 2, c.image_size, 'device', images.images.shape[1:3])
+  real = loader.for_training(images, 0, 8, augment.pipelines(c.augment, 2), c.image_size, mesh)
+  constants, rows = loader.shapes(
+    len(images), 8, 2, c.image_size, 'device', images.images.shape[1:3]
+  )
   for found, expected in ((real.constants, constants), (real(0), rows)):
     assert {k: (v.shape, v.dtype) for k, v in found.items()} == {
       k: (v.shape, v.dtype) for k, v in expected.items()

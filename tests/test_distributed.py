@@ -29,19 +29,19 @@ def test_the_environment_is_asked(monkeypatch):
   """Breaks if a launcher's variables are not read, or a wrong one gives a traceback."""
   monkeypatch.setenv('JAX_NUM_PROCESSES', 'two')
   with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES='two' is not a number"):
-    distributed.join(None, None, None)
+    distributed.initialize(None, None, None)
   monkeypatch.setenv('JAX_NUM_PROCESSES', '2')
   with pytest.raises(ConfigError, match='--coordinator and --process-id must be given'):
-    distributed.join(None, None, None)
+    distributed.initialize(None, None, None)
 
 
 def test_one_process_agrees_with_itself():
   """Breaks if a run of one process needs others."""
-  assert distributed.gather({'a': 1}) == [{'a': 1}] and distributed.leader()
-  distributed.agree({'a': 1})
-  assert distributed.together(lambda: 3) == 3
+  assert distributed.gather({'a': 1}) == [{'a': 1}] and distributed.is_main_process()
+  distributed.check_equal({'a': 1})
+  assert distributed.run_on_all(lambda: 3) == 3
   with pytest.raises(ConfigError, match='^no$'):
-    distributed.together(lambda: (_ for _ in ()).throw(ConfigError('no')))
+    distributed.run_on_all(lambda: (_ for _ in ()).throw(ConfigError('no')))
 
 
 def test_a_tpu_that_jax_does_not_see(monkeypatch):

@@ -8,17 +8,17 @@ from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
-from simclr_jax import config, losses
+from simclr_jax import config, encoder as encoders, losses
 from simclr_jax.data import Arrays, digits, labels as subsets, order
-from simclr_jax.evaluate import features, knn, logistic, metrics, probe
-from simclr_jax.models import linear
+from simclr_jax.evaluate import knn, logistic, metrics, probe
+from simclr_jax.models import classifier, linear
 
 ARCHITECTURE = config.architecture(config.load('simclr_digits', TINY))
 
 
 @pytest.fixture(scope='module')
 def encoder():
-  return features.untrained(ARCHITECTURE)
+  return encoders.untrained(ARCHITECTURE)
 
 
 @pytest.fixture(scope='module')
@@ -80,7 +80,7 @@ def test_logistic_equals_scikit_learn_and_is_balanced():
   assert [r['labels_per_class'] for r in rows] == [1, 20]
   scores = []
   for draw in range(3):
-    subset = subsets.subset(labels, 20, draw)
+    subset = subsets.balanced_subset(labels, 20, draw)
     assert (np.bincount(labels[subset]) == 20).all() and len(set(subset)) == 200
     mean, std = train.mean(0), train.std(0)
     model = LogisticRegression(C=1 / 0.24, max_iter=1000, tol=1e-2)
@@ -110,7 +110,7 @@ def test_features_do_not_depend_on_the_batch(encoder, data):
   whole = encoder(images, batch_size=64)
   assert whole.shape == (37, 32) and whole.dtype == np.float32
   np.testing.assert_allclose(encoder(images, batch_size=5), whole, atol=1e-6)
-  forward = features.make_forward(ARCHITECTURE)
+  forward = classifier.forward(ARCHITECTURE)
   plain = forward(encoder.variables, jnp.asarray(images, jnp.float32) / 255)
   np.testing.assert_allclose(whole, plain, atol=1e-5)
   with pytest.raises(ValueError, match='no images'):

@@ -6,11 +6,20 @@ import jax
 import numpy as np
 import pytest
 
-from simclr_jax import cli, config as recipes, data, losses, methods, train, train_state
+from simclr_jax import (
+  cli,
+  config as recipes,
+  data,
+  downstream,
+  losses,
+  methods,
+  runs,
+  train,
+  train_state,
+)
 from simclr_jax.data import labels as subsets
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import features, finetune, metrics
-from simclr_jax.interop import orbax
+from simclr_jax.evaluate import metrics
 
 TINY = {
   'data.source': 'digits', 'model.depth': '8', 'model.width_multiplier': '0.125', 'model.stem': 'strided',
@@ -25,14 +34,14 @@ def test_subsets_are_balanced_nested_and_seeded():
   """Breaks if a class gets more labels than another, or 10 % do not contain the 1 %."""
   labels = np.random.default_rng(0).integers(0, 5, 1000)
   labels[:300] = 3  # many of one class
-  few, more = subsets.subset(labels, 4, 7), subsets.subset(labels, 40, 7)
+  few, more = subsets.balanced_subset(labels, 4, 7), subsets.balanced_subset(labels, 40, 7)
   assert (np.bincount(labels[few]) == 4).all() and (np.bincount(labels[more]) == 40).all()
   assert set(few) < set(more) and (np.diff(more) > 0).all()
-  np.testing.assert_array_equal(few, subsets.subset(labels, 4, 7))
-  assert set(few) != set(subsets.subset(labels, 4, 8))
-  assert len(subsets.subset(labels, 10_000, 0)) == 1000
+  np.testing.assert_array_equal(few, subsets.balanced_subset(labels, 4, 7))
+  assert set(few) != set(subsets.balanced_subset(labels, 4, 8))
+  assert len(subsets.balanced_subset(labels, 10_000, 0)) == 1000
   labels[few] = -1  # without a label
-  assert not set(few) & set(subsets.subset(labels, 100, 7))
+  assert not set(few) & set(subsets.balanced_subset(labels, 100, 7))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +103,7 @@ def tuned(pretrained, steps=3, **fields):
   before = jax.device_get((state.params, state.state))
   for i in range(steps):
     state, metrics = step(state, i)
-  step.feed.close()
+  step.loader.close()
   return before, jax.device_get((state.params, state.state)), methods.build(recipe), metrics
 
 
@@ -104,7 +113,7 @@ def leaves(tree):
 
 def test_it_begins_with_the_pretrained_weights(pretrained):
   """Breaks if a layer or a statistic begins elsewhere, or the classifier not at 0."""
-  given = leaves(orbax.load_tower(pretrained, head=True))
+  given = leaves(runs.load_tower(pretrained, head=True))
   before, _, method, _ = tuned(pretrained, 1, head_layer='1')
   found = leaves(jax.device_get(method.classifier(*before)))
   for name, value in found.items():
@@ -143,7 +152,7 @@ def test_a_frozen_encoder_trains_as_its_features(pretrained):
   )
   recipe = recipes.load('finetune_small', {**TINY, 'data.labels': '1%'})
   few = data.load(recipe.data, 'train')
-  encoder = orbax.load_encoder(pretrained)
+  encoder = runs.load_encoder(pretrained)
   h = encoder(few.images)
   from simclr_jax.data import order
 
@@ -216,7 +225,7 @@ def test_teacher_and_labels_are_weighted(pretrained, tmp_path, alpha):
   params['classifier']['kernel'] = jax.random.normal(jax.random.key(1), (64 // 2, 10))
   value, (new, found) = jax.jit(method.loss)(params, state, batch, jax.random.key(0))
 
-  answers = np.float64(orbax.load_classifier(teacher)(dataset.images[:32]))
+  answers = np.float64(runs.load_classifier(teacher)(dataset.images[:32]))
   # The student is in training mode: its own logits come from the batch's statistics.
   from simclr_jax.methods import supervised
 
@@ -240,10 +249,10 @@ def test_a_remainder_is_counted_once_on_any_number_of_devices(pretrained, tmp_pa
   recipe = recipes.load('finetune_small', {**TINY, 'data.labels': '5', 'data.num_classes': '10',
                                            'init_from': str(pretrained), 'steps': '4', 'batch_size': '32'})  # fmt: skip
   assert train.pretrain(recipe, tmp_path, quiet=True) == 0
-  test = data.load(recipe.data, 'test').only(np.arange(77))
-  found, classifier = finetune.test(tmp_path, test), orbax.load_classifier(tmp_path)
+  test = data.load(recipe.data, 'test').subset(np.arange(77))
+  found, classifier = downstream.test(tmp_path, test), runs.load_classifier(tmp_path)
   assert found['images'] == 77 and np.sum(found['confusion']) == 77
-  forward = features.make_forward(classifier.architecture)
+  forward = classifier.forward(classifier.architecture)
   logits = np.asarray(forward(classifier.variables, np.float32(test.images) / 255))
   assert found['top1'] == pytest.approx(metrics.top_k(logits, test.labels))
   several, _ = classifier.embed(test, batch_size=16)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simclr_jax import config, health
+from simclr_jax import config, diagnostics, health
 
 
 def unit(x):
@@ -15,7 +15,7 @@ def test_figures_equal_their_definitions():
   """Breaks if the diagonal counts in uniformity, or the rank is taken of a centred matrix."""
   rng = np.random.default_rng(0)
   z = unit(rng.normal(size=(40, 2, 6)))
-  found = health.embedding_figures(jnp.asarray(z, jnp.float32))
+  found = health.embedding_metrics(jnp.asarray(z, jnp.float32))
   first = z[:, 0]
   pairs = [np.exp(-2 * np.sum((a - b) ** 2)) for i, a in enumerate(first) for b in first[:i]]
   np.testing.assert_allclose(found['uniformity'], np.log(np.mean(pairs)), rtol=1e-5)
@@ -33,7 +33,7 @@ def test_rank_counts_directions(rank):
   """Breaks if unused directions count."""
   z = np.zeros((64, 1, 16), np.float32)
   z[np.arange(64), 0, np.arange(64) % rank] = 1
-  found = health.embedding_figures(jnp.asarray(z))
+  found = health.embedding_metrics(jnp.asarray(z))
   np.testing.assert_allclose(found['rank'], rank, rtol=1e-3)
   assert 'alignment' not in found  # of one view there is none
 
@@ -41,9 +41,9 @@ def test_rank_counts_directions(rank):
 def test_spread_from_collapse_to_even():
   """Breaks if collapse does not read 0 and an even sphere not 1."""
   even = unit(np.random.default_rng(0).normal(size=(1000, 1, 32)))
-  assert abs(health.embedding_figures(jnp.asarray(even, jnp.float32))['z_std'] - 1) < 0.02
+  assert abs(health.embedding_metrics(jnp.asarray(even, jnp.float32))['z_std'] - 1) < 0.02
   one_point = jnp.broadcast_to(even[:1], even.shape).astype(jnp.float32)
-  found = health.embedding_figures(one_point)
+  found = health.embedding_metrics(one_point)
   assert found['z_std'] < 1e-3 and abs(found['uniformity']) < 1e-5 and found['rank'] < 1.01
 
 
@@ -74,14 +74,14 @@ CASES = {
 @pytest.mark.parametrize('name', CASES)
 def test_each_finding(name):
   """Breaks if a situation is not named, or another one is."""
-  found = health.findings(*CASES[name])
+  found = diagnostics.findings(*CASES[name])
   assert list(found) == [name] and len(found[name]) > 40
 
 
 def test_keys_an_epoch():
   """Breaks if a queue that one epoch fills is called too large: symmetric MoCo makes 2 keys an image."""
-  assert 'queue_size' in health.findings(recipe(examples=3000), [])
-  assert not health.findings(recipe('moco_cifar10:symmetric', examples=3000), [])
+  assert 'queue_size' in diagnostics.findings(recipe(examples=3000), [])
+  assert not diagnostics.findings(recipe('moco_cifar10:symmetric', examples=3000), [])
 
 
 @pytest.mark.parametrize(
@@ -97,4 +97,4 @@ def test_keys_an_epoch():
 )
 def test_nothing_is_said_of_a_healthy_run(records):
   """Breaks if a normal run is called ill."""
-  assert health.findings(recipe(), records) == {}
+  assert diagnostics.findings(recipe(), records) == {}

@@ -1,7 +1,7 @@
-"""launch/tpu.sh from nothing to a trained network, on a fake cloud whose two workers are processes of this machine.
+"""launch/tpu.sh end to end, on a fake Google Cloud whose two workers are processes of this machine.
 
-They really train, as one run of two processes: the request is granted, the TPU is preempted in mid-run, made anew, and the run
-goes on from its checkpoint to the end. Minutes: SIMCLR_JAX_TEST_FAULTS=1, or `make test-faults`.
+The workers really train, as one run of two processes: the request is granted, the TPU is preempted during the run and recreated, and
+the run resumes from its checkpoint and finishes. Takes minutes: SIMCLR_JAX_TEST_FAULTS=1, or `make test-faults`.
 """
 
 import contextlib
@@ -21,26 +21,26 @@ from test_launch import Cloud
 
 ROOT = pathlib.Path(__file__).parent.parent
 STEPS = 60
-WORDS = [
+ARGS = [
   'pretrain', '--config=simclr_digits', f'--config.steps={STEPS}', '--config.batch_size=32', '--config.image_size=16',
   '--config.warmup_epochs=0', '--config.checkpoint_every_steps=10', '--config.log_every_steps=1', '--config.knn_every_epochs=0',
 ]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(
-  not os.environ.get('SIMCLR_JAX_TEST_FAULTS'), reason='make test-faults runs it'
+  not os.environ.get('SIMCLR_JAX_TEST_FAULTS'), reason='slow: make test-faults'
 )
 
 
 @pytest.fixture
 def cloud(tmp_path):
-  """A fake cloud for a checkout of the whole project, in which two processes on this machine are a pod."""
+  """A fake Google Cloud for a checkout of the whole project; two processes of this machine are the pod."""
   checkout = tmp_path / 'checkout'
   checkout.mkdir()
   for name in ('launch', 'simclr_jax', 'configs'):
     shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns('__pycache__'))
   git = ['git', '-C', str(checkout), '-c', 'user.name=a', '-c', 'user.email=a@b.c']
-  for words in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'all']):
-    subprocess.run([*git, *words], check=True)
+  for command in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'all']):
+    subprocess.run([*git, *command], check=True)
   made = Cloud(tmp_path, checkout)
   made.env['TF_CPP_MIN_LOG_LEVEL'] = '3'
   with socket.socket() as probe:
@@ -56,17 +56,17 @@ def cloud(tmp_path):
 
 
 def metrics(workdir):
-  """Loss by step; of steps done twice, the last."""
+  """Loss by step; for recomputed steps, the last value."""
   path = workdir / 'metrics.jsonl'
   rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
   return {row['step']: row['loss'] for row in rows if 'loss' in row and 'step' in row}
 
 
 def test_preempted_pod_finishes(cloud, tmp_path):
-  """The launcher brings a run through a preemption, and the losses are those of a run that nobody disturbed."""
+  """The launcher restarts a run after a preemption, and the losses are equal to those of an uninterrupted run."""
   workdir = tmp_path / 'shared' / 'run'
   workdir.parent.mkdir()
-  words = [
+  argv = [
     'up',
     '--name=pod',
     '--zone=us-central2-b',
@@ -75,20 +75,20 @@ def test_preempted_pod_finishes(cloud, tmp_path):
     '--spot',
     '--yes',
   ]
-  words += [
+  argv += [
     '--poll=1',
     '--backoff=1',
     f'--python={sys.executable}',
     f'--workdir={workdir}',
     '--',
-    *WORDS,
+    *ARGS,
   ]
-  launcher = cloud.start(words)
+  launcher = cloud.start(argv)
   resource = cloud.world / 'resources' / 'pod.json'
   hosts = cloud.world / 'HOST' / 'pod'
   try:
     wait_for(lambda: max(metrics(workdir), default=0) >= 12, launcher)
-    # As Google does it: a notice, then SIGTERM to all processes, then the machine is gone.
+    # As on Google Cloud: a notice, then SIGTERM to all processes, then the machine is deleted.
     resource.write_text(
       json.dumps(
         {**json.loads(resource.read_text()), 'timeline': ['SUSPENDING'] * 15 + ['SUSPENDED']}
@@ -109,7 +109,7 @@ def test_preempted_pod_finishes(cloud, tmp_path):
     and 'retry 1 of 10, from checkpoint' in err
     and f'checkpoint {STEPS}' in err
   )
-  assert [verb for verb in cloud.verbs() if verb in ('create', 'delete')] == [
+  assert [command for command in cloud.commands() if command in ('create', 'delete')] == [
     'create',
     'delete',
     'create',
@@ -117,19 +117,19 @@ def test_preempted_pod_finishes(cloud, tmp_path):
   logs = [path.read_text() for path in hosts.glob('*/simclr_jax_runs/pod/log')]
   assert len(logs) == 2
 
-  alone = tmp_path / 'alone'
+  uninterrupted = tmp_path / 'uninterrupted'
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(cloud.checkout)}
   env['XLA_FLAGS'] = '--xla_force_host_platform_device_count=2'
   subprocess.run(
-    [sys.executable, '-m', 'simclr_jax', *WORDS, f'--workdir={alone}'],
+    [sys.executable, '-m', 'simclr_jax', *ARGS, f'--workdir={uninterrupted}'],
     env=env,
     check=True,
     stdout=subprocess.DEVNULL,
   )
-  ours, theirs = metrics(workdir), metrics(alone)
-  assert sorted(ours) == sorted(theirs) and max(ours) == STEPS
+  actual, expected = metrics(workdir), metrics(uninterrupted)
+  assert sorted(actual) == sorted(expected) and max(actual) == STEPS
   np.testing.assert_allclose(
-    [ours[s] for s in sorted(ours)], [theirs[s] for s in sorted(ours)], rtol=1e-4
+    [actual[s] for s in sorted(actual)], [expected[s] for s in sorted(actual)], rtol=1e-4
   )
 
 

@@ -17,9 +17,9 @@ from conftest import TINY
 from PIL import Image, ImageOps
 
 from simclr_jax import cli, config, data, sharding
-from simclr_jax.data import augment, crop, feed, folder
+from simclr_jax.data import augment, crop, folder, loader
+from simclr_jax.encoder import preprocess
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import features
 
 tf = pytest.importorskip('tensorflow')
 from simclr_jax.data import check, decode  # noqa: E402  (needs TensorFlow)
@@ -161,7 +161,7 @@ def test_whole_images_are_those_of_pillow(tmp_path, files):
   c = settings(fill(tmp_path, files), on_device='no', scaled_decoding=False)
   source = data.load(c, 'train')
   assert isinstance(source, folder.Files) and sorted(files, key=os.fsencode) == source.paths
-  images = decode.sized(source.once(), source.settings).map(
+  images = decode.sized(source.iterate_once(), source.settings).map(
     lambda e: (e['index'], e['shape'], decode.whole(e))
   )
   for index, shape, image in images.as_numpy_iterator():
@@ -169,7 +169,7 @@ def test_whole_images_are_those_of_pillow(tmp_path, files):
     expected = shown(files[name])
     assert image.shape == expected.shape == (*shape, 3), name
     assert np.abs(image - expected).max() <= tolerance(files[name]), name
-  pictures, _ = features.pictures(source, 'center_crop(1)', 16)
+  pictures, _ = preprocess(source, 'center_crop(1)', 16)
   for i in (0, 9, len(source) - 1):
     theirs = shown(files[source.paths[i]])
     box = crop.tensorflow_center(*theirs.shape[:2], 1.0)
@@ -191,7 +191,7 @@ def test_a_bmp_with_a_palette_shows_its_colours(tmp_path, bits):
   if source.find_problem([0]):
     assert '0.bmp is a' in source.find_problem([0])
     return
-  views, _ = features.pictures(source, 'resize', 45)
+  views, _ = preprocess(source, 'resize', 45)
   theirs = resize(np.float32(expected), crop.whole(45, 67), 45, 'triangle')
   np.testing.assert_allclose(255 * views[0], theirs, atol=1)
 
@@ -203,7 +203,9 @@ def test_a_gif_whose_frame_is_not_its_size(tmp_path, width, height):
   fill(tmp_path, {'0.gif': gif[:6] + struct.pack('<HH', width, height) + gif[10:]})
   frame, promised = shown(gif)[:height, :width], np.zeros((height, width, 3))
   promised[: len(frame), : frame.shape[1]] = frame  # black where there is no colour
-  views, _ = features.pictures(data.load(settings(tmp_path, on_device='no'), 'train'), 'resize', 45)
+  views, _ = preprocess(
+    data.load(settings(tmp_path, on_device='no'), 'train'), 'resize', 45
+  )
   theirs = resize(np.float32(promised), crop.whole(height, width), 45, 'triangle')
   np.testing.assert_allclose(255 * views[0], theirs, atol=1)
 
@@ -334,7 +336,7 @@ def test_extreme_shapes(tmp_path):
   source = data.load(settings(tmp_path), 'train')
   assert len(source) == 16
   for pipeline in ('simclr_eval', 'moco_eval'):
-    views, _ = features.pictures(source, pipeline, SIZE)
+    views, _ = preprocess(source, pipeline, SIZE)
     assert np.isfinite(views).all() and views.min() >= 0 and views.max() <= 1
   for i, name in enumerate(source.paths):
     whole = shown((tmp_path / name).read_bytes()) / 255
@@ -351,7 +353,7 @@ def names(source):
 
 
 def contents_in_order(source):
-  return [e['bytes'] for e in source.once().as_numpy_iterator()]
+  return [e['bytes'] for e in source.iterate_once().as_numpy_iterator()]
 
 
 def test_names_of_all_sorts(tmp_path):
@@ -373,7 +375,7 @@ def test_names_of_all_sorts(tmp_path):
   assert contents_in_order(source) == [by_name[k] for k in sorted(by_name)]
   again = data.load(settings(str(tmp_path) + '/'), 'train')
   assert again.paths == source.paths
-  assert len(features.pictures(source, 'resize', 8)[0]) == len(odd)
+  assert len(preprocess(source, 'resize', 8)[0]) == len(odd)
 
 
 @pytest.mark.parametrize('name', [b'caf\xe9', 'café', 'a b', "it's", 'x\ny'])
@@ -399,7 +401,7 @@ def test_labels(tmp_path):
   (tmp_path / 'a' / '.thumbs').mkdir()
   source = data.load(settings(tmp_path / 'a'), 'train')
   assert source.class_names == ['cat', 'dog'] and list(source.labels) == [0, 0, 1]
-  assert [e['label'] for e in source.once().as_numpy_iterator()] == [0, 0, 1]
+  assert [e['label'] for e in source.iterate_once().as_numpy_iterator()] == [0, 0, 1]
   # An image beside the folders, or one folder alone: they mean something else.
   fill(tmp_path / 'b', {'cat/0.png': x[0], 'dog/1.png': x[1], '2.png': x[2]})
   fill(tmp_path / 'c', {'all/0.png': x[0], 'all/1.png': x[1]})
@@ -547,7 +549,7 @@ BROKEN = {
 
 def feed_of(source):
   mesh = sharding.make_mesh(jax.devices()[:1])
-  return feed.for_training(source, 0, 8, PIPELINES, SIZE, mesh)
+  return loader.for_training(source, 0, 8, PIPELINES, SIZE, mesh)
 
 
 def train_on(source):
@@ -607,7 +609,7 @@ def test_a_training_stops_at_a_bad_file(tmp_path, name):
   text = sentence(lambda: train_on(source))
   assert text.startswith(f'{tmp_path}/{name} ') and '--config.data.skip_bad=N' in text
   if name == 'cut.png':
-    text = sentence(lambda: features.pictures(source, 'resize', 8))
+    text = sentence(lambda: preprocess(source, 'resize', 8))
     assert text.startswith(f'{tmp_path}/{name} is a broken PNG')
 
 
@@ -654,7 +656,7 @@ def test_bad_files_are_left_out_when_asked(tmp_path, caplog):
     )
   assert len(source) == 12 and source.paths == sorted(files)
   assert list(source.labels) == [p.startswith('b') for p in source.paths]
-  for e in source.once().as_numpy_iterator():
+  for e in source.iterate_once().as_numpy_iterator():
     assert e['bytes'] == files[source.paths[e['index']]]
     assert e['label'] == source.labels[e['index']]
   again = data.load(settings(tmp_path, skip_bad=100), 'train')
@@ -693,7 +695,7 @@ def test_no_value_is_ever_nan(tmp_path):
   assert len(source) == len(files) + 4
   pipelines = ('simclr_v2', 'moco_v2')
   mesh = sharding.make_mesh(jax.devices()[:1])
-  batches = feed.for_training(source, 0, len(source), pipelines, SIZE, mesh)
+  batches = loader.for_training(source, 0, len(source), pipelines, SIZE, mesh)
   draw = jax.jit(
     lambda b: augment.views(b['images'], b['epoch'], b['position'], pipelines, 0, SIZE, b['crops'])
   )
@@ -702,7 +704,7 @@ def test_no_value_is_ever_nan(tmp_path):
   assert views.shape == (len(source), 2, SIZE, SIZE, 3)
   assert np.isfinite(views).all() and views.min() >= 0 and views.max() <= 1
   assert (views.std((1, 2, 3, 4)) > 0).all()
-  pictures, _ = features.pictures(source, 'simclr_eval', SIZE)
+  pictures, _ = preprocess(source, 'simclr_eval', SIZE)
   assert np.isfinite(pictures).all() and pictures.min() >= 0 and pictures.max() <= 1
 
 

@@ -21,7 +21,7 @@ import pytest
 from common import ALL, records
 
 from simclr_jax import config as recipes, data, methods, sharding, train, train_state
-from simclr_jax.models import tower
+from simclr_jax.models import network
 
 STEPS = 10
 SMALL = {
@@ -222,7 +222,7 @@ def test_aligned_groups_need_no_communication():
   for groups, silent in (('8', True), ('1', False)):
     recipe = small('moco_imagenet:v1', **{'model.bn_groups': groups})
     mesh = sharding.make_mesh()
-    net = tower.build(recipe)
+    net = network.build(recipe)
     x = np.zeros((32, 32, 32, 3), np.float32)
     params, stats = jax.eval_shape(net.init, jax.random.key(0), x)
     rows = jax.NamedSharding(mesh, jax.P('data'))

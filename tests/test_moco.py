@@ -11,18 +11,16 @@ from common import ALL
 from simclr_jax import (
   config as recipes,
   data,
-  defaults,
-  ema,
+  fields,
   losses,
+  momentum,
   optim,
-  queue,
   sharding,
-  shuffle,
   train_state,
 )
 from simclr_jax.data import augment, order
 from simclr_jax.methods import moco
-from simclr_jax.models import tower
+from simclr_jax.models import network
 from simclr_jax.models.norm import BatchNorm
 
 # The whole step in numpy: 3x3 convolution, BatchNorm in groups, ReLU, average pool, linear layer.
@@ -145,11 +143,11 @@ def small_tower(**kwargs):
     z = g.apply({'params': params['head']}, h)
     return [h, z], {'encoder': new['batch_stats'], 'head': {}}
 
-  return tower.Tower(init, apply)
+  return network.Network(init, apply)
 
 
 def small_recipe(**values):
-  c = defaults.recipe('moco')
+  c = fields.recipe('moco')
   c.model.bn_groups, c.model.head_dim = GROUPS, DIM
   c.temperature, c.queue_size, c.key_momentum = T, K, M
   c.optimizer, c.learning_rate, c.learning_rate_scaling = 'sgd', RATE, 'none'
@@ -293,7 +291,7 @@ def test_no_gradient_reaches_the_keys(symmetric):
   assert all(np.abs(leaf).max() > 1e-4 for leaf in jax.tree.leaves(query))
 
   # The keys' own stop hides from the loss whether the average has one.
-  through = jax.grad(lambda p: optax.tree.sum(ema.follow(state['key'], p, M)['params']))
+  through = jax.grad(lambda p: optax.tree.sum(momentum.update_ema(state['key'], p, M)['params']))
   for leaf in jax.tree.leaves(through(params)):
     np.testing.assert_array_equal(leaf, 0)
 
@@ -340,7 +338,7 @@ def test_negatives_are_keys_of_earlier_steps(symmetric):
     swapped = moco.from_tower(small_tower(), small_recipe(queue_size=16))
     flipped = {'views': batch['views'][:, ::-1]}
     rng = jax.random.key(0)
-    flipped['permutation'] = shuffle.draw('permute', batch, rng, 1)[None]
+    flipped['permutation'] = momentum.draw_permutation('permute', batch, rng, 1)[None]
     first += swapped.loss(params, state, flipped, rng)[0]
   np.testing.assert_allclose(total, first, rtol=1e-5)
   mine = slice(8, 16) if symmetric else slice(0, 8)
@@ -353,12 +351,12 @@ def test_negatives_are_keys_of_earlier_steps(symmetric):
 @pytest.mark.parametrize('size', [1, 7, 8])
 def test_ring_against_a_list(size):
   """Breaks if a batch that does not divide the queue, or is larger than it, loses or misplaces keys."""
-  ours = queue.start(jax.random.key(0), size, 3)
+  ours = momentum.init_queue(jax.random.key(0), size, 3)
   rows, place, pushed = [list(r) for r in np.asarray(ours['rows'])], 0, 0
   rng = np.random.default_rng(size)
   for n in (3, 1, 8, 5, 7, 20, 2, 14, 4):
     keys = rng.normal(size=(n, 3)).astype(np.float32)
-    ours = jax.jit(queue.push)(ours, keys)
+    ours = jax.jit(momentum.enqueue)(ours, keys)
     for key in keys:
       rows[place] = list(key)
       place = (place + 1) % size
@@ -410,10 +408,10 @@ def test_keys_enter_in_the_order_of_the_batch(digits, trainings):
     x, rows['epoch'], rows['position'], augment.pipelines(c.augment, 2), c.seed, c.image_size
   ))(train.images[rows['index']], rows)  # fmt: skip
   rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(c.seed), 2), 0)
-  permutation = np.asarray(shuffle.draw('permute', {'views': views}, rng))
+  permutation = np.asarray(momentum.draw_permutation('permute', {'views': views}, rng))
   assert sorted(permutation) == list(range(32)) and (permutation != np.arange(32)).any()
   key = start.state['key']
-  apply = jax.jit(tower.build(c).apply)
+  apply = jax.jit(network.build(c).apply)
   shuffled = losses.l2_normalize(apply(key['params'], key['stats'], views[permutation, 1])[0][-1])
   keys = np.empty_like(shuffled)
   keys[permutation] = shuffled
@@ -469,13 +467,13 @@ def test_loss_rises_while_the_queue_fills():
 
 
 @pytest.mark.parametrize('groups', [2, 3, 4])
-@pytest.mark.parametrize('kind', shuffle.KINDS)
+@pytest.mark.parametrize('kind', momentum.SHUFFLES)
 def test_shuffle_and_back(kind, groups):
   """Breaks if the keys come back in another order than their queries."""
   x = np.random.default_rng(groups).normal(size=(24, 2, 3)).astype(np.float32)
-  permutation = shuffle.draw(kind, {'views': x}, jax.random.key(groups))
-  there = shuffle.forward(kind, x, groups, permutation)
-  np.testing.assert_array_equal(shuffle.back(kind, there, groups, permutation), x)
+  permutation = momentum.draw_permutation(kind, {'views': x}, jax.random.key(groups))
+  there = momentum.shuffle(kind, x, groups, permutation)
+  np.testing.assert_array_equal(momentum.unshuffle(kind, there, groups, permutation), x)
   assert np.array_equal(there, x) == (kind == 'none')
   np.testing.assert_array_equal(np.sort(there, axis=0), np.sort(x, axis=0))
 
@@ -484,7 +482,7 @@ def test_shuffle_and_back(kind, groups):
 def test_transpose_deals_every_group_out(groups):
   """Breaks if members of a group of BatchNorm stay together, beyond what n / groups^2 rounds to."""
   old = np.repeat(np.arange(groups), 24 // groups)  # the group of each row before
-  new = shuffle.forward('transpose', old[:, None], groups, None).reshape(groups, -1)
+  new = momentum.shuffle('transpose', old[:, None], groups, None).reshape(groups, -1)
   for members in new:
     share = np.bincount(members, minlength=groups)
     assert len(members) == 24 // groups and np.ptp(share) <= 1 and share.min() >= 1
@@ -494,19 +492,21 @@ def test_draws_of_a_permutation():
   """Breaks if steps or directions share a permutation, or a given one is not taken."""
   batch = {'views': np.zeros((24, 1))}
   drawn = [
-    tuple(np.asarray(shuffle.draw('permute', batch, jax.random.key(step), direction)))
+    tuple(np.asarray(momentum.draw_permutation('permute', batch, jax.random.key(step), direction)))
     for step in (0, 1)
     for direction in (0, 1)
   ]
   assert len(set(drawn)) == 4
   given = np.stack([np.arange(24)[::-1], np.roll(np.arange(24), 5)]).astype(np.int32)
   for direction in (0, 1):
-    taken = shuffle.draw('permute', {**batch, 'permutation': given}, jax.random.key(0), direction)
+    taken = momentum.draw_permutation(
+      'permute', {**batch, 'permutation': given}, jax.random.key(0), direction
+    )
     np.testing.assert_array_equal(taken, given[direction])
 
 
 @pytest.mark.parametrize('layout', list(MEMBERS))
-@pytest.mark.parametrize('kind', shuffle.KINDS)
+@pytest.mark.parametrize('kind', momentum.SHUFFLES)
 def test_shuffle_changes_who_shares_statistics(kind, layout):
   """Breaks if the keys are normalised with the companions of their queries after all.
 
@@ -560,7 +560,7 @@ def test_first_loss_of_the_published_recipes(variant, photographs):
   )
   low, high = c.first_loss
   assert (low, high) == {'v1': (0, 0.5), 'v2': (6.2, 6.7)}[variant]
-  net = tower.build(c)
+  net = network.build(c)
   method = moco.from_tower(net._replace(apply=jax.jit(net.apply)), c)  # one program for q and k
   params, state = method.init(jax.random.key(0), {'views': jnp.zeros((2, 2, 32, 32, 3))})
   assert state['queue']['rows'].shape == (65536, 128)

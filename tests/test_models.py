@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from simclr_jax.models.heads import ProjectionHead
 
 from simclr_jax.models import heads, resnet
-from simclr_jax.models.heads import ProjectionHead
 from simclr_jax.models.resnet import ResNet
 
 SK = 0.0625  # SimCLR v2's
@@ -127,7 +127,7 @@ def initial():
     key = jax.random.key(0, impl='rbg')  # compiles in a quarter of the time
     return jax.jit(lambda: net.init(key, x, train=False))()['params']
 
-  return {dialect: init(dialect) for dialect in resnet.DIALECTS}
+  return {dialect: init(dialect) for dialect in resnet.VARIANTS}
 
 
 def test_initial_gammas_and_shortcuts(initial):
@@ -147,7 +147,7 @@ def test_initial_gammas_and_shortcuts(initial):
 )
 def test_initial_kernels(initial, layer, fan_in, fan_out):
   """Breaks if a dialect's initialiser gets another fan, gain, or tail (truncated at 2 sigma or not)."""
-  simclr, torch = (np.ravel(initial[d]['group3_block1'][layer]['kernel']) for d in resnet.DIALECTS)
+  simclr, torch = (np.ravel(initial[d]['group3_block1'][layer]['kernel']) for d in resnet.VARIANTS)
   n = simclr.size
   for weights, std in ((simclr, (1 / fan_in) ** 0.5), (torch, (2 / fan_out) ** 0.5)):
     np.testing.assert_allclose(weights.std(), std, rtol=4 / (2 * n) ** 0.5)  # 4 standard errors

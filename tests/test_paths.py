@@ -15,7 +15,7 @@ def test_places():
   """Breaks if a bucket's name is taken for a folder: gs:/bucket below the working directory."""
   bucket = paths.path('gs://bucket/a b/run')
   assert str(paths.absolute(bucket) / 'checkpoints') == 'gs://bucket/a b/run/checkpoints'
-  assert paths.remote(bucket) and not paths.remote(paths.path('runs/x'))
+  assert paths.is_remote(bucket) and not paths.is_remote(paths.path('runs/x'))
   assert paths.absolute(paths.path('runs/x')) == pathlib.Path.cwd() / 'runs/x'
   assert paths.path('~/x') == pathlib.Path.home() / 'x'
   with pytest.raises(ConfigError, match='only local folders and gs://'):

@@ -13,10 +13,10 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-from simclr_jax import config, data, train
-from simclr_jax.data import augment, feed, folder, order
+from simclr_jax import config, data, encoder as encoders, train
+from simclr_jax.data import augment, folder, loader, order
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import features
+from simclr_jax.models import classifier
 
 tf = pytest.importorskip('tensorflow')
 tfds = pytest.importorskip('tensorflow_datasets')
@@ -143,7 +143,7 @@ def which(source, element):
 def take(source, count, batch_size=4, first=0, local=None, seed=0):
   """`count` elements that a host with the rows `local` of each batch reads, from a step on."""
   local = np.arange(batch_size) if local is None else local
-  examples = source.examples(seed, batch_size, first, local).take(count)
+  examples = source.train_iterator(seed, batch_size, first, local).take(count)
   return list(stream.with_threads(examples, source.settings).as_numpy_iterator())
 
 
@@ -183,7 +183,7 @@ def test_what_tfds_wrote_itself_is_read(tmp_path, kind):
     ('own', 'train', 0, 9), ('own:1.2.0', 'train[2:7]', 2, 7), ('', 'test', 0, 3),
   ):  # fmt: skip
     got = data.load(settings(tmp_path if name else where, name=name, train_split=split), 'train')
-    elements = list(got.once().as_numpy_iterator())
+    elements = list(got.iterate_once().as_numpy_iterator())
     assert len(got) == len(elements) == end - start
     assert got.labelled and got.classes == CLASSES and got.class_names[1] == 'class 1'
     for i, e in enumerate(elements):
@@ -210,7 +210,7 @@ def test_gray_images_of_one_size_are_read_into_memory(tmp_path):
 def test_a_part_of_a_split(place, kind, split, start, end):
   """Breaks if a slice that begins or ends inside a shard gives other images, or wrong names."""
   got = data.load(settings(place / kind, train_split=split), 'train')
-  elements = list(got.once().as_numpy_iterator())
+  elements = list(got.iterate_once().as_numpy_iterator())
   assert [e['bytes'] for e in elements] == IMAGES[start:end]
   assert [e['index'] for e in elements] == list(range(end - start))
   pass_ = take(got, end - start)
@@ -229,17 +229,19 @@ def test_samples_and_choices(load):
   """Breaks if the images that a part consists of have other indices or labels than their own."""
   for kind in ('tfrecord', 'array_record', 'files'):
     source = load(kind)
-    whole = list(source.once().as_numpy_iterator())
+    whole = list(source.iterate_once().as_numpy_iterator())
     keep = np.array([0, 4, 5, 7, 16, 22])
-    for part, indices in ((source.only(keep), keep), (source.sample(100), range(len(source)))):
-      elements = list(part.once().as_numpy_iterator())
+    for part, indices in ((source.subset(keep), keep), (source.sample(100), range(len(source)))):
+      elements = list(part.iterate_once().as_numpy_iterator())
       assert [e['bytes'] for e in elements] == [whole[i]['bytes'] for i in indices]
       assert [e['label'] for e in elements] == [whole[i]['label'] for i in indices]
       assert [e['index'] for e in elements] == list(range(len(part)))
       assert [part.name(i) for i in range(len(part))] == [source.name(i) for i in indices]
-    few = source.only(keep).sample(3)
+    few = source.subset(keep).sample(3)
     assert len(few) == 3 and few.labelled and few.classes == CLASSES
-    assert {e['bytes'] for e in few.once().as_numpy_iterator()} < {whole[i]['bytes'] for i in keep}
+    assert {e['bytes'] for e in few.iterate_once().as_numpy_iterator()} < {
+      whole[i]['bytes'] for i in keep
+    }
     assert sorted(e['index'] for e in take(few, 3, batch_size=1)) == [0, 1, 2]
 
 
@@ -249,7 +251,7 @@ def test_fingerprints(load, kind):
   source = load(kind)
   assert source.fingerprint() == load(kind).fingerprint()
   keep = np.arange(6)
-  others = [source.only(keep), source.only(keep + 1), source.with_labels(source.labels[::-1])]
+  others = [source.subset(keep), source.subset(keep + 1), source.with_labels(source.labels[::-1])]
   assert len({s.fingerprint() for s in (source, *others)}) == 4
 
 
@@ -353,7 +355,7 @@ def read(source):
   if isinstance(source, data.Arrays):
     return
   mesh = jax.make_mesh((1,), ('data',), devices=jax.devices()[:1])
-  batches = feed.for_training(source, 0, 8, ('resize', 'resize'), 16, mesh)
+  batches = loader.for_training(source, 0, 8, ('resize', 'resize'), 16, mesh)
   try:
     for step in range(2 * len(source) // 8):
       batches(step)
@@ -488,7 +490,7 @@ def test_bad_images_in_good_records(tmp_path, kind):
   left = data.load(settings(where, skip_bad=3), 'train')
   kept = [i for i in range(12) if i not in BAD]
   assert len(left) == 9 and [left.name(i) for i in range(9)] == [whole.name(i) for i in kept]
-  elements = list(left.once().as_numpy_iterator())
+  elements = list(left.iterate_once().as_numpy_iterator())
   assert [e['bytes'] for e in elements] == [IMAGES[i] for i in kept]
   assert [e['index'] for e in elements] == list(range(9))
   of_hosts = [take(left, 24, local=rows) for rows in hosts(4, 2)]
@@ -533,7 +535,7 @@ def test_turned_images_do_not_depend_on_where_they_are_kept(tmp_path):
     images.append(file.getvalue())
   where = write(tmp_path / 'mine', images, (5, 3), shape=(24, 24, 3), labels=LABELS[:8])
   kept, streamed = (
-    features.pictures(data.load(settings(where, on_device=x), 'train'), 'resize', 24)[0]
+    encoders.preprocess(data.load(settings(where, on_device=x), 'train'), 'resize', 24)[0]
     for x in ('yes', 'no')
   )
   np.testing.assert_allclose(kept, streamed, atol=1e-6)
@@ -649,13 +651,13 @@ def test_a_batch_larger_than_the_data_set(place, tmp_path):
 @pytest.fixture(scope='module')
 def encoder():
   recipe = config.load('simclr_digits', TINY)
-  return features.untrained(config.architecture(recipe))
+  return encoders.untrained(config.architecture(recipe))
 
 
 @pytest.fixture(scope='module')
 def one_by_one(encoder):
   """h of each of IMAGES, decoded whole and embedded alone."""
-  forward = jax.jit(features.make_forward(encoder.architecture))
+  forward = jax.jit(classifier.forward(encoder.architecture))
   view = functools.partial(augment.eval_view, pipeline=encoder.architecture['eval_view'], size=32)
   pixels = [tf.io.decode_jpeg(x, 3).numpy() for x in IMAGES]
   return np.concatenate([forward(encoder.variables, view(x)[None]) for x in pixels])
@@ -665,7 +667,7 @@ def one_by_one(encoder):
 def test_every_image_is_embedded_once_and_in_order(load, encoder, one_by_one, kind):
   """Breaks if the last, partial batch on eight devices is dropped, repeated or filled with features."""
   source = load(kind)
-  of_index = [which(source, e) for e in source.once().as_numpy_iterator()]
+  of_index = [which(source, e) for e in source.iterate_once().as_numpy_iterator()]
   assert sorted(of_index) == list(range(len(IMAGES)))
   for size in (16, 1):  # 23 images: 16 and 7, or by eights
     done = []
@@ -673,7 +675,7 @@ def test_every_image_is_embedded_once_and_in_order(load, encoder, one_by_one, ki
     np.testing.assert_allclose(h, one_by_one[of_index], rtol=0, atol=1e-5)
     np.testing.assert_array_equal(labels, np.array(LABELS)[of_index])
     assert done[-1] == len(IMAGES)
-  three = source.only(np.array([1, 9, 22]))
+  three = source.subset(np.array([1, 9, 22]))
   h, labels = encoder.embed(three, 64)
   np.testing.assert_allclose(h, one_by_one[of_index][[1, 9, 22]], rtol=0, atol=1e-5)
   np.testing.assert_array_equal(labels, np.array(LABELS)[of_index][[1, 9, 22]])
@@ -683,7 +685,7 @@ def test_arrays_are_embedded_once_and_in_order(encoder):
   """Breaks if images in memory come back in another order, or with the filling of the last batch."""
   images = np.random.default_rng(0).integers(0, 256, (19, 32, 32, 3), dtype=np.uint8)
   labels = np.arange(19, dtype=np.int32) % 3
-  forward = jax.jit(features.make_forward(encoder.architecture))
+  forward = jax.jit(classifier.forward(encoder.architecture))
   alone = [forward(encoder.variables, x[None] / np.float32(255)) for x in images]
   for size in (8, 16, 256):
     h, got = encoder.embed(data.Arrays(images, labels), size)

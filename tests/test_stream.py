@@ -8,7 +8,7 @@ from conftest import TINY
 from scipy import ndimage
 
 from simclr_jax import config, data, sharding, train_state
-from simclr_jax.data import augment, crop, decode, feed, folder, order, stream
+from simclr_jax.data import augment, crop, decode, folder, loader, order, stream
 from simclr_jax.errors import ConfigError
 
 SIZES = [(70, 90), (25, 30), (150, 60)]
@@ -63,7 +63,7 @@ def test_views_are_those_of_the_whole_image(photos, views, resize_on):
   assert isinstance(files, folder.Files)
   pipelines = augment.pipelines(c.augment, 2)
   mesh = sharding.make_mesh(jax.devices()[:1])
-  batches = feed.for_training(files, 7, 24, pipelines, 32, mesh)
+  batches = loader.for_training(files, 7, 24, pipelines, 32, mesh)
   draw = jax.jit(
     lambda b: augment.views(
       b['images'], b['epoch'], b['position'], pipelines, 7, 32, b.get('crops')
@@ -130,7 +130,7 @@ def steps(c, devices=1, count=4, first=0):
   for i in range(first, first + count):
     state, metrics = step(state, i)
     found.append((float(metrics['loss']), int(metrics['batch_hash'])))
-  step.feed.close()
+  step.loader.close()
   return dataset, found
 
 
@@ -147,10 +147,10 @@ def test_training_from_files_equals_training_from_memory(equal):
   )[1]
   kept = train_state.build(recipe(equal), memory)[1]
   for i in (0, 5):
-    batch = feed.pick(kept.feed.constants, kept.feed(i))
-    for k, v in gathered.feed(i).items():
+    batch = loader.with_images(kept.loader.constants, kept.loader(i))
+    for k, v in gathered.loader(i).items():
       np.testing.assert_array_equal(v, batch[k])
-  gathered.feed.close(), kept.feed.close()
+  gathered.loader.close(), kept.loader.close()
 
 
 def test_streamed_training_on_one_and_eight_devices(photos):
@@ -168,7 +168,7 @@ def test_feed_seeks_and_goes_on(photos):
   c = recipe(photos[0], batch_size='8')
   files = data.load(c.data, 'train')
   mesh = sharding.make_mesh(jax.devices()[:8])
-  batches = feed.for_training(files, 0, 8, augment.pipelines(c.augment, 2), 32, mesh)
+  batches = loader.for_training(files, 0, 8, augment.pipelines(c.augment, 2), 32, mesh)
   in_order = [jax.device_get(batches(i)) for i in range(6)]
   assert not batches.ready(2)
   batches.wait(2)
@@ -190,7 +190,7 @@ def test_feed_passes_errors_on(tmp_path):
   c = recipe(tmp_path, batch_size='8')
   files = data.load(c.data, 'train')
   mesh = sharding.make_mesh(jax.devices()[:1])
-  batches = feed.for_training(files, 0, 8, augment.pipelines(c.augment, 2), 32, mesh)
+  batches = loader.for_training(files, 0, 8, augment.pipelines(c.augment, 2), 32, mesh)
   with pytest.raises(ConfigError, match='3.png is a broken PNG'):
     batches(0)
   bad.write_bytes(good)

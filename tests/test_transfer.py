@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 
 from simclr_jax import cli, config, train
 from simclr_jax.data import digits
-from simclr_jax.evaluate import logistic, metrics, transfer
+from simclr_jax.evaluate import lbfgs, metrics, transfer
 
 
 def blobs(n, seed, classes=4, d=12):
@@ -23,25 +23,25 @@ def blobs(n, seed, classes=4, d=12):
 
 def test_fits_equal_scikit_learn(monkeypatch):
   """Breaks if the penalty has another scale, reaches the bias, or rows that only fill up count."""
-  monkeypatch.setattr(logistic, 'TOLERANCE', 1e-7)
+  monkeypatch.setattr(lbfgs, 'TOLERANCE', 1e-7)
   x, labels = blobs(301, 1)
   weights = np.array([1000.0, 30.0, 1.0])
-  for weight, w in zip(weights, logistic.fits(x, labels, weights, 4, steps=1000)):
+  for weight, w in zip(weights, lbfgs.path(x, labels, weights, 4, steps=1000)):
     model = LogisticRegression(C=1 / weight, max_iter=10_000, tol=1e-10).fit(np.float64(x), labels)
-    ours, theirs = logistic.logits(w, x), model.decision_function(x)
+    ours, theirs = lbfgs.logits(w, x), model.decision_function(x)
     ours, theirs = (z - z.mean(1, keepdims=True) for z in (ours, theirs))
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
 def test_several_labels_an_image_are_regressions_of_one_against_the_rest(monkeypatch):
   """Breaks if the classes share a softmax, or rows that only fill up count."""
-  monkeypatch.setattr(logistic, 'TOLERANCE', 1e-7)
+  monkeypatch.setattr(lbfgs, 'TOLERANCE', 1e-7)
   x, _ = blobs(301, 1)
   positive = np.random.default_rng(3).normal(size=(301, 3)) + x[:, :3] > 0.5
-  (w,) = logistic.fits(x, positive, np.array([10.0]), 3, steps=1000)
+  (w,) = lbfgs.path(x, positive, np.array([10.0]), 3, steps=1000)
   for c in range(3):
     model = LogisticRegression(C=0.1, max_iter=10_000, tol=1e-10).fit(np.float64(x), positive[:, c])
-    ours, theirs = logistic.logits(w, x)[:, c], model.decision_function(x)
+    ours, theirs = lbfgs.logits(w, x)[:, c], model.decision_function(x)
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
@@ -65,20 +65,20 @@ def test_a_data_set_with_several_labels_an_image(tmp_path, monkeypatch):
   assert (len(task.train), len(task.test)) == (20, 10)
   for truth, which, part in zip(task.truth, (range(20), range(20, 30)), (task.train, task.test)):
     # TFDS writes its examples in an order of its own: the pictures tell which is which.
-    pictures = [e['bytes'] for e in part.once().as_numpy_iterator()]
+    pictures = [e['bytes'] for e in part.iterate_once().as_numpy_iterator()]
     number = {jpeg(i): i for i in which}
     assert [set(np.flatnonzero(row)) for row in truth] == [set(given[number[p]]) for p in pictures]
-  monkeypatch.setattr(logistic, 'SWEEP', np.array([1e-1, 1e2]))
+  monkeypatch.setattr(lbfgs, 'SWEEP', np.array([1e-1, 1e2]))
   assert 0 < transfer.linear({'raw pixels': None}, task)['raw pixels'] <= 1
 
 
 def test_the_regularisation_is_chosen_without_the_test_images(monkeypatch):
   """Breaks if the best weight is not that of the held-out images, or the last fit leaves some out."""
-  monkeypatch.setattr(logistic, 'SWEEP', np.array([1.0, 1e2, 1e6]))
+  monkeypatch.setattr(lbfgs, 'SWEEP', np.array([1.0, 1e2, 1e6]))
   x, labels = blobs(200, 1)
   test, test_labels = blobs(500, 2)
-  scores, weight = logistic.swept(x, labels, test)
-  assert scores.shape == (500, 4) and weight in logistic.SWEEP and weight < 1e6
+  scores, weight = lbfgs.sweep_l2(x, labels, test)
+  assert scores.shape == (500, 4) and weight in lbfgs.SWEEP and weight < 1e6
   model = LogisticRegression(C=1 / weight, max_iter=10_000, tol=1e-8).fit(x, labels)
   agree = np.mean(scores.argmax(1) == model.predict(test))
   assert agree > 0.99
@@ -88,7 +88,7 @@ def test_the_regularisation_is_chosen_without_the_test_images(monkeypatch):
 
 def test_transfer(tmp_path, capsys, monkeypatch):
   """Breaks if a data set is measured by the wrong number, or a missing one is passed over."""
-  monkeypatch.setattr(logistic, 'SWEEP', np.array([1e-1, 1e2]))
+  monkeypatch.setattr(lbfgs, 'SWEEP', np.array([1e-1, 1e2]))
   for split in ('train', 'test'):
     found = digits.load(None, split).sample(200)
     np.savez(tmp_path / f'{split}.npz', images=found.images, labels=found.labels)

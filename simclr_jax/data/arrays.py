@@ -10,7 +10,7 @@ import zlib
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import Arrays
+from simclr_jax.data.dataset import Arrays
 from simclr_jax.errors import ConfigError
 
 

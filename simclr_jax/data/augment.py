@@ -1,26 +1,28 @@
 """Views of images, made on the device inside the training step by pipelines of ops.
 
 A pipeline is text: ops of `ops.py` with their arguments, or the name of one of `PIPELINES`, joined by
-`|`, such as `resize | rotate | cutout(0.25, p=0.5)` or `moco_v2 | solarize(p=0.2)`. It begins with
-an op that gives the view its size; all others take `p`, the probability that they are applied to an
-image: 1 unless given, 1/2 for `flip`.
+`|`, such as `resize | rotate | cutout(0.25, p=0.5)` or `moco_v2 | solarize(p=0.2)`. It starts with
+an op that sets the size of the view; all others take `p`, the probability that they are applied to an
+image (default: 1; for `flip` 1/2). `path/to/ops.py: ` before a pipeline makes the ops of that file available.
 
 Pixel values are in [0, 1]; networks that want other ranges normalise them themselves.
 """
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
-import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
+from simclr_jax import plugins
 from simclr_jax.data import crop
-from simclr_jax.data.ops import OPS
+from simclr_jax.data.ops import OPS, Definition, defined_in
+from simclr_jax.errors import ConfigError
+from simclr_jax.validation import Range, did_you_mean
 
 # As in the released code of SimCLR (v1: additive brightness, v2: multiplicative) and MoCo. Both blurs
 # draw sigma from U(0.1, 2). MoCo v1 drops the colour before the jitter, v2 after it.
@@ -61,26 +63,29 @@ class Op:
   """An op with its arguments.
 
   Attributes:
-    name: in `OPS`.
-    arguments: all that it takes, defaults included.
+    name: of the op.
+    definition: its function, and what it allows.
+    arguments: all arguments, defaults included.
     p: the probability that it is applied.
   """
 
   name: str
+  definition: Definition
   arguments: dict[str, float | str]
   p: float
 
   @property
   def random(self) -> bool:
-    return OPS[self.name].draws or self.p < 1
+    """Whether its result depends on a key."""
+    return self.definition.draws or self.p < 1
 
   @property
   def kernel(self) -> str:
-    """Of the resizing, if it gives views their size."""
-    return OPS[self.name].kernel
+    """The kernel of the resizing, if the op sets the size of views."""
+    return self.definition.kernel
 
   def __call__(self, key: jax.Array | None, *args) -> jax.Array:
-    return OPS[self.name].function(key, *args, **self.arguments)
+    return self.definition.function(key, *args, **self.arguments)
 
 
 # From text to ops.
@@ -92,46 +97,67 @@ def parse(text: str, random: bool = True) -> tuple[Op, ...]:
 
   Args:
     text: of the pipeline.
-    random: whether it may draw anything; False for evaluations.
+    random: whether its ops may be random; False for evaluations.
 
   Raises:
-    ValueError: one sentence: what in `text` is wrong and what is allowed.
+    ConfigError: one sentence: what in `text` is wrong and what is allowed.
   """
+  path, text = split_ops(text)
+  known = {**OPS, **_own_ops(path)} if path else OPS
   try:
-    ops = tuple(_ops(ast.parse(text.strip(), mode='eval').body))
+    ops = tuple(_ops(ast.parse(text.strip(), mode='eval').body, known))
   except (SyntaxError, RecursionError, MemoryError):
-    raise ValueError(f'{text!r} is not a pipeline: write ops joined by |, such as '
+    raise ConfigError(f'{text!r} is not a pipeline: write ops joined by |, such as '
                      f'{PIPELINES["supervised"]!r}') from None  # fmt: skip
-  if not OPS[ops[0].name].sized:
-    sized = ', '.join(name for name, op in OPS.items() if op.sized)
-    raise ValueError(f'the pipeline {text!r} does not begin with an op that gives a size: {sized}')
+  if not ops[0].definition.sized:
+    sized = ', '.join(name for name, op in known.items() if op.sized)
+    raise ConfigError(
+      f'the pipeline {text!r} does not start with an op that sets the size: {sized}'
+    )
   drawn = [op.name for op in ops if op.random]
   if drawn and not random:
-    raise ValueError(f'the pipeline {text!r} is for evaluation but {drawn[0]} is random')
+    raise ConfigError(f'the pipeline {text!r} is for evaluation but {drawn[0]} is random')
   return ops
 
 
-def _ops(tree):
+def with_ops(pipeline: str, path: str) -> str:
+  """A pipeline that may use the ops of the file `path`; '' is no file."""
+  return f'{path}: {pipeline}' if path and pipeline else pipeline
+
+
+def split_ops(pipeline: str) -> tuple[str, str]:
+  """The arguments of `with_ops`, in its order reversed: (path, pipeline)."""
+  path, separator, rest = pipeline.partition('.py: ')
+  return (f'{path}.py', rest) if separator else ('', pipeline)
+
+
+def _own_ops(path):
+  own = defined_in(vars(plugins.load(path, 'ops')))
+  if not own:
+    raise ConfigError(f'{path} has no ops: decorate functions with simclr_jax.data.ops.op')
+  return own
+
+
+def _ops(tree, known: Mapping[str, Definition]):
   """The ops below a node of the syntax tree, from left to right."""
   if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr):
-    return [*_ops(tree.left), *_ops(tree.right)]
+    return [*_ops(tree.left, known), *_ops(tree.right, known)]
   call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
   if not isinstance(call.func, ast.Name):
-    raise ValueError(f'{ast.unparse(tree)!r} is not an op: write name or name(arguments)')
+    raise ConfigError(f'{ast.unparse(tree)!r} is not an op: write name or name(arguments)')
   name = call.func.id
   if name in PIPELINES and call is not tree:
     return parse(PIPELINES[name])
-  if name not in OPS:
-    close = difflib.get_close_matches(name, [*OPS, *PIPELINES], 1)
-    hint = f'did you mean {close[0]}?' if close else 'there are ' + ', '.join([*OPS, *PIPELINES])
-    raise ValueError(f'{name} is neither an op nor a published pipeline: {hint}')
-  return [_bind(name, call)]
+  if name not in known:
+    names = [*known, *PIPELINES]
+    hint = did_you_mean(name, names) or f'; available: {", ".join(names)}'
+    raise ConfigError(f'{name} is neither an op nor a published pipeline{hint}')
+  return [_bind(name, known[name], call)]
 
 
-def _bind(name, call):
-  """The op `name` with the arguments of a call, checked."""
-  definition = OPS[name]
-  allowed = definition.allowed if definition.sized else {**definition.allowed, 'p': (0.0, 1.0)}
+def _bind(name, definition, call):
+  """An op with the arguments of a call, checked."""
+  allowed = definition.allowed if definition.sized else {**definition.allowed, 'p': Range(0.0, 1.0)}
   parameters = list(inspect.signature(definition.function).parameters.values())
   parameters = parameters[4 if definition.sized else 3 :]
   if not definition.sized:
@@ -142,29 +168,19 @@ def _bind(name, call):
       *args, **{k.arg: ast.literal_eval(k.value) for k in call.keywords}
     )
   except ValueError:
-    raise ValueError(f'{ast.unparse(call)}: arguments are plain numbers and words') from None
+    raise ConfigError(f'{ast.unparse(call)}: arguments must be numbers or strings') from None
   except TypeError as e:
     takes = f'it takes {", ".join(allowed)}' if allowed else 'it takes none'
-    raise ValueError(f'{ast.unparse(call)}: {e}; {takes}') from None
+    raise ConfigError(f'{ast.unparse(call)}: {e}; {takes}') from None
   bound.apply_defaults()
   values = bound.arguments
   for argument, value in values.items():
-    _check(f'{name}: {argument}={value!r}', value, allowed[argument])
+    allowed[argument].check(f'{name}: {argument}', value)
     lower = values.get(argument.replace('_max', '_min'), value)
     if lower > value:
-      raise ValueError(f'{name}: {argument}={value!r} is below {lower!r}, its lower bound')
+      raise ConfigError(f'{name}: {argument}={value!r} is below its lower bound, {lower!r}')
   p = values.pop('p', 1.0)
-  return Op(name, dict(values), p)
-
-
-def _check(what, value, allowed):
-  if isinstance(allowed[0], str):
-    if value not in allowed:
-      raise ValueError(f'{what} is not one of {", ".join(map(repr, allowed))}')
-  elif type(value) not in (int, float) or not math.isfinite(value):
-    raise ValueError(f'{what} is not a number')
-  elif not allowed[0] <= value <= allowed[1]:
-    raise ValueError(f'{what} is out of range: from {allowed[0]} to {allowed[1]}')
+  return Op(name, definition, dict(values), p)
 
 
 # From images to views.
@@ -264,7 +280,7 @@ def places(
   seed: int,
   size: int,
 ) -> jax.Array:
-  """Where `views` will cut, for who reads only that part of an image.
+  """Where `views` will crop, so that only that part of an image needs to be read.
 
   Args:
     height, width: int32 `[n]`, of the images.
@@ -292,8 +308,9 @@ def places(
 
 
 def pipelines(config: ml_collections.ConfigDict, count: int) -> tuple[str, ...]:
-  """Of the first `count` views, from a recipe's `augment` part: an empty `view2` is as `view1`."""
-  return (config.view1, config.view2 or config.view1)[:count]
+  """The pipelines of the first `count` views, from a recipe's `augment` part: `view2` defaults to `view1`."""
+  views = (config.view1, config.view2 or config.view1)[:count]
+  return tuple(with_ops(view, config.ops) for view in views)
 
 
 def _view_keys(base, epoch, position):

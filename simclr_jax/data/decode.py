@@ -12,7 +12,8 @@ import jax
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import Arrays, augment, crop, headers, stream
+from simclr_jax.data import augment, crop, headers, stream
+from simclr_jax.data.dataset import Arrays
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
 
@@ -290,7 +291,9 @@ def read_all(source, height: int, width: int) -> Arrays | None:
   count = len(source)
   images, labels = np.empty((count, height, width, 3), np.uint8), np.empty(count, np.int32)
   done = 0
-  blocks = sized(source.once(), source.settings).map(decoded, stream.threads(source.settings))
+  blocks = sized(source.iterate_once(), source.settings).map(
+    decoded, stream.threads(source.settings)
+  )
   for block, label, fits in stream.read(blocks.batch(1024).prefetch(1), source):
     if not fits.all():
       return None

@@ -10,7 +10,7 @@ import numpy as np
 import sklearn.datasets
 from scipy import ndimage
 
-from simclr_jax.data import Arrays
+from simclr_jax.data.dataset import Arrays
 from simclr_jax.errors import ConfigError
 
 CANVAS = 32

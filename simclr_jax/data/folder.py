@@ -10,9 +10,11 @@ from collections.abc import Iterable
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import Arrays, check, choose, crc32, decode, on_device, stream
+from simclr_jax.data import decode, scan, stream
+from simclr_jax.data.dataset import Arrays, choose, fits_on_device
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
+from simclr_jax.runtime.checksum import crc32
 
 SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif')
 SAMPLE = 32  # files that are looked at to see whether all are of one size
@@ -51,13 +53,17 @@ class Files:
     """How many there are; 0 without labels."""
     return len(self.class_names)
 
+  def names(self) -> list[str]:
+    """Their paths below the folder."""
+    return self.paths
+
   def name(self, index: int) -> str:
-    """What to call an image in a message: its path."""
+    """An image in a message: its path."""
     return posixpath.join(self.root, self.paths[index])
 
   def find_problem(self, suspects: Iterable[int] | None = None) -> str:
     """The first of the suspects, or of all, that cannot be decoded, and why; '' if all can."""
-    for index in check.scan(self).bad if suspects is None else suspects:
+    for index in scan.scan(self).bad if suspects is None else suspects:
       try:
         found = decode.problem(self._contents(index), self.settings.max_pixels)
       except tf.errors.OpError as error:
@@ -73,7 +79,7 @@ class Files:
     """CRC-32 that tells data sets apart: of the files' names and labels."""
     return crc32('\n'.join(self.paths), self.labels)
 
-  def only(self, indices: np.ndarray) -> 'Files':
+  def subset(self, indices: np.ndarray) -> 'Files':
     """The data set of these images."""
     return dataclasses.replace(
       self, paths=[self.paths[i] for i in indices], labels=self.labels[indices]
@@ -85,7 +91,7 @@ class Files:
 
   def sample(self, count: int) -> 'Files':
     """`count` images, or all: always the same ones."""
-    return self.only(choose(count, len(self)))
+    return self.subset(choose(count, len(self)))
 
   @functools.cached_property
   def _table(self):
@@ -94,7 +100,9 @@ class Files:
     with tf.init_scope():  # also when it is first wanted inside a tf.data function
       return tf.constant([root + os.fsencode(p) for p in self.paths]), tf.constant(self.labels)
 
-  def examples(self, seed: int, batch_size: int, first: int, local: np.ndarray) -> tf.data.Dataset:
+  def train_iterator(
+    self, seed: int, batch_size: int, first: int, local: np.ndarray
+  ) -> tf.data.Dataset:
     """The endless sequence of `order.rows`, from step `first` on.
 
     Args:
@@ -108,7 +116,7 @@ class Files:
     rows = stream.rows(len(self), seed, batch_size, first, local)
     return rows.unbatch().map(self._read, tf.data.AUTOTUNE)
 
-  def once(self, part: int = 0, parts: int = 1) -> tf.data.Dataset:
+  def iterate_once(self, part: int = 0, parts: int = 1) -> tf.data.Dataset:
     """Every image once, in order: elements as of `examples`; of `parts`, the one that is `part`."""
     return stream.rows_once(len(self), part, parts).map(self._read, tf.data.AUTOTUNE)
 
@@ -145,7 +153,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Files | Arrays:
     )
   files = Files(root, paths, *_labels(paths, _class_names(base, config, paths)), config)
   if config.skip_bad:
-    files = check.without_bad(files)
+    files = scan.without_bad(files)
   return _in_memory(files) or files
 
 
@@ -219,7 +227,7 @@ def _in_memory(files):
     except tf.errors.OpError:
       return None  # it will be named when it is read
   (h, w), *rest = sizes
-  if rest or not h * w or not on_device(files.settings, len(files) * h * w * 3):
+  if rest or not h * w or not fits_on_device(files.settings, len(files) * h * w * 3):
     return None
   found = decode.read_all(files, h, w)
-  return found and dataclasses.replace(found, names=files.paths)
+  return found and dataclasses.replace(found, image_names=files.paths)

@@ -1,65 +1,72 @@
-"""The ops that pipelines are made of: name, arguments, and what each draws.
+"""The augmentation ops that pipelines consist of.
 
-An op is a function (key, image `[h, w, 3]`, size of the views, arguments of its own) -> image. Those that
-give views their size say instead where to cut: (key, height, width, size, arguments) -> the crop of
-`crop.py`, so that the cutting can be done where the image is. Values are in [0, 1]; only SimCLR's
-bicubic crops go a little beyond. Ops that differ between SimCLR's code
-(TensorFlow) and MoCo's (torchvision) carry the name of the one they follow.
+An op is a function (key, image `[h, w, 3]`, size of the views, **arguments) -> image. Ops that
+set the size of views return a crop instead, (key, height, width, size, **arguments) -> as in
+`crop.py`, so that an image can be cropped where it is stored. Values are in [0, 1]; only SimCLR's
+bicubic crops exceed this range a little. Ops that differ between SimCLR's code
+(TensorFlow) and MoCo's (torchvision) have a prefix that says which one they follow.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from simclr_jax.data import crop, pixels
+from simclr_jax.validation import Choices, Range
 
-AREA, FACTOR, SIGMA = (1e-4, 1.0), (0.0, 10.0), (0.01, 20.0)
+AREA, FACTOR, SIGMA = Range(1e-4, 1.0), Range(0.0, 10.0), Range(0.01, 20.0)
+SHARE = Range(0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-  """An op as it may be written in a pipeline.
+  """An op as it may be used in a pipeline.
 
   Attributes:
-    function: (key, image, size, **arguments) -> image; (key, height, width, size, **arguments) -> crop
-      for one with a kernel.
-    allowed: argument -> its lowest and highest value, or the words it may be.
-    kernel: of the resizing, if it gives views their size: a pipeline begins with such an op, which
+    function: (key, image, size, **arguments) -> image; for one with a kernel
+      (key, height, width, size, **arguments) -> crop.
+    allowed: argument -> its range or choices.
+    kernel: of the resizing, if the op sets the size of views: a pipeline starts with such an op, which
       takes no `p`.
-    draws: whether it uses its key.
-    p: probability that it is applied to an image, where the pipeline gives none.
+    draws: whether the op uses its key.
+    p: probability that the op is applied to an image, where the pipeline has none.
   """
 
   function: Callable[..., jax.Array]
-  allowed: dict[str, tuple]
+  allowed: dict[str, Range | Choices]
   kernel: str
   draws: bool
   p: float
 
   @property
   def sized(self) -> bool:
-    """Whether it gives views their size."""
+    """Whether the op sets the size of views."""
     return bool(self.kernel)
 
 
-OPS: dict[str, Definition] = {}
+def op(kernel: str = '', draws: bool = False, p: float = 1.0, **allowed: Range | Choices):
+  """Makes an op of a function; see `Definition`. Files with ops of your own use this decorator, too."""
 
-
-def _op(kernel='', draws=False, p=1.0, **allowed):
-  def register(function):
-    OPS[function.__name__] = Definition(function, allowed, kernel, draws, p)
+  def define(function):
+    function.definition = Definition(function, allowed, kernel, draws, p)
     return function
 
-  return register
+  return define
 
 
-# What gives views their size.
+def defined_in(names: Mapping[str, Any]) -> dict[str, Definition]:
+  """The ops in a module's namespace, by name."""
+  return {k: v.definition for k, v in names.items() if hasattr(v, 'definition')}
 
 
-@_op('bicubic', draws=True, area_min=AREA, area_max=AREA, min_object_covered=(0.0, 1.0))
+# Ops that set the size of views.
+
+
+@op('bicubic', draws=True, area_min=AREA, area_max=AREA, min_object_covered=SHARE)
 def simclr_crop(key, height, width, size, area_min, area_max, min_object_covered=0.1):
   """TensorFlow's random box with this share of the image's area, resized bicubically."""
   return crop.tensorflow_box(
@@ -67,25 +74,25 @@ def simclr_crop(key, height, width, size, area_min, area_max, min_object_covered
   )
 
 
-@_op('triangle', draws=True, area_min=AREA, area_max=AREA)
+@op('triangle', draws=True, area_min=AREA, area_max=AREA)
 def torch_crop(key, height, width, size, area_min, area_max):
   """torchvision's `RandomResizedCrop` of a Pillow image: bilinear, antialiased."""
   return crop.torchvision_box(key, height, width, (area_min, area_max))
 
 
-@_op('bicubic', fraction=(0.1, 1.0))
+@op('bicubic', fraction=Range(0.1, 1.0))
 def center_crop(key, height, width, size, fraction=0.875):
   """SimCLR's evaluation: the central square, resized bicubically; 0.875 is CROP_PROPORTION."""
   return crop.tensorflow_center(height, width, fraction)
 
 
-@_op('triangle', fraction=(0.1, 1.0))
+@op('triangle', fraction=Range(0.1, 1.0))
 def torch_center_crop(key, height, width, size, fraction=0.875):
   """MoCo's evaluation: `Resize(size / fraction)`, `CenterCrop(size)`; 0.875 is 224 of 256."""
   return crop.torchvision_center(height, width, size, fraction)
 
 
-@_op('triangle')
+@op('triangle')
 def resize(key, height, width, size):
   """The whole image, its sides stretched to `size`: bilinear, antialiased."""
   return crop.whole(height, width)
@@ -94,20 +101,20 @@ def resize(key, height, width, size):
 # Geometry.
 
 
-@_op(p=0.5)
+@op(p=0.5)
 def flip(key, image, size):
   """Left and right swapped."""
   return image[:, ::-1]
 
 
-@_op(draws=True)
+@op(draws=True)
 def rotate(key, image, size):
   """By 0, 90, 180 or 270 degrees, each as likely."""
   quarter = jax.random.randint(key, (), 0, 4)
   return jnp.select([quarter == i for i in range(4)], [jnp.rot90(image, i) for i in range(4)])
 
 
-@_op(draws=True, fraction=(0.0, 1.0))
+@op(draws=True, fraction=SHARE)
 def cutout(key, image, size, fraction):
   """A black square, its side this fraction of the image's, around a uniformly drawn pixel.
 
@@ -120,7 +127,7 @@ def cutout(key, image, size, fraction):
 # Colour.
 
 
-@_op(draws=True, strength=(0.0, 1.25), brightness=('multiplicative', 'additive'))
+@op(draws=True, strength=Range(0.0, 1.25), brightness=Choices('multiplicative', 'additive'))
 def simclr_jitter(key, image, size, strength, brightness='multiplicative'):
   """Brightness, contrast, saturation and hue in random order, clipped to [0, 1] after each.
 
@@ -147,7 +154,7 @@ def simclr_jitter(key, image, size, strength, brightness='multiplicative'):
   return jax.lax.scan(step, image, jax.random.permutation(order_key, 4))[0]
 
 
-@_op(draws=True, brightness=FACTOR, contrast=FACTOR, saturation=FACTOR, hue=(0.0, 0.5))
+@op(draws=True, brightness=FACTOR, contrast=FACTOR, saturation=FACTOR, hue=Range(0.0, 0.5))
 def torch_jitter(key, image, size, brightness, contrast, saturation, hue):
   """torchvision's `ColorJitter` of a Pillow image: the four in random order, clipped after each.
 
@@ -172,19 +179,19 @@ def torch_jitter(key, image, size, brightness, contrast, saturation, hue):
   return jax.lax.scan(step, image, jax.random.permutation(order_key, 4))[0]
 
 
-@_op()
+@op()
 def grayscale(key, image, size):
   """Colour drop: the luma in all three channels."""
   return pixels.grayscale(image)
 
 
-@_op(threshold=(0.0, 1.0))
+@op(threshold=SHARE)
 def solarize(key, image, size, threshold=0.5):
   """Values from the threshold on inverted."""
   return pixels.solarize(image, threshold)
 
 
-@_op()
+@op()
 def equalize(key, image, size):
   """Each channel's histogram made flat."""
   return pixels.equalize(image)
@@ -193,7 +200,7 @@ def equalize(key, image, size):
 # Blur, noise, edges.
 
 
-@_op(draws=True, per=('example', 'batch'))
+@op(draws=True, per=Choices('example', 'batch'))
 def simclr_blur(key, image, size, per='example'):
   """Gaussian blur, sigma uniform in [0.1, 2] pixels; zero-padded, which darkens the border.
 
@@ -204,7 +211,7 @@ def simclr_blur(key, image, size, per='example'):
   return pixels.gaussian_blur(image, sigma, size // 10 // 2, 'constant')
 
 
-@_op(draws=True, sigma_min=SIGMA, sigma_max=SIGMA)
+@op(draws=True, sigma_min=SIGMA, sigma_max=SIGMA)
 def torch_blur(key, image, size, sigma_min, sigma_max):
   """Gaussian blur, sigma uniform in this range of pixels; the border continues its last pixels.
 
@@ -215,13 +222,16 @@ def torch_blur(key, image, size, sigma_min, sigma_max):
   return pixels.gaussian_blur(image, sigma, math.ceil(4 * sigma_max), 'edge')
 
 
-@_op(draws=True, std=(0.0, 1.0))
+@op(draws=True, std=SHARE)
 def noise(key, image, size, std):
   """Gaussian noise, independent at every value."""
   return image + std * jax.random.normal(key, image.shape)
 
 
-@_op()
+@op()
 def sobel(key, image, size):
   """The strength of edges in each channel."""
   return pixels.sobel(image)
+
+
+OPS = defined_in(dict(globals()))

@@ -9,9 +9,11 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import check, choose, crc32, decode, order, stream
+from simclr_jax.data import decode, order, scan, stream
+from simclr_jax.data.dataset import choose
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
+from simclr_jax.runtime.checksum import crc32
 
 OPEN_SHARDS = 16  # files that records are taken from in turn
 TOGETHER = 8  # records taken from one before the next
@@ -42,7 +44,7 @@ class Records:
     class_names: of the labels; none without labels.
     settings: the recipe's `data` part.
     skipped: the indices of records that are left out.
-    given: int32 `[N]`, labels instead of those of the records.
+    overrides: int32 `[N]`, labels instead of those of the records.
   """
 
   shards: list[Shard]
@@ -51,7 +53,7 @@ class Records:
   class_names: list[str]
   settings: ml_collections.ConfigDict
   skipped: tuple[int, ...] = ()
-  given: np.ndarray | None = None
+  overrides: np.ndarray | None = None
 
   sequential = True
 
@@ -72,8 +74,11 @@ class Records:
     """int32 `[N]`, -1 where unknown; reading them takes a pass over the files."""
     return _labels(self)
 
+  def names(self) -> None:
+    """Records have no names."""
+
   def name(self, index: int) -> str:
-    """What to call an image in a message: its file, and its number there."""
+    """An image in a message: its file, and its index there."""
     index = self._kept()[index]
     shard = int(np.searchsorted(self._ends, index, 'right')) - 1
     where = self.shards[shard]
@@ -91,27 +96,27 @@ class Records:
         return f'{shard.path} is damaged after {count:,} of its {shard.total:,} records: {reason}'
       if count != shard.total:
         return f'{shard.path} has {count:,} of its {shard.total:,} records'
-    suspects = set(check.scan(self).bad if suspects is None else suspects)
-    for e in self.once().as_numpy_iterator() if suspects else ():
+    suspects = set(scan.scan(self).bad if suspects is None else suspects)
+    for e in self.iterate_once().as_numpy_iterator() if suspects else ():
       found = e['index'] in suspects and decode.problem(e['bytes'], self.settings.max_pixels)
       if found:
         return f'{self.name(e["index"])} {found}'
     return ''
 
   def fingerprint(self) -> int:
-    """CRC-32 that tells data sets apart: of files, which of their records are meant, and labels that were given."""
+    """CRC-32 that tells data sets apart: of files, which of their records are meant, and labels that were overrides."""
     return _fingerprint(self, self._kept())
 
-  def only(self, indices: np.ndarray) -> 'Records':
+  def subset(self, indices: np.ndarray) -> 'Records':
     """The data set of these images."""
     left_out = np.setdiff1d(np.arange(self._ends[-1]), self._kept()[indices])
     return dataclasses.replace(
-      self, skipped=tuple(left_out.tolist()), given=_given(self, np.sort(indices))
+      self, skipped=tuple(left_out.tolist()), overrides=_overrides_of(self, np.sort(indices))
     )
 
   def with_labels(self, labels: np.ndarray) -> 'Records':
     """The same images with other labels, int32 `[N]`."""
-    return dataclasses.replace(self, given=labels, labelled=bool((labels >= 0).all()))
+    return dataclasses.replace(self, overrides=labels, labelled=bool((labels >= 0).all()))
 
   def sample(self, count: int) -> 'Records':
     """The first `count` images, or all."""
@@ -124,17 +129,19 @@ class Records:
         shards.append(dataclasses.replace(shard, take=take))
     skipped = tuple(i for i in self.skipped if i <= kept[-1])
     return dataclasses.replace(
-      self, shards=shards, skipped=skipped, given=_given(self, np.arange(len(kept)))
+      self, shards=shards, skipped=skipped, overrides=_overrides_of(self, np.arange(len(kept)))
     )
 
   def _kept(self):
     return np.setdiff1d(np.arange(self._ends[-1]), self.skipped)
 
-  def examples(self, seed: int, batch_size: int, first: int, local: np.ndarray) -> tf.data.Dataset:
+  def train_iterator(
+    self, seed: int, batch_size: int, first: int, local: np.ndarray
+  ) -> tf.data.Dataset:
     """An endless shuffled sequence, from step `first` on.
 
     Each pass has every image once. One of H hosts reads one of H parts of each pass, another part
-    every time; the order is exact for a given number of hosts.
+    every time; the order is exact for a overrides number of hosts.
 
     Args and returns as of `folder.Files.examples`.
     """
@@ -165,7 +172,7 @@ class Records:
 
     return tf.data.Dataset.counter(epoch).flat_map(one_pass)
 
-  def once(self, part: int = 0, parts: int = 1) -> tf.data.Dataset:
+  def iterate_once(self, part: int = 0, parts: int = 1) -> tf.data.Dataset:
     """Every image once, in order: elements as of `examples`; of `parts`, the one that is `part`."""
     mine = self._spans(np.arange(len(self.shards)), part, parts)
     return self._read(mine[:-1], 1).map(lambda *r: self._example(r, 0, r[0]))
@@ -223,12 +230,12 @@ class Records:
   @functools.cached_property
   def _table(self):
     with tf.init_scope():
-      return tf.constant(self.given)
+      return tf.constant(self.overrides)
 
   def _example(self, record, epoch, position):
     index, serialized = record
     image, label = self.parse(serialized)
-    if self.given is not None:
+    if self.overrides is not None:
       label = self._table[index]
     return {
       'bytes': image, 'label': label, 'index': index, 'epoch': epoch, 'position': position,
@@ -242,7 +249,7 @@ class IndexedRecords:
   Attributes:
     source: gives the serialized records of a list of places.
     places: int64 `[N]`, of each image.
-    parse, labelled, class_names, settings, given: as of `Records`.
+    parse, labelled, class_names, settings, overrides: as of `Records`.
     where: the folder.
     shards: the files.
   """
@@ -255,7 +262,7 @@ class IndexedRecords:
   settings: ml_collections.ConfigDict
   where: str
   shards: list[Shard]
-  given: np.ndarray | None = None
+  overrides: np.ndarray | None = None
 
   sequential = False
 
@@ -272,13 +279,16 @@ class IndexedRecords:
     """As of `Records`."""
     return _labels(self)
 
+  def names(self) -> None:
+    """Records have no names."""
+
   def name(self, index: int) -> str:
-    """What to call an image in a message."""
+    """An image in a message."""
     return f'record {self.places[index]:,} of the split in {self.where}'
 
   def find_problem(self, suspects: Iterable[int] | None = None) -> str:
     """The first of the suspects, or of all, that cannot be decoded, and why; '' if all can."""
-    for index in check.scan(self).bad if suspects is None else suspects:
+    for index in scan.scan(self).bad if suspects is None else suspects:
       try:
         image, _ = self.parse(self._fetch(np.array([index]))[0])
       except Exception as error:  # whatever the reader raises
@@ -294,23 +304,27 @@ class IndexedRecords:
     """As of `Records`."""
     return _fingerprint(self, self.places)
 
-  def only(self, indices: np.ndarray) -> 'IndexedRecords':
+  def subset(self, indices: np.ndarray) -> 'IndexedRecords':
     """The data set of these images."""
-    return dataclasses.replace(self, places=self.places[indices], given=_given(self, indices))
+    return dataclasses.replace(
+      self, places=self.places[indices], overrides=_overrides_of(self, indices)
+    )
 
   def with_labels(self, labels: np.ndarray) -> 'IndexedRecords':
     """The same images with other labels, int32 `[N]`."""
-    return dataclasses.replace(self, given=labels, labelled=bool((labels >= 0).all()))
+    return dataclasses.replace(self, overrides=labels, labelled=bool((labels >= 0).all()))
 
   def sample(self, count: int) -> 'IndexedRecords':
     """`count` images, or all: always the same ones."""
-    return self.only(choose(count, len(self)))
+    return self.subset(choose(count, len(self)))
 
-  def examples(self, seed: int, batch_size: int, first: int, local: np.ndarray) -> tf.data.Dataset:
+  def train_iterator(
+    self, seed: int, batch_size: int, first: int, local: np.ndarray
+  ) -> tf.data.Dataset:
     """As of `folder.Files`."""
     return self._read(stream.rows(len(self), seed, batch_size, first, local))
 
-  def once(self, part: int = 0, parts: int = 1) -> tf.data.Dataset:
+  def iterate_once(self, part: int = 0, parts: int = 1) -> tf.data.Dataset:
     """As of `folder.Files`."""
     return self._read(stream.rows_once(len(self), part, parts).batch(256))
 
@@ -323,14 +337,14 @@ class IndexedRecords:
       records = tf.numpy_function(self._fetch, [e['index']], tf.string)
       return {**e, 'record': tf.reshape(records, tf.shape(e['index']))}
 
-    if self.given is not None:
+    if self.overrides is not None:
       with tf.init_scope():
-        given = tf.constant(self.given)
+        overrides = tf.constant(self.overrides)
 
     def example(e):
       image, label = self.parse(e.pop('record'))
-      if self.given is not None:
-        label = given[e['index']]
+      if self.overrides is not None:
+        label = overrides[e['index']]
       return {**e, 'bytes': image, 'label': label}
 
     return batches.map(fetch).unbatch().map(example)
@@ -338,18 +352,18 @@ class IndexedRecords:
 
 def _fingerprint(source, which):
   files = [f'{posixpath.basename(s.path)} {s.skip} {s.take}' for s in source.shards]
-  given = [] if source.given is None else source.given
-  return crc32('\n'.join(files), np.int64(which), np.int32(given))
+  overrides = [] if source.overrides is None else source.overrides
+  return crc32('\n'.join(files), np.int64(which), np.int32(overrides))
 
 
 def _labels(source):
-  if source.given is not None:
-    return source.given
+  if source.overrides is not None:
+    return source.overrides
   if not source.labelled:
     return np.full(len(source), -1, np.int32)
-  labels = source.once().map(lambda e: e['label']).batch(4096)
+  labels = source.iterate_once().map(lambda e: e['label']).batch(4096)
   return np.concatenate(list(stream.read(labels, source)))
 
 
-def _given(source, indices):
-  return None if source.given is None else source.given[indices]
+def _overrides_of(source, indices):
+  return None if source.overrides is None else source.overrides[indices]

@@ -7,7 +7,8 @@ import shlex
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import Arrays, check, decode, on_device, stream
+from simclr_jax.data import decode, scan, stream
+from simclr_jax.data.dataset import Arrays, fits_on_device
 from simclr_jax.data.records import IndexedRecords, Records, Shard
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
@@ -69,9 +70,9 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
   if not len(found):
     raise ConfigError(f'{what} has no images in {split!r}')
   if config.skip_bad:
-    found = check.without_bad(found)
+    found = scan.without_bad(found)
   h, w, _ = features['image'].shape
-  if h and w and on_device(config, len(found) * h * w * 3):
+  if h and w and fits_on_device(config, len(found) * h * w * 3):
     return decode.read_all(found, h, w) or found
   return found
 
@@ -130,8 +131,8 @@ def _from_directory(folder):
     ) from None
 
 
-def positives(config: ml_collections.ConfigDict, split: str) -> np.ndarray | None:
-  """Which classes are on each image of a data set with several labels an image, such as VOC 2007.
+def multilabels(config: ml_collections.ConfigDict, split: str) -> np.ndarray | None:
+  """The classes of each image of a data set with several labels per image, such as VOC 2007.
 
   Returns:
     bool `[N, C]` in the order of `load`; None without a feature `labels` that is a sequence of classes.

@@ -1,1 +1,1 @@
-"""What an encoder is worth: one file for each protocol."""
+"""Measurements of a frozen encoder, one file per protocol."""

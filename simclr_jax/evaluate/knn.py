@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from simclr_jax import losses, sharding, stopping
+from simclr_jax import losses, sharding
+from simclr_jax.runtime import preemption
 
 BLOCK = 32768  # bank rows at a time on each device
 
@@ -22,14 +23,14 @@ def predict(
 ) -> np.ndarray:
   """Classes of `queries` by the k training images nearest in cosine similarity.
 
-  A neighbour of similarity s counts exp(s / temperature) for its class. The bank is split over the devices;
-  of its similarities, a device holds `[block, BLOCK]` at a time.
+  A neighbour of similarity s votes for its class with weight exp(s / temperature). The bank is split over the
+  devices; a device computes `[block, BLOCK]` similarities at a time.
 
   Args:
     bank: training features, `[m, d]`.
-    labels: their classes, whole numbers from 0, `[m]`.
+    labels: their classes, integers from 0, `[m]`.
     queries: features to classify, `[n, d]`.
-    k: neighbours; at most m.
+    k: number of neighbours; at most m.
     temperature: above 0.
     block: queries at a time.
 
@@ -51,12 +52,10 @@ def predict(
 def neighbours(
   bank: np.ndarray, queries: np.ndarray, k: int, block: int = 1024
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The k rows of `bank` that are nearest to each query, nearest first.
-
-  Args as of `predict`.
+  """The k rows of `bank` that are nearest to each query, nearest first. Arguments as of `predict`.
 
   Returns:
-    Cosine similarities float32 `[n, k]`, and which rows, int `[n, k]`; of equal ones the first.
+    Cosine similarities float32 `[n, k]`, and row indices int `[n, k]`; of equal similarities the first row.
   """
   mesh = sharding.make_mesh()
   each = -(-len(bank) // mesh.size)  # rows a device
@@ -70,15 +69,15 @@ def neighbours(
     'bank'
   ]
   search = _search(mesh, min(k, len(bank)), len(bank))
-  found = []
+  blocks = []
   for start in range(0, len(queries), block):
-    stopping.check()
+    preemption.check()
     q = np.zeros((block, bank.shape[1]), np.float32)
     part = queries[start : start + block]
     q[: len(part)] = normalize(jnp.asarray(part, jnp.float32))
     with jax.set_mesh(mesh):
-      found.append([np.asarray(x)[: len(part)] for x in search(whole, q)])
-  return tuple(np.concatenate(x) for x in zip(*found))
+      blocks.append([np.asarray(x)[: len(part)] for x in search(whole, q)])
+  return tuple(np.concatenate(x) for x in zip(*blocks))
 
 
 @functools.lru_cache(maxsize=4)
@@ -93,7 +92,7 @@ def _search(mesh, k, rows):
       i, rows_of_block = block
       index = (number * count + i) * side + jnp.arange(side)
       s = jnp.matmul(q, rows_of_block.T, precision='highest')
-      s = jnp.where(index < rows, s, -jnp.inf)  # what only fills up
+      s = jnp.where(index < rows, s, -jnp.inf)  # padding
       s = jnp.concatenate([best[0], s], 1)
       index = jnp.concatenate([best[1], jnp.broadcast_to(index, (len(q), side))], 1)
       top, at = jax.lax.top_k(s, most)
@@ -121,5 +120,5 @@ def accuracy(
   k: int = 200,
   temperature: float = 0.1,
 ) -> float:
-  """Share of `queries` that `predict` puts into their class `query_labels`."""
+  """Share of `queries` whose class `query_labels` is predicted."""
   return float(np.mean(predict(bank, labels, queries, k, temperature) == query_labels))

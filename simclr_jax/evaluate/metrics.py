@@ -1,4 +1,4 @@
-"""What is counted when images are classified. Scores are `[n, C]`, labels int `[n]` from 0 to C - 1."""
+"""Metrics of classification. Scores are `[n, C]`, labels int `[n]` from 0 to C - 1."""
 
 import numpy as np
 
@@ -6,8 +6,8 @@ import numpy as np
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
   """Share of the images whose label is among the k highest scores.
 
-  A tie is no hit: at most k - 1 other classes may score as high as the label or higher. So equal scores
-  for all, or NaN, count as wrong.
+  A tie is a miss: at most k - 1 other classes may score as high as the label or higher. So equal scores
+  for all classes, or NaN, are misses.
   """
   own = scores[np.arange(len(labels)), labels]
   not_below = (~(scores < own[:, None])).sum(1)  # the label itself is one of them
@@ -31,8 +31,8 @@ def mean_per_class(scores: np.ndarray, labels: np.ndarray) -> float:
 def calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
   """Expected calibration error of the softmax of `scores` (Guo et al. 2017).
 
-  Predictions are put into equal bins by their probability; the difference between accuracy and mean
-  probability in each is averaged, weighted by how many are in it.
+  Predictions are binned by their probability, in bins of equal width; the difference between accuracy and mean
+  probability of each bin is averaged, weighted by its number of predictions.
   """
   shifted = np.float64(scores) - scores.max(1, keepdims=True)
   probability = 1 / np.exp(shifted).sum(1)  # of the highest
@@ -46,7 +46,7 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
   """11-point interpolated average precision of one class, as VOC 2007 defines it.
 
   Args:
-    scores: `[n]`; images of equal scores are taken together.
+    scores: `[n]`; images of equal scores form one group.
     positive: bool `[n]`, at least one true.
 
   Returns:
@@ -56,7 +56,7 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
   last = np.append(np.diff(scores[order]) != 0, True)  # of a group of equal scores
   hits = np.cumsum(positive[order])[last]
   precision = hits / (np.flatnonzero(last) + 1)
-  # Whole numbers, or 0.3 of 10 positives would not reach a recall of 0.3.
+  # Integers, because 3 / 10 positives must reach a recall of 0.3.
   reached = [10 * hits >= i * positive.sum() for i in range(11)]
   return float(np.mean([precision[r].max() for r in reached]))
 
@@ -69,10 +69,10 @@ def mean_average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 
 def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
   """`top1`, `top5` (with more than five classes), `mean_per_class`, `calibration_error`, `images`."""
-  found = {'top1': top_k(scores, labels)}
-  if scores.shape[1] > 5:
-    found['top5'] = top_k(scores, labels, 5)
-  return found | {
+  top5 = {'top5': top_k(scores, labels, 5)} if scores.shape[1] > 5 else {}
+  return {
+    'top1': top_k(scores, labels),
+    **top5,
     'mean_per_class': mean_per_class(scores, labels),
     'calibration_error': calibration_error(scores, labels),
     'images': len(labels),

@@ -1,7 +1,6 @@
-"""The linear evaluation: a classifier trained by gradient descent on the features of a frozen encoder."""
+"""The linear evaluation: a classifier trained by SGD on the features of a frozen encoder."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +10,16 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec as P
 
-from simclr_jax import losses, sharding, stopping
-from simclr_jax.data import augment, feed, order
-from simclr_jax.evaluate import features, metrics
-from simclr_jax.models import linear
+from simclr_jax import losses, sharding
+from simclr_jax.data import Dataset, augment, loader, order
+from simclr_jax.data.labels import hold_out
+from simclr_jax.encoder import Encoder
+from simclr_jax.evaluate import metrics
+from simclr_jax.models import classifier, linear
+from simclr_jax.runtime import preemption
 
-HELD_OUT = 0.1  # of the training images, to choose a learning rate with
+PyTree = Any
+HELD_OUT = 0.1  # share of the training images in the validation split that chooses a learning rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +27,12 @@ class Protocol:
   """How a linear classifier is trained. No weight decay, no warm-up, momentum 0.9.
 
   Attributes:
-    pipeline: of the training images; at the test, the encoder's own.
-    learning_rate: for each 256 images of the batch.
-    batch_size, epochs: their usual values.
-    nesterov: the kind of momentum.
-    decays: the shares of the training after which the rate falls to a tenth; (): half a cosine to 0.
-    kernel_std: of the kernel at the beginning.
+    pipeline: augmentation of the training images; test images use the pipeline of the encoder.
+    learning_rate: per 256 images of the batch.
+    batch_size, epochs: the published values.
+    nesterov: Nesterov momentum.
+    decays: shares of the training after which the rate is divided by 10; (): cosine decay to 0.
+    kernel_std: standard deviation of the initial kernel.
   """
 
   pipeline: str
@@ -41,7 +44,7 @@ class Protocol:
   kernel_std: float
 
   def schedule(self, steps: int) -> optax.Schedule:
-    """The factor on the learning rate, from 1 on."""
+    """The factor on the learning rate, starting from 1."""
     if not self.decays:
       return optax.cosine_decay_schedule(1.0, steps)
     return optax.piecewise_constant_schedule(1.0, {round(steps * at): 0.1 for at in self.decays})
@@ -55,111 +58,129 @@ PROTOCOLS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Settings:
+  """How a probe is trained, where it differs from the protocol.
+
+  Attributes:
+    epochs, batch_size: None: those of the protocol.
+    learning_rates: per 256 images of the batch; several are trained in parallel; (): that of the protocol.
+    cached: the features are computed once, of uncropped images: minutes instead of hours on a CPU.
+    seed: of order, augmentation, the kernel and the validation split.
+  """
+
+  epochs: int | None = None
+  batch_size: int | None = None
+  learning_rates: tuple[float, ...] = ()
+  cached: bool = False
+  seed: int = 0
+
+
 def train_linear(
-  encoder: features.Encoder,
-  train,
-  test,
+  encoder: Encoder,
+  train: Dataset,
+  test: Dataset,
   protocol: Protocol,
-  epochs: int | None = None,
-  batch_size: int | None = None,
-  learning_rates: tuple[float, ...] = (),
-  cached: bool = False,
-  seed: int = 0,
-  report: Callable[[int, int, float], None] | None = None,
+  settings: Settings = Settings(),  # noqa: B008  (frozen)
+  progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, Any]:
   """The linear evaluation of an encoder, in evaluation mode, on all devices.
 
-  Several learning rates are tried at once, each with a classifier of its own on the same features; then
-  a tenth of the training images is held out, and the classifier that is best on it is tested.
+  Several learning rates are trained in parallel, each with a classifier of its own on the same features; then
+  a tenth of the training images is a validation split, and the classifier that is best on it is tested.
 
   Args:
     encoder: what is evaluated.
-    train, test: labelled images.
+    train, test: labelled images. A batch size larger than `train` is reduced.
     protocol: of `PROTOCOLS`.
-    epochs, batch_size, learning_rates: instead of the protocol's; a larger batch than the data is cut.
-    cached: compute the features once, of uncropped images: minutes instead of hours on a CPU.
-    seed: of order, augmentation, the kernel and what is held out.
-    report: told (step, steps, loss) now and then.
+    settings: other values than those of the protocol.
+    progress: called with (step, steps, loss) every 50 steps.
 
   Returns:
     `metrics.classification` on `test` after the last step; `learning_rate`; with several, `held_out`,
-    the accuracy of each; and the settings.
-
-  Raises:
-    RuntimeError: the encoder changed, by a bit of a parameter or of a BatchNorm statistic.
+    the validation accuracy of each; and the settings.
   """
-  before = encoder.digest()
-  rates = learning_rates or (protocol.learning_rate,)
-  classes = max(train.classes, test.classes)
-  held = None
+  rates = settings.learning_rates or (protocol.learning_rate,)
+  classes, seed = max(train.classes, test.classes), settings.seed
+  validation = None
   if len(rates) > 1:
-    chosen = np.random.default_rng(seed).permutation(len(train))
-    cut = max(round(HELD_OUT * len(train)), 1)
-    train, held = train.only(np.sort(chosen[cut:])), train.only(np.sort(chosen[:cut]))
+    rest, held_out = hold_out(len(train), HELD_OUT, seed)
+    train, validation = train.subset(rest), train.subset(held_out)
   mesh = sharding.make_mesh()
-  batch_size = min(batch_size or protocol.batch_size, len(train))
+  batch_size = min(settings.batch_size or protocol.batch_size, len(train))
   batch_size = max(batch_size - batch_size % mesh.size, mesh.size)
-  epochs = epochs or protocol.epochs
+  epochs = settings.epochs or protocol.epochs
   total = max(epochs * len(train) // batch_size, 1)
 
   test_h, test_labels = encoder.embed(test)
-  heads = _start(test_h.shape[1], classes, len(rates), protocol.kernel_std, seed)
+  heads = _init_heads(test_h.shape[1], classes, len(rates), protocol.kernel_std, seed)
   # The momentum does not depend on the rate, so one optimizer serves all of them.
   optimizer = optax.sgd(protocol.schedule(total), momentum=0.9, nesterov=protocol.nesterov)
-  step = _stepper(encoder, protocol.pipeline, optimizer, rates, batch_size, cached, seed, mesh)
-  if cached:
-    h, labels = encoder.embed(train)
-    constants = sharding.put_replicated(mesh, {'images': h, 'label': labels})
-    close = None
-
-    def batches(i):
-      return sharding.put_batch(mesh, order.rows(seed, i, batch_size, len(train)))
-  else:
-    size = encoder.architecture['image_size']
-    batches = feed.for_training(train, seed, batch_size, (protocol.pipeline,), size, mesh)
-    constants, close = batches.constants, batches.close
+  step = training_step(encoder, protocol, optimizer, rates, batch_size, settings, mesh)
+  constants, batches, close = _batches(encoder, train, protocol, batch_size, settings, mesh)
   state = sharding.put_replicated(mesh, (heads, optimizer.init(heads)))
   variables = sharding.put_replicated(mesh, encoder.variables)
   for i in range(total):
     state, error = step(state, variables, constants, batches(i))
-    stopping.check()
-    if report and (i % 50 == 0 or i + 1 == total):
-      report(i + 1, total, float(error))
-  if close:
-    close()
+    preemption.check()
+    if progress and (i % 50 == 0 or i + 1 == total):
+      progress(i + 1, total, float(error))
+  close()
 
-  heads = jax.device_get(state[0])
-  each = [{k: v[i] for k, v in heads.items()} for i in range(len(rates))]
-  found = {}
-  best = 0
-  if held is not None:
-    held_h, held_labels = encoder.embed(held)
-    scores = [metrics.top_k(np.asarray(linear.logits(head, held_h)), held_labels) for head in each]
-    best, found['held_out'] = int(np.argmax(scores)), dict(zip(map(str, rates), scores))
-  if encoder.digest() != before:
-    raise RuntimeError('the encoder changed during its evaluation')
+  stacked = jax.device_get(state[0])
+  heads = [{k: v[i] for k, v in stacked.items()} for i in range(len(rates))]
+  best, chosen = 0, {}
+  if validation is not None:
+    h, labels = encoder.embed(validation)
+    scores = [metrics.top_k(np.asarray(linear.logits(head, h)), labels) for head in heads]
+    best, chosen = int(np.argmax(scores)), {'held_out': dict(zip(map(str, rates), scores))}
   return {
-    **metrics.classification(np.asarray(linear.logits(each[best], test_h)), test_labels),
-    **found,
+    **metrics.classification(np.asarray(linear.logits(heads[best], test_h)), test_labels),
+    **chosen,
     'learning_rate': rates[best],
     'epochs': epochs,
     'batch_size': batch_size,
-    'cached': cached,
+    'cached': settings.cached,
     'train_images': len(train),
     'test_images': len(test),
   }
 
 
-def _start(d, classes, count, std, seed):
+def _init_heads(d, classes, count, std, seed):
   """`count` equal classifiers, stacked."""
   kernel = std * jax.random.normal(jax.random.key(seed), (d, classes))
   head = linear.init(d, classes) | {'kernel': kernel}
   return jax.tree.map(lambda x: jnp.stack([x] * count), head)
 
 
-def _stepper(encoder, pipeline, optimizer, rates, batch_size, cached, seed, mesh):
-  """A jitted function: (heads and slots), the encoder's variables, a batch -> the next ones, mean loss."""
-  forward = features.make_forward(encoder.architecture)
+def _batches(encoder, train, protocol, batch_size, settings, mesh):
+  """Constants and batches for `training_step`, and a function that ends the loading."""
+  if settings.cached:
+    h, labels = encoder.embed(train)
+    constants = sharding.put_replicated(mesh, {'images': h, 'label': labels})
+
+    def batches(i):
+      rows = order.rows(settings.seed, i, batch_size, len(train))
+      return sharding.put_batch(mesh, rows)
+
+    return constants, batches, lambda: None
+  size = encoder.architecture['image_size']
+  loaded = loader.for_training(train, settings.seed, batch_size, (protocol.pipeline,), size, mesh)
+  return loaded.constants, loaded, lambda: loaded.close()
+
+
+def training_step(
+  encoder: Encoder,
+  protocol: Protocol,
+  optimizer: optax.GradientTransformation,
+  rates: tuple[float, ...],
+  batch_size: int,
+  settings: Settings,
+  mesh: jax.sharding.Mesh,
+) -> Callable[..., tuple[PyTree, jax.Array]]:
+  """A jitted function `(heads and optimizer state, variables of the encoder, constants, batch)` -> `(the next heads
+  and optimizer state, mean loss of the first head)`."""
+  forward = classifier.forward(encoder.architecture)
   size = encoder.architecture['image_size']
   scale = jnp.asarray(rates, jnp.float32) * batch_size / 256
 
@@ -169,12 +190,13 @@ def _stepper(encoder, pipeline, optimizer, rates, batch_size, cached, seed, mesh
 
   def step(state, variables, constants, rows):
     heads, slots = state
-    batch = feed.pick(constants, rows)
+    batch = loader.with_images(constants, rows)
     h = batch['images']
-    if not cached:
+    if not settings.cached:
       views = augment.views(
-        h, batch['epoch'], batch['position'], (pipeline,), seed, size, batch.get('crops')
-      )
+        h, batch['epoch'], batch['position'], (protocol.pipeline,), settings.seed, size,
+        batch.get('crops'),
+      )  # fmt: skip
       h = jax.lax.stop_gradient(forward(variables, views[:, 0]))
     grads, error = jax.grad(losses_of, has_aux=True)(heads, h, batch['label'])
     updates, slots = optimizer.update(grads, slots)
@@ -186,7 +208,6 @@ def _stepper(encoder, pipeline, optimizer, rates, batch_size, cached, seed, mesh
     step, in_shardings=(whole, whole, whole, by_row), out_shardings=whole, donate_argnums=0
   )
 
-  @functools.wraps(step)
   def run(*args):
     with jax.set_mesh(mesh):
       return jitted(*args)

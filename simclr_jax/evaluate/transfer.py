@@ -1,24 +1,23 @@
-"""Transfer: what the features of one data set are worth on others (SimCLR, section 6.3 and appendix B.8).
+"""Transfer: the features of one data set evaluated on others (SimCLR, section 6.3 and appendix B.8).
 
-Logistic regression (`logistic.swept`) on frozen features, images resized to the encoder's size by their
-shorter side and cut to the central square; and fine-tuning with all labels.
+Logistic regression (`lbfgs.sweep_l2`) on frozen features of images whose shorter side is resized to the size of
+the encoder, and which are cropped to the central square.
 """
 
 import dataclasses
-import pathlib
-import re
-from typing import Any
+from collections.abc import Mapping
 
-import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, data, distributed, paths
-from simclr_jax.data import discover
+from simclr_jax import config as recipes, data
+from simclr_jax.data import Dataset, discover
+from simclr_jax.data.labels import hold_out
+from simclr_jax.encoder import Encoder, raw_pixels
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import features, finetune, logistic, metrics
+from simclr_jax.evaluate import lbfgs, logistic, metrics
 
 MAP = '11-point mAP'
-# Data sets of the paper that are not measured by top-1.
+# Data sets of the paper whose metric is not top-1.
 METRICS = {
   'oxford_iiit_pet': 'mean per class',
   'oxford_flowers102': 'mean per class',
@@ -26,7 +25,7 @@ METRICS = {
   'fgvc_aircraft': 'mean per class',
   'voc': MAP,
 }
-HELD_OUT = 0.2  # of a data set without a test split
+HELD_OUT = 0.2  # share of the images that is the test set of a data set without one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,27 +34,27 @@ class Task:
 
   Attributes:
     train, test: its images.
-    place: the fields of a recipe that say where they are.
-    metric: 'top-1', 'mean per class' or, with several labels an image, `MAP`.
-    truth: the labels of train and of test, int `[n]` or, several an image, bool `[n, C]`.
+    location: the fields of a recipe that name the data set.
+    metric: 'top-1', 'mean per class' or, with several labels per image, `MAP`.
+    truth: the labels of train and of test, int `[n]` or, with several per image, bool `[n, C]`.
   """
 
-  train: Any
-  test: Any
-  place: dict[str, str]
+  train: Dataset
+  test: Dataset
+  location: dict[str, str]
   metric: str
   truth: tuple[np.ndarray, np.ndarray]
 
 
 def metric(what: str) -> str:
-  """How the paper measures a data set of this name; 'top-1' for all that it does not have."""
+  """The metric of the paper for a data set of this name; 'top-1' for others."""
   return METRICS.get(what.split('/')[0].split(':')[0], 'top-1')
 
 
 def load(what: str, folder: str = '') -> Task:
-  """What `--data` would take.
+  """The task of a data set, named as for `--data`.
 
-  The training set of TFDS's with a validation and a test split is both the others. Without a test split, a
+  With a validation and a test split in TFDS, training uses train+validation. Without a test split, a
   fifth of the training images is the test set.
 
   Args:
@@ -63,29 +62,28 @@ def load(what: str, folder: str = '') -> Task:
     folder: TFDS's `data_dir`.
 
   Raises:
-    ConfigError: it is missing, or has no labels.
+    ConfigError: the data set is missing, or has no labels.
   """
-  place = discover.fields(what)
-  if place['data.source'] == 'tfds':
-    place |= _splits(place['data.name'], place['data.dir'] or folder)
-  config = recipes.load('simclr_images', place).data
+  location = discover.fields(what)
+  if location['data.source'] == 'tfds':
+    location |= _splits(location['data.name'], location['data.dir'] or folder)
+  config = recipes.load('simclr_images', location).data
   train = data.load(config, 'train')
   test = data.load(config, 'test') if config.test_split else None
   if config.source == 'tfds' and not train.labelled:
     from simclr_jax.data import tfds  # needs TensorFlow
 
-    several = tfds.positives(config, config.train_split)
-    if test and several is not None:
-      return Task(train, test, place, MAP, (several, tfds.positives(config, config.test_split)))
+    truth = tfds.multilabels(config, config.train_split)
+    if test and truth is not None:
+      return Task(train, test, location, MAP, (truth, tfds.multilabels(config, config.test_split)))
   if not train.labelled:
     raise ConfigError(f'{what} has no labels')
   if not test:
-    order = np.random.default_rng(0).permutation(len(train))
-    cut = round(HELD_OUT * len(train))
-    train, test = train.only(np.sort(order[cut:])), train.only(np.sort(order[:cut]))
+    rest, held_out = hold_out(len(train), HELD_OUT)
+    train, test = train.subset(rest), train.subset(held_out)
   if not test.labelled:
     raise ConfigError(f'the test images of {what} have no labels')
-  return Task(train, test, place, metric(what), (train.labels, test.labels))
+  return Task(train, test, location, metric(what), (train.labels, test.labels))
 
 
 def _splits(name, folder):
@@ -97,102 +95,25 @@ def _splits(name, folder):
   return {'data.dir': folder, 'data.train_split': train, 'data.test_split': test}
 
 
-def linear(encoders: dict[str, features.Encoder], task: Task) -> dict[str, float]:
+def linear(encoders: Mapping[str, Encoder | None], task: Task) -> dict[str, float]:
   """The metric of logistic regression on the features of each encoder; None: raw pixels."""
   measure = {MAP: metrics.mean_average_precision, 'mean per class': metrics.mean_per_class}
-  measure, (known, truth) = measure.get(task.metric, metrics.top_k), task.truth
-  found = {}
+  measure = measure.get(task.metric, metrics.top_k)
+  train_labels, truth = task.truth
+  results = {}
   for name, encoder in encoders.items():
-    embed = _whole(encoder).embed if encoder else features.raw_pixels
+    embed = _whole_image(encoder).embed if encoder else raw_pixels
     x, test = (embed(part)[0] for part in (task.train, task.test))
     if not encoder:
       x, test = logistic.standardize(x, test)
-    scores, _ = logistic.swept(x, known, test)
-    if truth.ndim == 1:  # classes of the test images alone
+    scores, _ = lbfgs.sweep_l2(x, train_labels, test)
+    if truth.ndim == 1:  # classes that only test images have
       unseen = max(0, truth.max() + 1 - scores.shape[1])
       scores = np.pad(scores, ((0, 0), (0, unseen)), constant_values=-np.inf)
-    found[name] = measure(scores, truth)
-  return found
+    results[name] = measure(scores, truth)
+  return results
 
 
-def _whole(encoder):
-  view = {**encoder.architecture, 'eval_view': 'center_crop(1)'}
-  return dataclasses.replace(encoder, architecture=view)
-
-
-def tuned(
-  workdir: pathlib.Path,
-  config: ml_collections.ConfigDict,
-  spec: str,
-  overrides: dict[str, str],
-  called: str,
-  task: Task,
-  pretrained: bool,
-  command: str,
-) -> float:
-  """The metric after training with all labels, from the run `workdir` on or, not `pretrained`, from scratch.
-
-  The training is in workdir/transfer/.
-  """
-  recipe = finetune.recipe(spec, config, {**task.place, 'data.test_split': '', **overrides})
-  chosen, images = finetune.with_labels(recipe, task.train, '100%', 0)
-  with chosen.unlocked():
-    if pretrained:
-      chosen.init_from = str(paths.absolute(workdir))
-    else:
-      chosen.head_layer, chosen.fine_tune_after_block = 0, -1
-  name = re.sub(r'[:/]+', '-', called.strip('/'))
-  folder = workdir / 'transfer' / (name if pretrained else f'{name}-scratch')
-  finetune.run(chosen, images, folder, command)
-  result = finetune.test(folder, task.test)
-  return result['mean_per_class' if task.metric == 'mean per class' else 'top1']
-
-
-def table(
-  workdir: pathlib.Path,
-  config: ml_collections.ConfigDict,
-  encoders: dict[str, features.Encoder],
-  to: list[str],
-  folder: str,
-  spec: str,
-  overrides: dict[str, str],
-  fine_tune: bool,
-  command: str,
-) -> dict[str, Any]:
-  """All data sets `to`: a result to be kept. One that is missing has a row that says so.
-
-  With the untrained encoder among `encoders`, what is fine-tuned is trained from scratch, too.
-  """
-  trainings = {'from scratch': False} if 'untrained' in encoders else {}
-  trainings = trainings | {'fine-tuned': True} if fine_tune else {}
-  columns = [*encoders, *trainings]
-  rows, notes, sizes = {}, {}, {}
-  for what in to:
-    place = pathlib.PurePosixPath(what.rstrip('/'))
-    called = place.parent.name if re.fullmatch(r'\d+\.\d+\.\d+', place.name) else place.name
-    called = what if any(name.startswith(f'{called} (') for name in rows) else called
-    print(f'\n{what}', flush=True)
-    try:
-      task = distributed.together(lambda what=what: load(what, folder))
-    except ConfigError as error:
-      name = f'{called} ({metric(what)})'
-      rows[name], notes[name] = [[None, None]] * len(columns), f'missing: {error}'
-      print(notes[name], flush=True)
-      continue
-    name = f'{called} ({task.metric})'
-    sizes[name] = [len(task.train), len(task.test)]
-    found = linear(encoders, task)
-    if fine_tune and task.metric == MAP:
-      notes[name] = 'not fine-tuned: it has several labels an image'
-    else:
-      for column, pretrained in trainings.items():
-        found[column] = tuned(workdir, config, spec, overrides, called, task, pretrained, command)
-    rows[name] = [[100 * found[c], None] if c in found else [None, None] for c in columns]
-    print('  '.join(f'{c} {100 * found[c]:.1f}' for c in found), flush=True)
-  return {
-    'title': 'Transfer: logistic regression on frozen features, %',
-    'columns': columns,
-    'rows': rows,
-    'notes': notes,
-    'settings': {'images': sizes},
-  }
+def _whole_image(encoder):
+  architecture = {**encoder.architecture, 'eval_view': 'center_crop(1)'}
+  return dataclasses.replace(encoder, architecture=architecture)

@@ -1,4 +1,4 @@
-"""The memory bank that MoCo is compared to: a remembered feature of every image of the data set.
+"""The memory bank that MoCo is compared to: one stored feature per image of the data set.
 
 Source: Wu et al. 2018 (InstDisc), with MoCo's loss and evaluation (He et al. 2020, figure 2b). One view
 of each image is a query; its positive is the bank's row of the same image, its negatives are rows
@@ -10,24 +10,30 @@ import jax.numpy as jnp
 import ml_collections
 
 from simclr_jax import losses, sharding
+from simclr_jax.fields import Choices, Field, Range
 from simclr_jax.methods import Method
-from simclr_jax.models import tower
+from simclr_jax.models import network
 
 FIELDS = {
-  'temperature': (0.07, (0.02, None)),  # below, exp(1 / T) leaves float32
-  # nce: InstDisc's, with the constant Z of the first batch.
-  'loss': ('info_nce', ('info_nce', 'nce')),
-  'negatives': (65536, (1, None)),
-  # One draw for all queries; or one for each: n times the memory, and each device gets the whole bank.
-  'negatives_per': ('batch', ('batch', 'example')),
-  'bank_momentum': (0.5, (0.0, 1.0)),  # share of its old value that a row keeps
-}
+  # Below 0.02, exp(1 / T) is not a float32 any more.
+  'temperature': Field(0.07, 'divides the similarities', Range(0.02)),
+  'loss': Field(
+    'info_nce', "nce: InstDisc's, with the constant Z of the first batch",
+    Choices('info_nce', 'nce'),
+  ),
+  'negatives': Field(65536, 'rows of the bank that are drawn as negatives', Range(1)),
+  'negatives_per': Field(
+    'batch', 'one draw per batch; or one per example: n times the memory, the whole bank on each device',
+    Choices('batch', 'example'),
+  ),
+  'bank_momentum': Field(0.5, 'share of its old value that a row keeps', Range(0.0, 1.0)),
+}  # fmt: skip
 
 
 def build(config: ml_collections.ConfigDict) -> Method:
   """f, g: ResNet and head; loss: InfoNCE or NCE against rows of the bank, which get no gradient."""
-  net = tower.build(config)
-  examples, d = config.data.examples, tower.output_size(config)
+  net = network.build(config)
+  examples, d = config.data.examples, network.output_size(config)
   rows = examples + -examples % config.batch_size  # divisible by the devices, as the batch is
 
   def init(rng, batch):
@@ -40,12 +46,12 @@ def build(config: ml_collections.ConfigDict) -> Method:
   def loss(params, state, batch, rng):
     n, bank, Z = len(batch['views']), state['bank'], state['Z']
     index = sharding.replicate(batch['index'])
-    hiddens, stats = net.apply(params, state['stats'], batch['views'][:, 0])
-    v = losses.l2_normalize(hiddens[-1])  # [n, d]
+    outputs, stats = net.apply(params, state['stats'], batch['views'][:, 0])
+    v = losses.l2_normalize(outputs[-1])  # [n, d]
     shape = (config.negatives,) if config.negatives_per == 'batch' else (n, config.negatives)
     drawn = jax.random.randint(rng, shape, 0, examples)
     old = sharding.replicate(bank[index])  # [n, d]
-    positives, negatives = sharding.by_rows(old), bank[drawn]  # [n, d], [K, d] or [n, K, d]
+    positives, negatives = sharding.shard_rows(old), bank[drawn]  # [n, d], [K, d] or [n, K, d]
     if config.loss == 'info_nce':
       value, metrics = losses.info_nce(v, positives, negatives, config.temperature)
     else:
@@ -60,15 +66,12 @@ def build(config: ml_collections.ConfigDict) -> Method:
     metrics = {
       'loss': value,
       **metrics,
-      'features': hiddens[0],
+      'features': outputs[0],
       'embeddings': jnp.stack([v, losses.l2_normalize(positives)], axis=1),
     }
     return value, ({'stats': stats, 'bank': bank, 'Z': Z}, metrics)
 
-  return Method(
-    init,
-    loss,
-    encoder=lambda params, state: tower.encoder(params, state['stats']),
-    views=1,
-    row_state=('bank',),
-  )
+  def encoder(params, state):
+    return network.encoder(params, state['stats'])
+
+  return Method(init, loss, encoder, views=1, contrastive=True, sharded_state=('bank',))

@@ -1,37 +1,44 @@
 """SimCLR (Chen et al. 2020): two views of an image agree, all other images in the batch differ.
 
 Version 2 (Chen et al. 2020, "Big self-supervised models...") has a deeper head, and with `queue_size`
-its memory: the outputs of a slowly moving copy of the network, for the last images seen, are further
-negatives. The released code leaves the memory out; here the copy sees both views, and the queue gets
-both of its outputs after the loss was computed.
+its memory: the outputs of an EMA copy of the network, for the last images seen, are additional
+negatives. The released code lacks the memory; here the EMA network sees both views, and the queue gets
+both of its outputs after the loss is computed.
 """
 
 import jax
 import ml_collections
 
-from simclr_jax import ema, losses, queue, sharding
+from simclr_jax import losses, sharding
 from simclr_jax.errors import ConfigError
+from simclr_jax.fields import Choices, Field, Range
 from simclr_jax.methods import Method
-from simclr_jax.models import tower
+from simclr_jax.models import network
+from simclr_jax.momentum import encode, enqueue, init_ema, init_queue, queue_metrics, update_ema
 
 FIELDS = {
   # All but the first are the alternatives of the paper's table 4, and the classic one.
-  'loss': ('nt_xent', ('nt_xent', 'nt_logistic', 'margin_triplet', 'pairwise_margin')),
-  'temperature': (0.1, (1e-3, None)),
-  'margin': (0.8, (0.0, 2.0)),  # of the margin losses
-  # nt_logistic, margin_triplet: only the semi-hard negative of each anchor.
-  'semi_hard': (False, (False, True)),
-  'loss_scale': (1.0, (1e-6, None)),
-  'queue_size': (0, (0, None)),  # of the memory; 0: none
-  'key_momentum': (0.999, (0.0, 1.0)),
-}
+  'loss': Field(
+    'nt_xent', 'the contrastive loss',
+    Choices('nt_xent', 'nt_logistic', 'margin_triplet', 'pairwise_margin'),
+  ),
+  'temperature': Field(0.1, 'divides the similarities', Range(1e-3)),
+  'margin': Field(0.8, 'of the margin losses', Range(0.0, 2.0)),
+  'semi_hard': Field(
+    False, 'nt_logistic, margin_triplet: only the semi-hard negative of each anchor',
+    Choices(False, True),
+  ),
+  'loss_scale': Field(1.0, 'factor on the loss that is minimised', Range(1e-6)),
+  'queue_size': Field(0, 'keys in the memory of SimCLR v2; 0: no memory', Range(0)),
+  'key_momentum': Field(0.999, 'momentum of the EMA encoder of the memory', Range(0.0, 1.0)),
+}  # fmt: skip
 
 
 def build(config: ml_collections.ConfigDict) -> Method:
   """f: ResNet with BatchNorm over the global batch; g: projection head; loss: NT-Xent."""
   if config.queue_size and config.loss != 'nt_xent':
     raise ConfigError(f'queue_size={config.queue_size}: the memory is for loss=nt_xent only')
-  net = tower.build(config)
+  net = network.build(config)
   memory = config.queue_size > 0
 
   def contrast(z, negatives):
@@ -48,30 +55,33 @@ def build(config: ml_collections.ConfigDict) -> Method:
     params, stats = net.init(net_key, batch['views'][:, 0])
     state = {'stats': stats}
     if memory:
-      state['key'] = ema.start(params, stats)
-      state['queue'] = queue.start(queue_key, config.queue_size, tower.output_size(config))
+      state['key'] = init_ema(params, stats)
+      state['queue'] = init_queue(queue_key, config.queue_size, network.output_size(config))
     return params, state
 
   def loss(params, state, batch, rng):
     del rng
     n, views = batch['views'].shape[:2]
     x = batch['views'].reshape(n * views, *batch['views'].shape[2:])  # rows 2i, 2i + 1: image i
-    hiddens, stats = net.apply(params, state['stats'], x)
+    outputs, stats = net.apply(params, state['stats'], x)
     new, negatives = {'stats': stats}, None
     if memory:
-      key = ema.follow(state['key'], params, config.key_momentum)
-      k, new['key'] = ema.encode(net, key, x)
+      key = update_ema(state['key'], params, config.key_momentum)
+      k, new['key'] = encode(net, key, x)
       negatives = state['queue']['rows']
-      new['queue'] = queue.push(state['queue'], sharding.replicate(k))
-    value, metrics = contrast(hiddens[-1], negatives)
+      new['queue'] = enqueue(state['queue'], sharding.replicate(k))
+    value, metrics = contrast(outputs[-1], negatives)
     z = metrics.pop('z')  # [2n, d]
     if memory:
-      metrics |= queue.figures(state['queue'], len(z))
+      metrics |= queue_metrics(state['queue'], len(z))
     metrics |= {
       'loss': value,
-      'features': hiddens[0],
+      'features': outputs[0],
       'embeddings': z.reshape(n, views, -1),
     }
     return config.loss_scale * value, (new, metrics)
 
-  return Method(init, loss, encoder=lambda params, state: tower.encoder(params, state['stats']))
+  def encoder(params, state):
+    return network.encoder(params, state['stats'])
+
+  return Method(init, loss, encoder, joint_views=2, contrastive=True, ema_state=('key',))

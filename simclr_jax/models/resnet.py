@@ -1,4 +1,4 @@
-"""ResNets in the two dialects that published contrastive weights come in."""
+"""ResNets in the two variants that published contrastive weights come in."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ DEPTHS = {
 }
 # stem -> (kernel, stride, max-pool?)
 STEMS = {'imagenet': (7, 2, True), 'strided': (3, 2, False), 'cifar': (3, 1, False)}
-DIALECTS = ('simclr', 'torchvision')
+VARIANTS = ('simclr', 'torchvision')
 # name -> (mean, standard deviation) of red, green, blue, in [0, 1]; besides, there is 'none'.
 NORMALIZE = {
   'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -137,7 +137,7 @@ class Block(nn.Module):
 class ResNet(nn.Module):
   """ResNet v1.5 without a classifier: images -> pooled features h.
 
-  The two dialects differ in five places:
+  The two variants differ in five places:
 
   =================  ================================  ====================================
   .                  'simclr'                          'torchvision'
@@ -154,7 +154,7 @@ class ResNet(nn.Module):
     width_multiplier: factor on all channel counts.
     stem: 'imagenet' (7x7 stride 2, max-pool), 'cifar' (3x3 stride 1), or between them, for images
       of 64 pixels and for laptops, 'strided' (3x3 stride 2).
-    dialect: 'simclr' or 'torchvision'.
+    variant: 'simclr' or 'torchvision'.
     groups, layout: of the batch normalisation.
     sk_ratio: above 0, the SK networks of SimCLR v2 (0.0625 there): selective kernels in bottleneck
       blocks, average pooling in projections and three 3x3 convolutions for the 7x7 (ResNet-D).
@@ -165,14 +165,14 @@ class ResNet(nn.Module):
     frozen: the stem and the groups up to this one normalise with their running statistics and leave
       them alone in training, too; 0: the stem only, -1: nothing.
 
-  Source: He et al. 2016; Chen et al. 2020a, 2020b (SimCLR v1, v2) for the first dialect; He et al.
+  Source: He et al. 2016; Chen et al. 2020a, 2020b (SimCLR v1, v2) for the first variant; He et al.
   2019 for ResNet-D.
   """
 
   depth: int = 50
   width_multiplier: float = 1.0
   stem: str = 'imagenet'
-  dialect: str = 'simclr'
+  variant: str = 'simclr'
   groups: int = 1
   layout: str = 'contiguous'
   sk_ratio: float = 0.0
@@ -188,12 +188,12 @@ class ResNet(nn.Module):
     for name, value, allowed in (
       ('depth', self.depth, tuple(DEPTHS)),
       ('stem', self.stem, tuple(STEMS)),
-      ('dialect', self.dialect, DIALECTS),
+      ('variant', self.variant, VARIANTS),
       ('normalize', self.normalize, ('none', *NORMALIZE)),
     ):
       if value not in allowed:
         raise ValueError(f'ResNet {name} {value!r} is not one of {allowed}')
-    simclr = self.dialect == 'simclr'
+    simclr = self.variant == 'simclr'
     blocks, bottleneck = DEPTHS[self.depth]
     norm = partial(
       BatchNorm, groups=self.groups, layout=self.layout, unbiased=not simclr, dtype=self.dtype
@@ -249,13 +249,6 @@ def is_frozen(name: str, frozen: int) -> bool:
   return (0 if name.startswith('stem') else int(name[5])) <= frozen
 
 
-def compute_dtype(name: str) -> Any:
-  """'float32', 'bfloat16', or 'auto': bfloat16 on accelerators and float32 on CPUs."""
-  if name == 'auto':
-    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
-  return jnp.dtype(name)
-
-
 def from_config(
   config: Any, dtype: Any = jnp.float32, frozen: int = -1, rematerialize: bool = False
 ) -> ResNet:
@@ -264,7 +257,7 @@ def from_config(
     depth=config['depth'],
     width_multiplier=config['width_multiplier'],
     stem=config['stem'],
-    dialect=config['dialect'],
+    variant=config['variant'],
     groups=config['bn_groups'],
     layout=config['bn_layout'],
     sk_ratio=config['sk_ratio'],

@@ -8,12 +8,21 @@ import jax
 import ml_collections
 import numpy as np
 
-from simclr_jax import data, goodput, health, logs, losses, methods, paths, sharding
-from simclr_jax.data import augment, feed
+from simclr_jax import (
+  config as recipes,
+  data,
+  diagnostics,
+  encoder as encoders,
+  losses,
+  methods,
+  runs,
+  sharding,
+)
+from simclr_jax.data import augment, loader
 from simclr_jax.errors import ConfigError
-from simclr_jax.evaluate import features, run
-from simclr_jax.interop import orbax
+from simclr_jax.evaluate import results
 from simclr_jax.report import figures
+from simclr_jax.runtime import files, goodput, logs, paths
 
 MAP_IMAGES = 1500
 QUERIES, NEIGHBOURS = 6, 8
@@ -51,7 +60,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
   """Writes the report of a run to the file `out`."""
   if not out.parent.is_dir():
     raise ConfigError(f'--out={out}: the folder {out.parent} does not exist')
-  encoder = orbax.load_encoder(workdir)
+  encoder = runs.load_encoder(workdir)
   train = data.load(config.data, 'train')
   try:
     test, whose = data.load(config.data, 'test'), 'held-out'
@@ -61,7 +70,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
   written = logs.read(workdir)
   records = [r for r in written if 'event' not in r]
   # The whole story comes first.
-  results = sorted(run.kept(workdir).items(), key=lambda kept: kept[0] != 'simclrv2')
+  found = sorted(results.load(workdir).items(), key=lambda kept: kept[0] != 'simclrv2')
   below = sorted(workdir.glob('*/evaluation.json'))
 
   shown = test.sample(MAP_IMAGES)
@@ -73,7 +82,7 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
     f'<h1>{html.escape(paths.absolute(workdir).name)}</h1>',
     f'<p class="lead">{html.escape(config.method)}, ResNet-{config.model.depth}, '
     f'{len(train):,} training images, step {step:,}</p>',
-    *(part for name, result in results for part in _result(name, result, test)),
+    *(part for name, result in found for part in _result(name, result, test)),
     *(part for path in below for part in _distilled(path.parent, test)),
     '<h2>Training</h2>',
     _row(figures.curves(records)) if records else '<p>No metrics yet.</p>',
@@ -93,10 +102,11 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
     f'<pre>{html.escape(json.dumps(about["config"], indent=1))}</pre>',
   ]  # fmt: skip
   title = html.escape(f'simclr_jax: {paths.absolute(workdir).name}')
-  out.write_text(
+  files.write_text(
+    out,
     '<!doctype html><html lang="en"><meta charset="utf-8">'
     '<meta name="viewport" content="width=device-width">'
-    f'<title>{title}</title><style>{STYLE}</style>\n' + '\n'.join(parts) + '\n</html>\n'
+    f'<title>{title}</title><style>{STYLE}</style>\n' + '\n'.join(parts) + '\n</html>\n',
   )
 
 
@@ -104,7 +114,7 @@ def _table(result):
   head = ''.join(f'<th class="n">{html.escape(c)}</th>' for c in result['columns'])
   rows = ''.join(
     f'<tr><td>{html.escape(name)}</td>'
-    + ''.join(f'<td class="n">{run.cell(*c)}</td>' for c in cells)
+    + ''.join(f'<td class="n">{results.cell(*c)}</td>' for c in cells)
     + '</tr>'
     for name, cells in result['rows'].items()
   )
@@ -160,7 +170,7 @@ def _classes(runs, test):
 
 def _distilled(workdir, test):
   """Teacher against student, of students that are kept below the run."""
-  result = run.kept(workdir).get('distillation')
+  result = results.load(workdir).get('distillation')
   if not result:
     return
   found = result.get('runs', {}).get('student')
@@ -215,7 +225,7 @@ def _names(dataset, count):
 def _embedding(shown, whose, encoder, h, labels):
   """The map before and after the training, and nearest neighbours."""
   names = [] if labels is None else _names(shown, int(labels.max()) + 1)
-  untrained = features.untrained(encoder.architecture)
+  untrained = encoders.untrained(encoder.architecture)
   before = untrained.embed(shown)[0]
   yield '<h2>What it makes of it</h2>'
   yield f'<p>{len(shown):,} {whose} images, t-SNE of their features before and after the training.</p><p>'
@@ -237,7 +247,7 @@ def _speed(records):
   """Who the training waits for."""
   waits = [r for r in records[1:] if r.get('data_wait') is not None]
   if waits:
-    share = health.data_wait(records)
+    share = diagnostics.data_wait(records)
     who = 'reading and decoding on the host' if share > 0.1 else 'computing on the device'
     yield (
       f'<p>{waits[-1]["examples_per_second"]:,.0f} images a second; the device waits for images '
@@ -246,7 +256,7 @@ def _speed(records):
 
 
 def _health(config, records):
-  found = health.findings(config, records).values()
+  found = diagnostics.findings(config, records).values()
   for sentence in found or ['Nothing looks off.']:
     yield f'<p>{html.escape(sentence)}</p>'
   if not records:
@@ -255,7 +265,7 @@ def _health(config, records):
   last = {k: v for r in records for k, v in r.items() if v is not None}
   rows = ''.join(
     f'<tr><td>{name}</td><td class="n">{last[name]:.4g}</td><td>{html.escape(meaning)}</td></tr>'
-    for name, meaning in health.MEANING.items()
+    for name, meaning in diagnostics.GLOSSARY.items()
     if name in last
   )
   yield f'<table><caption>Last values</caption>{rows}</table>'
@@ -278,17 +288,19 @@ def _view_grid(train, config):
   n = len(few)
   pipelines = augment.pipelines(config.augment, methods.build(config).views)
   mesh = sharding.make_mesh(jax.local_devices()[:1])
-  batches = feed.for_training(few, config.seed, n, pipelines, config.image_size, mesh)
+  batches = loader.for_training(few, config.seed, n, pipelines, config.image_size, mesh)
 
   @jax.jit
   def draw(constants, rows):
-    b = feed.pick(constants, rows)
+    b = loader.with_images(constants, rows)
     return augment.views(
       b['images'], b['epoch'], b['position'], pipelines, config.seed, config.image_size,
       b.get('crops'),
     )  # fmt: skip
 
-  columns = [features.pictures(few, config.augment.eval, config.image_size)[0]]
+  columns = [
+    encoders.preprocess(few, recipes.architecture(config)['eval_view'], config.image_size)[0]
+  ]
   for step in range(2):  # a step is an epoch here
     rows = batches(step)
     views = np.asarray(draw(batches.constants, rows))[np.argsort(rows['index'])]
@@ -311,7 +323,7 @@ def _neighbours(shown, h, encoder, labels, names):
   nearest = np.argsort(-similarity, axis=1)[:, :NEIGHBOURS]
   wanted = np.unique(np.concatenate([queries, nearest.ravel()]))
   size = encoder.architecture['image_size']
-  drawn = features.pictures(shown.only(wanted), encoder.architecture['eval_view'], size)[0]
+  drawn = encoders.preprocess(shown.subset(wanted), encoder.architecture['eval_view'], size)[0]
   uris = {i: figures.picture(image) for i, image in zip(wanted, drawn)}
   for query, found in zip(queries, nearest):
     yield '<div class="strip">'

@@ -1,0 +1,71 @@
+"""ahead-of-time (AOT) compile a recipe for a TPU topology, without a TPU
+
+Examples:
+  simclr-jax compile-check --config=simclr_imagenet:v1 --topology=v3-128
+  simclr-jax compile-check --config=moco_imagenet:v2 --topology="2x v5e-16" --json
+  simclr-jax compile-check --config=simclr_imagenet:v1 --topology=v5e-64 --find-batch
+
+The TPU compiler (pip install .[compile-check]) compiles the training step as a run would, which
+takes minutes. The output has memory, operations, every collective and its purpose, and
+the bottleneck (roofline: compute, HBM or interconnect). The exit code is 1 if the step does not fit, if negatives or
+BatchNorm do not reach all devices, or if images move between devices. Fields are set as in pretrain.
+"""
+
+import json
+import os
+import shlex
+import sys
+
+from simclr_jax.commands import options
+
+
+def add_arguments(parser):
+  """Declares the arguments."""
+  parser.add_argument('--config', required=True, metavar='RECIPE', help='RECIPE or RECIPE:VARIANT')
+  parser.add_argument(
+    '--topology',
+    required=True,
+    metavar='TPU',
+    help='v3-128, v4-128, v5e-256, v5p-8, v6e-64, v5e:4x4',
+  )
+  parser.add_argument(
+    '--slices', type=options.positive, default=1, metavar='N', help='number of slices'
+  )
+  parser.add_argument('--json', action='store_true', help='print one JSON object')
+  parser.add_argument(
+    '--hlo', type=options.path, metavar='FILE', help='write the compiled program, as text'
+  )
+  parser.add_argument('--find-batch', action='store_true', help='find the largest batch that fits')
+
+
+def run(args) -> int:
+  """Compiles and prints what was found."""
+  from simclr_jax import config as recipes
+
+  recipe = recipes.load(args.config, args.overrides)
+  import jax
+
+  from simclr_jax.compile_check import check, hardware, text
+
+  os.environ.update(hardware.ENVIRONMENT)
+  jax.config.update('jax_platforms', 'cpu')  # the TPU is only described
+  topology = hardware.topology(args.topology, args.slices)
+  if args.find_batch:
+    return _find_batch(args, recipe, topology)
+  fields = [f'--config.{k}={v}' for k, v in args.overrides.items()]
+  result = check.check(recipe, topology, shlex.join([args.config, *fields]), args.hlo)
+  print(json.dumps(result, indent=1) if args.json else text.report(result))
+  if result['problems']:
+    print(f'simclr-jax: error: {"; ".join(result["problems"])}', file=sys.stderr)
+  return int(bool(result['problems']))
+
+
+def _find_batch(args, recipe, topology):
+  from simclr_jax.compile_check import check
+
+  largest = check.find_batch(
+    recipe, topology, lambda text: print(text, file=sys.stderr, flush=True)
+  )
+  result = {'recipe': args.config, 'topology': args.topology, 'largest_batch': largest}
+  print(json.dumps(result) if args.json else f'the largest batch that fits: {largest:,}')
+  return 0 if largest else 1

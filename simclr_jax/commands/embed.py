@@ -1,0 +1,49 @@
+"""extract embeddings
+
+Example:
+  simclr-jax embed --workdir=runs/c10 --data=my_photographs --out=features.parquet
+
+Without --data, the images of the run are used. The file contains the features, float32 [n, d], names and, if they
+are known, labels; a .npy file the features alone. The same command resumes an interrupted one.
+"""
+
+from simclr_jax.commands import options
+
+DETAILS = options.DATA_OVERRIDE
+
+
+def add_arguments(parser):
+  """Declares the arguments."""
+  options.workdir(parser, 'a run, or an exported encoder')
+  options.data(parser, required=False)
+  parser.add_argument('--split', choices=('train', 'test'), default='train', help='which images')
+  parser.add_argument(
+    '--out',
+    required=True,
+    type=options.path,
+    metavar='FILE',
+    help='.npz, .npy, .csv or .parquet',
+  )
+
+
+def run(args) -> int:
+  """Writes the file."""
+  from simclr_jax import data, runs
+  from simclr_jax.commands import common
+  from simclr_jax.errors import ConfigError
+  from simclr_jax.evaluate import embed
+  from simclr_jax.runtime import distributed
+
+  embed.check(args.out)
+  encoder = runs.load_encoder(args.workdir)
+  if args.data:
+    of_data = {k: v for k, v in args.overrides.items() if k.startswith('data.')}
+    recipe = common.recipe_with_data('simclr_images', args.data, of_data)
+  else:
+    recipe = common.recipe_of_run(args.workdir, args.overrides)
+  dataset = distributed.run_on_all(lambda: data.load(recipe.data, args.split))
+  if not len(dataset):
+    raise ConfigError(f'--data={args.data} holds no images')
+  data.check_same({'the images': dataset})
+  embed.embed(encoder, dataset, args.out)
+  return 0

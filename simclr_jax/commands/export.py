@@ -1,0 +1,26 @@
+"""export the encoder weights
+
+The folder gets variables/, an Orbax checkpoint of params and batch_stats, and encoder.json:
+architecture, preprocessing, provenance. The README shows how to read it without this package.
+"""
+
+from simclr_jax.commands import options
+
+
+def add_arguments(parser):
+  """Declares the arguments."""
+  options.workdir(parser)
+  parser.add_argument('--to', choices=('orbax',), default='orbax', help='the format')
+  parser.add_argument('--out', required=True, type=options.path, metavar='DIR', help='a new folder')
+
+
+def run(args) -> int:
+  """Writes the folder."""
+  from simclr_jax import runs
+  from simclr_jax.commands import common
+  from simclr_jax.interop import orbax
+
+  common.recipe_of_run(args.workdir, args.overrides)
+  orbax.export(runs.load_encoder(args.workdir), args.out)
+  print(f'wrote {args.out}')
+  return 0

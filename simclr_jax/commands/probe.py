@@ -1,0 +1,123 @@
+"""train a linear classifier on the frozen features
+
+--protocol=simclr: Nesterov SGD on cropped and flipped images, cosine decay. --protocol=moco: learning rate 30,
+divided by 10 at 60 % and 80 % of the training. --cached trains on features that are computed once, which
+takes minutes instead of hours on a CPU. With several --learning-rate values all are trained in parallel and the
+best on a 10 % validation split is used.
+
+--protocol=logistic fits a logistic regression (L-BFGS) with few labels per class, on several random subsets.
+Results are added to RUN/evaluation.json and to the report.
+"""
+
+from simclr_jax.commands import options
+
+DETAILS = options.DATA_OVERRIDE
+
+
+def add_arguments(parser):
+  """Declares the arguments."""
+  options.workdir(parser)
+  parser.add_argument(
+    '--protocol', choices=('simclr', 'moco', 'logistic'), default='simclr', help='the protocol'
+  )
+  parser.add_argument('--epochs', type=options.positive, help='simclr, moco: epochs (default: 100)')
+  parser.add_argument(
+    '--batch-size', type=options.positive, help='simclr, moco: batch size (default: 512, 256)'
+  )
+  parser.add_argument(
+    '--learning-rate',
+    type=options.above_zero_list,
+    default=(),
+    metavar='R,R,...',
+    help='simclr, moco: base learning rate, scaled by batch_size/256 (default: 0.1, 30)',
+  )
+  parser.add_argument(
+    '--cached', action='store_true', help='simclr, moco: no augmentation, features computed once'
+  )
+  parser.add_argument(
+    '--seeds', type=options.positive, default=1, help='simclr, moco: number of random seeds'
+  )
+  parser.add_argument(
+    '--labels',
+    type=options.positive_list,
+    default='1,10,100',
+    metavar='N,N,...',
+    help='logistic: labels per class',
+  )
+  parser.add_argument(
+    '--draws', type=options.positive, default=5, help='logistic: random subsets per label count'
+  )
+  options.baselines(parser, 'also the untrained encoder and, for logistic, raw pixels')
+
+
+def run(args) -> int:
+  """Evaluates, prints and saves the table."""
+  from simclr_jax.commands import common
+  from simclr_jax.evaluate import results
+
+  train, test = common.labelled(common.recipe_of_run(args.workdir, args.overrides))
+  encoders = common.encoders(args.workdir, args.baselines)
+  evaluate = _logistic if args.protocol == 'logistic' else _linear
+  name, result = evaluate(args, encoders, train, test)
+  results.save(args.workdir, name, result, encoders['pretrained'].provenance['step'])
+  return 0
+
+
+def _linear(args, encoders, train, test):
+  from simclr_jax.evaluate import probe
+  from simclr_jax.evaluate.results import mean_and_std, over_seeds
+
+  def progress(step, total, loss):
+    print(f'  step {step}/{total}  loss {loss:.4f}', flush=True)
+
+  scores = {}
+  for name, encoder in encoders.items():
+    print(f'linear probe on the {name} encoder', flush=True)
+    for seed in range(args.seeds):
+      settings = probe.Settings(args.epochs, args.batch_size, args.learning_rate, args.cached, seed)
+      protocol = probe.PROTOCOLS[args.protocol]
+      found = probe.train_linear(encoder, train, test, protocol, settings, progress)
+      scores.setdefault(name, []).append(found)
+      for rate, accuracy in found.get('held_out', {}).items():
+        print(f'  learning rate {rate}: {accuracy:.1%} on the validation split')
+  settings = scores['pretrained'][0]
+  columns = {'top-1 %': 'top1', 'top-5 %': 'top5', 'mean per class %': 'mean_per_class'}
+  columns = {column: key for column, key in columns.items() if key in settings}
+  title = {'simclr': 'SimCLR', 'moco': 'MoCo'}[args.protocol]
+  cached = ', cached features' if args.cached else ''
+  result = {
+    'title': f"Linear probe, {title}'s protocol, {settings['epochs']} epochs{cached}"
+    + over_seeds(args.seeds),
+    'columns': list(columns),
+    'rows': {
+      name: [mean_and_std([100 * s[key] for s in found]) for key in columns.values()]
+      for name, found in scores.items()
+    },
+    'settings': settings | {'seeds': args.seeds},
+  }
+  return f'linear_{args.protocol}{"_cached" if args.cached else ""}', result
+
+
+def _logistic(args, encoders, train, test):
+  from simclr_jax.commands import common
+  from simclr_jax.errors import ConfigError
+  from simclr_jax.evaluate import logistic
+
+  rows = {}
+  for name, embed in common.features(encoders, args.baselines).items():
+    try:
+      found = logistic.label_efficiency(*embed(train), *embed(test), args.labels, args.draws)
+    except ValueError as error:
+      raise ConfigError(f'--labels: {error}') from None
+    rows[name] = [[100 * r['mean'], 100 * r['std']] for r in found]
+  result = {
+    'title': f'Logistic regression with few labels, accuracy % over {args.draws} draws',
+    'columns': [f'{n} per class' for n in args.labels],
+    'rows': rows,
+    'settings': {
+      'draws': args.draws,
+      'test_images': len(test),
+      'regularization': logistic.REGULARIZATION,
+    },
+  }
+  return 'label_efficiency', result

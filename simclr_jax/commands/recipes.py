@@ -1,0 +1,27 @@
+"""list the built-in recipes, or show one with all its fields
+
+Examples:
+  simclr-jax recipes
+  simclr-jax recipes moco_imagenet:v2
+"""
+
+
+def add_arguments(parser):
+  """Declares the arguments."""
+  parser.add_argument(
+    'name', nargs='?', metavar='RECIPE', help='a recipe, or the path of one; RECIPE:VARIANT'
+  )
+
+
+def run(args) -> int:
+  """Prints them."""
+  from simclr_jax import config as recipes
+
+  if args.name:
+    print(recipes.load(args.name, args.overrides))
+    return 0
+  for name in recipes.names():
+    print(f'{name:22}{recipes.description(name)}')
+    for variant, text in recipes.variants(name).items():
+      print(f'  :{variant:19}{text}')
+  return 0

@@ -1,0 +1,90 @@
+"""pretrain, fine-tune with few labels and distil, end to end
+
+Example:
+  simclr-jax simclrv2 --config=simclr_digits --workdir=runs/digits --student-width=0.25 --seeds=5
+
+Each stage is a run: RUN, RUN/finetune/1pct-seed0, RUN/distill/1pct-seed0. The same command resumes the stage that
+was interrupted. --config.FIELD=VALUE sets fields of the pretraining; the other stages take recipes.
+"""
+
+from simclr_jax import config as recipes
+from simclr_jax.commands import options
+
+
+def add_arguments(parser):
+  """Declares the arguments."""
+  options.data(parser, required=False)
+  parser.add_argument('--config', required=True, metavar='RECIPE', help='recipe of the pretraining')
+  options.workdir(parser, 'directory of the pretraining and of all other stages')
+  parser.add_argument(
+    '--labels', default='1%', metavar='P%', help='label fraction, or labels per class'
+  )
+  parser.add_argument(
+    '--finetune', default='finetune_small', metavar='RECIPE', help='recipe of the fine-tuning'
+  )
+  parser.add_argument(
+    '--distill', default='distill_small', metavar='RECIPE', help='recipe of the distillation'
+  )
+  parser.add_argument(
+    '--student-depth', type=options.positive, help="layers (default: the teacher's)"
+  )
+  parser.add_argument(
+    '--student-width', type=options.above_zero, help="width multiplier (default: the teacher's)"
+  )
+  parser.add_argument(
+    '--seeds', type=options.positive, default=1, help='random seeds of the last two stages'
+  )
+
+
+def check(args):
+  """Finds errors in the recipes of all stages now, and not in an hour."""
+  recipes.load(args.config, args.overrides)
+  for spec in (args.finetune, args.distill):
+    recipes.load(spec)
+
+
+def run(args) -> int:
+  """Runs the stages, prints and saves the table."""
+  from simclr_jax import downstream, train
+  from simclr_jax.commands import common
+  from simclr_jax.commands.distill import distill
+  from simclr_jax.commands.finetune import finetune
+  from simclr_jax.errors import Stopped
+  from simclr_jax.evaluate import results
+
+  workdir = args.workdir
+  pretraining = common.recipe_with_data(args.config, args.data, args.overrides)
+  code = train.pretrain(pretraining, workdir, args.command)
+  if code:
+    raise Stopped(code)
+  source = recipes.of_run(workdir, {'data.dir': pretraining.data.dir})
+  tuned = finetune(
+    workdir, source, args.finetune, {},
+    labels=[args.labels], seeds=args.seeds, baselines=True, command=args.command,
+  )  # fmt: skip
+  short = downstream.short(args.labels)
+  teachers = [workdir / 'finetune' / f'{short}-seed{seed}' for seed in range(args.seeds)]
+  size = {'model.depth': args.student_depth, 'model.width_multiplier': args.student_width}
+  student = {k: v for k, v in size.items() if v}
+  distilled = distill(teachers, workdir / 'distill', args.distill, student, args.command)
+  results.save(workdir, 'simclrv2', _story(args, tuned, distilled), common.step_of(workdir))
+  return 0
+
+
+def _story(args, tuned, distilled):
+  """The table of all stages."""
+  from simclr_jax.evaluate.results import over_seeds
+
+  rows = {**tuned['rows'], 'distilled student': distilled['rows']['student']}
+  size = [distilled['rows'][name][1][0] for name in ('teacher', 'student')]
+  order = ('raw pixels', 'from scratch', 'fine-tuned', 'distilled student')
+  return {
+    'title': f'SimCLR v2 with {args.labels} of the labels, top-1 %{over_seeds(args.seeds)}',
+    'columns': tuned['columns'],
+    'rows': {name: [rows[name][0]] for name in order},
+    'notes': {
+      'distilled student': f'{size[1]:.2f} million parameters, its teacher {size[0]:.2f}, '
+      'distilled on all images without labels'
+    },
+    'settings': {'seeds': args.seeds, 'finetuning': args.finetune, 'distillation': args.distill},
+  }

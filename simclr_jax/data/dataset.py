@@ -1,0 +1,136 @@
+"""What a data set is, and the one that lies in memory."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import ml_collections
+import numpy as np
+
+from simclr_jax.errors import ConfigError
+from simclr_jax.runtime.checksum import crc32
+
+ON_DEVICE = 4 * 2**30  # bytes of images up to which a data set is kept in device memory
+
+
+@runtime_checkable
+class Dataset(Protocol):
+  """Images, with labels or without: `Arrays` in memory, or a stream of encoded images (`stream.Stream`)."""
+
+  @property
+  def labels(self) -> np.ndarray:
+    """int32 `[N]`, -1 where unknown. Streams of records read them in a pass over the files."""
+    ...
+
+  @property
+  def labelled(self) -> bool:
+    """Whether every image has a label."""
+    ...
+
+  @property
+  def classes(self) -> int:
+    """Number of classes; 0 without labels."""
+    ...
+
+  @property
+  def class_names(self) -> Sequence[str]:
+    """Names of the classes; empty if they have none."""
+    ...
+
+  def __len__(self) -> int:
+    """Number of images."""
+    ...
+
+  def names(self) -> Sequence[str] | None:
+    """The name of each image, such as its path below the folder; None: they have only indices."""
+    ...
+
+  def fingerprint(self) -> int:
+    """A checksum that tells data sets apart."""
+    ...
+
+  def subset(self, indices: np.ndarray) -> 'Dataset':
+    """The data set of these images."""
+    ...
+
+  def with_labels(self, labels: np.ndarray) -> 'Dataset':
+    """The same images with other labels, int32 `[N]`."""
+    ...
+
+  def sample(self, count: int) -> 'Dataset':
+    """`count` images, or all: always the same ones."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+  """Images of one size, in memory or mapped from a file.
+
+  Attributes:
+    images: uint8 `[N, h, w, 3]`.
+    labels: int32 `[N]`, -1 where unknown.
+    resident: whether a run keeps the images in device memory.
+    image_names: of the images, if they have any.
+    class_names: of the classes, if they have any.
+  """
+
+  images: np.ndarray
+  labels: np.ndarray
+  resident: bool = True
+  image_names: list[str] | None = None
+  class_names: Sequence[str] = ()
+
+  def __post_init__(self):
+    if self.images.ndim != 4 or self.images.shape[-1] != 3 or self.images.dtype != np.uint8:
+      raise ConfigError(
+        f'images must be uint8 [N, height, width, 3], '
+        f'these are {self.images.dtype} {list(self.images.shape)}'
+      )
+    if self.labels.shape != (len(self.images),):
+      raise ConfigError(f'{len(self.images)} images, but labels of shape {list(self.labels.shape)}')
+
+  def __len__(self) -> int:
+    return len(self.images)
+
+  @property
+  def labelled(self) -> bool:
+    """Whether every image has a label."""
+    return len(self) > 0 and bool((self.labels >= 0).all())
+
+  @property
+  def classes(self) -> int:
+    """One more than the highest label; 0 without labels."""
+    return int(self.labels.max(initial=-1)) + 1
+
+  def names(self) -> list[str] | None:
+    """The names of the images, if they have any."""
+    return self.image_names
+
+  def fingerprint(self) -> int:
+    """CRC-32 of pixels and labels."""
+    return crc32(self.images, self.labels)
+
+  def subset(self, indices: np.ndarray) -> 'Arrays':
+    """The data set of these images."""
+    names = self.image_names and [self.image_names[i] for i in indices]
+    return dataclasses.replace(
+      self, images=self.images[indices], labels=self.labels[indices], image_names=names
+    )
+
+  def with_labels(self, labels: np.ndarray) -> 'Arrays':
+    """The same images with other labels, int32 `[N]`."""
+    return dataclasses.replace(self, labels=labels)
+
+  def sample(self, count: int) -> 'Arrays':
+    """`count` images, or all: always the same ones."""
+    return self.subset(choose(count, len(self)))
+
+
+def choose(count: int, total: int) -> np.ndarray:
+  """`count` of the integers below `total`, or all of them, in order: always the same ones."""
+  return np.sort(np.random.default_rng(0).permutation(total)[:count])
+
+
+def fits_on_device(config: ml_collections.ConfigDict, size: int) -> bool:
+  """Whether images of `size` bytes are to be kept in device memory."""
+  return config.on_device == 'yes' or (config.on_device == 'auto' and size <= ON_DEVICE)

@@ -1,0 +1,255 @@
+"""Every field of a recipe: its default, what is allowed, one sentence, and how a run treats it.
+
+Fields of one method stand in that method's file, as `FIELDS`. Nothing here imports JAX, so that a wrong field
+is reported at once.
+"""
+
+import ast
+import pathlib
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from simclr_jax import plugins
+from simclr_jax.errors import ConfigError
+from simclr_jax.validation import Choices, Range, did_you_mean
+
+
+class Field(NamedTuple):
+  """A field of a recipe.
+
+  Attributes:
+    default: its neutral value, whose type the field has.
+    help: one sentence.
+    allowed: which values; None: any of the type.
+    resumable: a run may be resumed with another value, since it changes no result.
+    compiled: the compiled programs depend on it.
+    inherited: fine-tuning and distillation take it from the run that they start from.
+    local: each process of a run may have its own value.
+  """
+
+  default: Any
+  help: str
+  allowed: Range | Choices | None = None
+  resumable: bool = False
+  compiled: bool = True
+  inherited: bool = False
+  local: bool = False
+
+
+METHODS = pathlib.Path(__file__).parent / 'methods'
+SEED = Range(0, 2**32 - 1)
+FLAG = Choices(False, True)
+
+TABLE: dict[str, Field] = {
+  'method': Field('simclr', 'a built-in method, or the path of a Python file with one'),
+  'code': Field((), 'checksums of your own files that the recipe names; filled in by the program'),
+  'seed': Field(0, 'seed of all randomness', SEED, compiled=False),
+  'epochs': Field(100, 'length of the training', Range(0)),
+  'steps': Field(0, 'length of the training in steps; overrides epochs if above 0', Range(0)),
+  'batch_size': Field(256, 'images per step, over all devices', Range(2)),
+  'image_size': Field(224, 'side of the views in pixels', Range(8), inherited=True),
+  'dtype': Field(
+    'auto', 'of the convolutions; auto: bfloat16 on TPU and GPU, float32 on CPU',
+    Choices('auto', 'float32', 'bfloat16'), inherited=True,
+  ),
+  'data.source': Field(
+    'tfds', 'the kind of data set: a file of simclr_jax/data/',
+    Choices('arrays', 'digits', 'folder', 'tfds'), inherited=True,
+  ),
+  'data.name': Field('', 'TFDS name of the data set', inherited=True),
+  'data.dir': Field(
+    '', 'local or gs:// folder of the data set; empty: the default of TFDS',
+    resumable=True, compiled=False, inherited=True, local=True,
+  ),
+  'data.train_split': Field('train', 'training split', inherited=True),
+  'data.test_split': Field('test', 'test split; empty: none', resumable=True, inherited=True),
+  'data.labels': Field('', 'known training labels: 1%, 10%, or a number per class; empty: all'),
+  'data.label_seed': Field(0, 'seed that chooses the known labels', SEED, compiled=False),
+  'data.unlabelled': Field(
+    'keep', 'what happens to images whose label is not known', Choices('keep', 'drop')
+  ),
+  'data.num_classes': Field(0, 'classes of the online probe or classifier; 0: no labels', Range(0)),
+  'data.examples': Field(0, 'training images; 0: counted when the data is opened', Range(0)),
+  'data.skip_bad': Field(
+    0, 'how many undecodable images may be skipped', Range(0), inherited=True
+  ),
+  'data.max_pixels': Field(
+    100_000_000, 'larger images are not decoded', Range(1, 2**31 - 1), inherited=True
+  ),
+  'data.on_device': Field(
+    'auto', 'keep the images in device memory; auto: images of one size, up to 4 GiB',
+    Choices('auto', 'yes', 'no'), inherited=True,
+  ),
+  'data.resize_on': Field(
+    'device', 'where views are resized; host: fewer bytes to the device, more work on the host',
+    Choices('device', 'host'), inherited=True,
+  ),
+  'data.scaled_decoding': Field(
+    True, 'decode JPEG at 1/2, 1/4 or 1/8 where a view is that much smaller', FLAG, inherited=True
+  ),
+  'data.shuffle_buffer': Field(
+    4096, 'records; for TFRecord files, which have no random access', Range(1), inherited=True
+  ),
+  'data.threads': Field(
+    0, 'decoding threads; 0: one per core', Range(0), resumable=True, inherited=True, local=True
+  ),
+  'augment.view1': Field('simclr_v1', 'augmentation pipeline: a name, or ops joined by |'),
+  'augment.view2': Field('', 'pipeline of the second view; empty: the same as view1'),
+  'augment.eval': Field('simclr_eval', 'pipeline of evaluations', inherited=True),
+  'augment.ops': Field('', 'a Python file with ops of your own', inherited=True),
+  'model.encoder': Field(
+    '', 'a Python file with an encoder of your own; empty: ResNet', inherited=True
+  ),
+  'model.depth': Field(
+    50, 'layers of the ResNet', Choices(8, 18, 34, 50, 101, 152, 200), inherited=True
+  ),
+  'model.width_multiplier': Field(
+    1.0, 'factor on all channel counts', Range(1 / 64), inherited=True
+  ),
+  'model.stem': Field(
+    'imagenet', 'imagenet: 7x7 stride 2 and max-pool; strided: 3x3 stride 2; cifar: 3x3 stride 1',
+    Choices('imagenet', 'strided', 'cifar'), inherited=True,
+  ),
+  'model.variant': Field(
+    'simclr', 'whose ResNet: padding, projection shortcuts, initialisation, BatchNorm variance',
+    Choices('simclr', 'torchvision'), inherited=True,
+  ),
+  'model.sk_ratio': Field(
+    0.0, 'selective kernels and ResNet-D; SimCLR v2 has 0.0625', Range(0.0, 1.0), inherited=True
+  ),
+  'model.se_ratio': Field(0.0, 'squeeze and excitation', Range(0.0, 1.0), inherited=True),
+  'model.normalize': Field(
+    'none', 'mean and standard deviation that normalise the pixels inside the network',
+    Choices('none', 'imagenet', 'cifar10'), inherited=True,
+  ),
+  'model.bn_groups': Field(
+    1, 'BatchNorm groups of the global batch; 1: statistics of the whole batch', Range(1),
+    inherited=True,
+  ),
+  'model.bn_layout': Field(
+    'contiguous', 'strided: example i is in group i % bn_groups', Choices('contiguous', 'strided'),
+    inherited=True,
+  ),
+  'model.head': Field(
+    'mlp', 'projection head', Choices('none', 'linear', 'mlp'), inherited=True
+  ),
+  'model.head_layers': Field(2, 'layers of an mlp head', Range(1, 4), inherited=True),
+  'model.head_hidden': Field(
+    0, 'width of the hidden layers of the head; 0: that of the features', Range(0), inherited=True
+  ),
+  'model.head_dim': Field(128, 'size of the output of the head', Range(1), inherited=True),
+  'model.head_norm': Field(
+    'all', 'BatchNorm in the head: all (SimCLR: the last without offset), hidden, none (MoCo), '
+    'all_last_plain (the last without scale and offset)',
+    Choices('all', 'hidden', 'none', 'all_last_plain'), inherited=True,
+  ),
+  'sharding': Field(
+    'replicated', 'fsdp: parameters and optimizer state are split over the devices',
+    Choices('replicated', 'fsdp'), resumable=True,
+  ),
+  'accumulate_steps': Field(
+    1, 'micro-batches per step; negatives and BatchNorm statistics are per micro-batch', Range(1)
+  ),
+  'rematerialize': Field(
+    False, 'recompute the activations of each block in the backward pass: slower, less memory',
+    FLAG, resumable=True,
+  ),
+  'optimizer': Field('lars', 'the optimizer', Choices('lars', 'sgd', 'nesterov', 'adamw')),
+  'learning_rate': Field(0.3, 'base learning rate', Range(0.0)),
+  'learning_rate_scaling': Field(
+    'linear', 'linear: times batch_size / 256; sqrt: times sqrt(batch_size)',
+    Choices('linear', 'sqrt', 'none'),
+  ),
+  'schedule': Field(
+    'cosine', 'cosine: per step, with warm-up; cosine_by_epoch; multistep: x 0.1 at decay_epochs',
+    Choices('cosine', 'cosine_by_epoch', 'multistep'),
+  ),
+  'decay_epochs': Field((120, 160), 'epochs at which the multistep schedule decays'),
+  'schedule_first_epoch': Field(0, '1: cosine_by_epoch counts epochs from 1', Range(0, 1)),
+  'warmup_epochs': Field(0.0, 'linear warm-up of the learning rate', Range(0.0)),
+  'weight_decay': Field(1e-6, 'weight decay', Range(0.0)),
+  'weight_decay_on': Field(
+    'kernels', 'all: BatchNorm parameters and biases, too', Choices('kernels', 'all')
+  ),
+  'momentum': Field(0.9, 'of the optimizer', Range(0.0, 1.0)),
+  'first_loss': Field(
+    (0.0, 0.0), 'range in which the loss of the first step should be; 0, 0: unknown', resumable=True
+  ),
+  'log_every_steps': Field(20, 'steps between two records of metrics', Range(1), resumable=True),
+  'checkpoint_every_steps': Field(
+    0, 'steps between two checkpoints; 0: once per epoch, but at least 20 steps', Range(0),
+    resumable=True,
+  ),
+  'keep_checkpoints': Field(2, 'the newest ones that are kept', Range(1), resumable=True),
+  'knn_every_epochs': Field(10, 'epochs between online kNN evaluations; 0: never', Range(0), resumable=True),
+  'knn_images': Field(
+    10_000, 'images in the bank of the online kNN, a fifth as many queries; 0: all', Range(0),
+    resumable=True,
+  ),
+  'tensorboard': Field(True, 'write TensorBoard files', FLAG, resumable=True),
+  'watchdog_seconds': Field(
+    1800.0, 'the process exits if no step finishes for so long; 0: never', Range(0.0), resumable=True
+  ),
+  'profile_steps': Field((), 'FIRST,LAST: trace these steps to WORKDIR/profile', resumable=True),
+}  # fmt: skip
+
+# Old names of fields, and how their old values are written today: for config.json of old runs.
+RENAMED = {'model.variant': 'model.variant'}
+OLD_VALUES = {'model.head_norm': {True: 'all', False: 'none'}}
+
+
+def method_names() -> list[str]:
+  """The built-in methods: the files of simclr_jax/methods/."""
+  return sorted(p.stem for p in METHODS.glob('[a-z]*.py'))
+
+
+def of_method(method: str) -> dict[str, Field]:
+  """The `FIELDS` of a method's file, read from its text: nothing is executed, so JAX is not imported.
+
+  Args:
+    method: a built-in method, or the path of a file.
+
+  Raises:
+    ConfigError: there is no such method, or its `FIELDS` are more than `Field`, `Range`, `Choices`,
+      `of_method` and plain values.
+  """
+  path = pathlib.Path(method) if plugins.is_file(method) else METHODS / f'{method}.py'
+  if not path.is_file() or (path.parent == METHODS and path.stem not in method_names()):
+    names = method_names()
+    raise ConfigError(
+      f'method={method!r} is not one of {", ".join(names)}, nor a .py file{did_you_mean(method, names)}'
+    )
+  known = {'Field': Field, 'Range': Range, 'Choices': Choices, 'of_method': of_method}
+  try:
+    for node in ast.parse(path.read_text()).body:
+      if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == 'FIELDS':
+        code = compile(ast.Expression(node.value), str(path), 'eval')
+        return eval(code, {'__builtins__': {}, **known})
+  except ConfigError:
+    raise
+  except Exception as error:
+    raise ConfigError(
+      f'FIELDS in {path} cannot be read: {error}; write a dict of Field(default, help, allowed)'
+    ) from None
+  return {}
+
+
+def of_recipe(method: str) -> dict[str, Field]:
+  """All fields of a recipe for `method`, in order: the table, then those of the method."""
+  return {**TABLE, **of_method(method)}
+
+
+def recipe(method: str) -> ml_collections.ConfigDict:
+  """A recipe for a method, with the default value of every field."""
+  config = ml_collections.ConfigDict()
+  for name, field in of_recipe(method).items():
+    *group, key = name.split('.')
+    part = config
+    for level in group:
+      if level not in part:
+        part[level] = ml_collections.ConfigDict()
+      part = part[level]
+    part[key] = field.default
+  config.method = method
+  return config

@@ -1,0 +1,73 @@
+"""What the contrastive methods train: an encoder f and a projection head g, as two pure functions."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from simclr_jax.models import encoders, linear, mlp
+
+PyTree = Any
+
+
+class Network(NamedTuple):
+  """An encoder and its projection head.
+
+  Attributes:
+    init: `init(rng, x) -> (params, stats)`, both with the keys 'encoder' and 'head'; `stats` are the
+      running averages of BatchNorm. With `data.num_classes`, params has the online 'probe' too.
+    apply: `apply(params, stats, x) -> (outputs, stats)` in training mode: images x `[n, h, w, c]` in
+      [0, 1]; outputs is `[h, ..., z]`: the features `[n, d]`, the hidden layers of the head, its output.
+  """
+
+  init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
+  apply: Callable[[PyTree, PyTree, jax.Array], tuple[list[jax.Array], PyTree]]
+
+
+def build(config: ml_collections.ConfigDict) -> Network:
+  """The network of a recipe."""
+  dtype = encoders.compute_dtype(config.dtype)
+  f = encoders.build(config.model, dtype, rematerialize=config.rematerialize)
+  g = mlp.head(config.model, dtype)
+
+  def init(rng, x):
+    f_key, g_key = jax.random.split(rng)
+    h, f_vars = f.init_with_output(f_key, x, train=False)
+    g_vars = g.init(g_key, h, train=False)
+    params = {'encoder': f_vars['params'], 'head': g_vars.get('params', {})}
+    stats = {'encoder': f_vars.get('batch_stats', {}), 'head': g_vars.get('batch_stats', {})}
+    if config.data.num_classes:
+      params['probe'] = linear.init(h.shape[-1], config.data.num_classes)
+    return params, stats
+
+  def apply(params, stats, x):
+    h, f_new = apply_train(f, params['encoder'], stats['encoder'], x)
+    outputs, g_new = apply_train(g, params['head'], stats['head'], h)
+    return outputs, {'encoder': f_new, 'head': g_new}
+
+  return Network(init, apply)
+
+
+def apply_train(module, params: PyTree, stats: PyTree, x: jax.Array, train: bool = True):
+  """A flax module on x: its output and the new BatchNorm statistics, which are `{}` without BatchNorm."""
+  variables = {'params': params} | ({'batch_stats': stats} if stats else {})
+  y, new = module.apply(variables, x, train=train, mutable='batch_stats')
+  return y, new.get('batch_stats', stats)
+
+
+def output_size(config: ml_collections.ConfigDict) -> int:
+  """d of z `[n, d]`, the output of the head, or without a head that of the features."""
+  if config.model.head != 'none':
+    return config.model.head_dim
+  f, size = encoders.build(config.model), config.image_size
+  x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  shapes, _ = jax.eval_shape(lambda x: f.init_with_output(jax.random.key(0), x, train=False), x)
+  return shapes.shape[-1]
+
+
+def encoder(params: PyTree, stats: PyTree) -> PyTree:
+  """The variables of f, for evaluation and export."""
+  found = {'params': params['encoder'], 'batch_stats': stats['encoder']}
+  return found if stats['encoder'] else {'params': params['encoder']}

@@ -1,0 +1,130 @@
+"""A finished run, read back: its encoder, projection head and classifier."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+
+from simclr_jax import config as recipes, methods, optim, train_state
+from simclr_jax.encoder import Encoder
+from simclr_jax.errors import ConfigError
+from simclr_jax.interop import orbax
+from simclr_jax.runtime import checkpoint, paths
+
+PyTree = Any
+
+
+def load_encoder(folder: str | os.PathLike) -> Encoder:
+  """The encoder of a run (its newest readable checkpoint) or of an exported folder.
+
+  Raises:
+    ConfigError: `folder` is neither.
+    CheckpointError: what it holds cannot be read or is damaged.
+  """
+  folder = paths.path(folder)
+  if orbax.is_export(folder):
+    return orbax.load(folder)
+  if not (folder / 'config.json').is_file():
+    raise ConfigError(
+      f'{folder} is neither a run directory (config.json) nor an exported encoder (encoder.json)'
+    )
+  config, method, state, metadata = _restore(folder)
+  variables = method.encoder(state.params, state.state)
+  return Encoder(recipes.architecture(config), variables, _provenance(folder, metadata))
+
+
+def load_classifier(workdir: str | os.PathLike) -> Encoder:
+  """The network of a run with a classifier: its `embed` returns logits `[n, classes]`.
+
+  Raises:
+    ConfigError: `workdir` is not such a run.
+    CheckpointError: as of `load_encoder`.
+  """
+  workdir = paths.path(workdir)
+  config, method, state, metadata = _restore(workdir)
+  if not method.classifier:
+    raise ConfigError(f'{workdir} has no classifier: it was trained with method={config.method}')
+  return Encoder(
+    recipes.architecture(config, classifier=True),
+    method.classifier(state.params, state.state),
+    _provenance(workdir, metadata),
+  )
+
+
+def load_pretrained(config: ml_collections.ConfigDict) -> PyTree | None:
+  """The weights that a recipe starts from: `params` and `batch_stats` of 'encoder' and 'head'.
+
+  Args:
+    config: a recipe. `init_from` is a run or an exported encoder; without it, the result is None.
+
+  Raises:
+    ConfigError: `init_from` is neither, or lacks the projection head that `head_layer` keeps.
+    CheckpointError: as of `load_encoder`.
+  """
+  if not config.get('init_from'):
+    return None
+  folder = paths.path(config.init_from)
+  if (folder / 'config.json').is_file() and not orbax.is_export(folder):
+    _, _, state, _ = _restore(folder)
+    params, stats = state.params, state.state['stats']
+    frozen = state.state.get('frozen', {})
+    weights = {
+      'params': {'encoder': {**frozen, **params['encoder']}, 'head': params['head']},
+      'batch_stats': {'encoder': stats['encoder'], 'head': stats['head']},
+    }
+    return jax.device_get(weights)
+  if config.head_layer:
+    raise ConfigError(
+      f'{folder} is not a run directory, and only runs contain the projection head: set head_layer=0'
+    )
+  variables = load_encoder(folder).variables
+  return {key: {'encoder': variables.get(key, {}), 'head': {}} for key in ('params', 'batch_stats')}
+
+
+def load_teacher(config: ml_collections.ConfigDict) -> methods.Teacher | None:
+  """The teacher of a recipe for distillation; None for recipes without one.
+
+  Raises:
+    ConfigError: `teacher` is empty, is no run with a classifier, or has other classes.
+    CheckpointError: as of `load_encoder`.
+  """
+  if not methods.build(config).needs_teacher:
+    return None
+  if not config.teacher:
+    raise ConfigError('teacher is empty: set it to the directory of a fine-tuned run')
+  classifier = load_classifier(config.teacher)
+  classes = classifier.architecture['classes']
+  if classes != config.data.num_classes:
+    raise ConfigError(
+      f'data.num_classes={config.data.num_classes}, but the teacher {config.teacher} has {classes} '
+      'classes'
+    )
+  return methods.Teacher(classifier.variables, json.dumps(classifier.architecture))
+
+
+def _provenance(workdir: pathlib.Path, metadata):
+  return {'workdir': str(workdir), **{k: metadata[k] for k in ('step', 'config', 'versions')}}
+
+
+def _restore(workdir):
+  """(recipe, method, state, metadata) of the newest readable checkpoint of a run."""
+  config = recipes.of_run(workdir)
+  method = methods.build(config)
+  optimizer = optim.build(
+    config, optim.schedule(config, config.data.examples), method.optimizer_groups
+  )
+
+  def init():
+    return train_state.create(method, optimizer, config.seed, config.image_size)
+
+  device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  target = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), jax.eval_shape(init)
+  )
+  restored = checkpoint.restore(workdir / 'checkpoints', target)
+  if restored is None:
+    raise ConfigError(f'{workdir} has no checkpoint yet')
+  return config, method, *restored

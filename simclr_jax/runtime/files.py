@@ -1,0 +1,50 @@
+"""Writing a file as a whole or not at all."""
+
+import contextlib
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from simclr_jax.runtime import paths
+
+
+@contextlib.contextmanager
+def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A temporary path beside `path` that replaces it when the block ends without an error.
+
+  It has the same suffix, since some writers choose a format by it. Objects in buckets appear as a whole: there,
+  the block gets `path` itself.
+  """
+  if paths.is_remote(path):
+    yield path
+    return
+  handle, name = tempfile.mkstemp(path.suffix, f'.{path.stem}.', path.parent)
+  os.close(handle)
+  temporary = path.with_name(pathlib.Path(name).name)
+  try:
+    temporary.chmod(0o666 & ~_umask())
+    yield temporary
+    temporary.replace(path)
+  except BaseException:
+    temporary.unlink(missing_ok=True)
+    raise
+
+
+def _umask():
+  mask = os.umask(0)
+  os.umask(mask)
+  return mask
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Replaces the content of a file at once."""
+  with atomic(path) as temporary:
+    temporary.write_text(text)
+
+
+def write_json(path: pathlib.Path, value: Any, indent: int | None = 1) -> None:
+  """Replaces the content of a file with a JSON value."""
+  write_text(path, json.dumps(value, indent=indent) + '\n')

@@ -1,0 +1,32 @@
+"""Paths of runs: local folders, or folders in a bucket (`gs://BUCKET/...`)."""
+
+import os
+import pathlib
+
+from simclr_jax.errors import ConfigError
+
+
+def path(text: str | os.PathLike) -> pathlib.Path:
+  """A local path, or for `gs://` one of etils' epath, which has the same methods.
+
+  Raises:
+    ConfigError: another kind of URL.
+  """
+  if '://' not in str(text):
+    return pathlib.Path(text).expanduser()
+  from etils import epath
+
+  try:
+    return epath.Path(text)
+  except (KeyError, ValueError, TypeError, NotImplementedError):
+    raise ConfigError(f'{text}: only local folders and gs:// are supported') from None
+
+
+def is_remote(path: os.PathLike) -> bool:
+  """Whether the path is in a bucket."""
+  return '://' in str(path)
+
+
+def absolute(path: pathlib.Path) -> pathlib.Path:
+  """The absolute path, independent of the working directory."""
+  return path if is_remote(path) else path.resolve()
