@@ -1,8 +1,9 @@
-"""Distillation on small data: what `simclr-jax distill` takes when no recipe is named.
+"""Distillation on small data: the default recipe of `simclr-jax distill`.
 
   simclr-jax distill --teacher=RUN/finetune/1pct-seed0 --workdir=STUDENT --config.model.width_multiplier=0.25
 
-The teacher's answers to all images are learned, without labels (SimCLR v2).
+The student is trained on the teacher's predictions (soft labels) for all images, without labels
+(SimCLR v2).
 """
 
 import ml_collections

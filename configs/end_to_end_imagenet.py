@@ -1,10 +1,11 @@
-"""The end-to-end mechanism as MoCo compares it: the negatives are the other keys of the batch.
+"""The end-to-end mechanism (MoCo, figure 2a): the negatives are the other keys of the batch.
 
   simclr-jax pretrain --config=end_to_end_imagenet --workdir=runs/end_to_end --config.data.dir=TFDS_DIR
 
-Published (He et al. 2020, figure 3), linear accuracy for batches of 256, 512, 1024: 54.7, 56.4, 57.3 %
-(points of a figure, so approximate). The learning rate grows with the batch, without which 1024 loses
-2 %. Hardware: 8 GPUs of 32 GB for 1024. Not yet repeated here.
+Published (He et al. 2020, figure 3): linear accuracy 54.7, 56.4 and 57.3 % for batch sizes 256,
+512 and 1024, read from the plot, so approximate. The learning rate is proportional to the batch
+size; without this, batch size 1024 loses 2 %. Hardware: 8 GPUs of 32 GB for 1024. Not yet repeated
+here.
 """
 
 import ml_collections
@@ -26,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.normalize = 'imagenet'
   config.model.bn_groups = 8
   config.model.head = 'linear'
-  config.model.head_norm = False
+  config.model.head_norm = 'none'
 
   config.temperature = 0.07
 

@@ -1,9 +1,10 @@
-"""Fine-tuning with few labels on small data: what `simclr-jax finetune` takes when no recipe is named.
+"""Fine-tuning with few labels on small data: the default recipe of `simclr-jax finetune`.
 
   simclr-jax finetune --workdir=RUN --labels=1%,10% --seeds=5 --baselines
 
-The images are augmented as in the pretraining. The classifier begins at 0, all else where the pretraining ended;
-the first layer of the projection head is kept (SimCLR v2). The number of steps does not depend on the number of labels.
+The augmentation is that of the pretraining. The classifier is zero-initialised, all other layers
+start from the pretrained weights; the first layer of the projection head is kept (SimCLR v2). The
+number of steps does not depend on the number of labels.
 """
 
 import ml_collections

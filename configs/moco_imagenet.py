@@ -1,23 +1,26 @@
-"""MoCo on ImageNet: ResNet-50, 65,536 keys in the queue, batch 256.
+"""MoCo on ImageNet: ResNet-50, 65,536 keys in the queue, batch size 256.
 
   simclr-jax pretrain --config=moco_imagenet:v2 --workdir=runs/moco --config.data.dir=TFDS_DIR
 
-Variant `:v1` (default) is He et al. 2020: one linear layer as head, temperature 0.07. Published (README of
-facebookresearch/moco, 5 trials): linear 60.8 +- 0.2 %. Variant `:v2` is Chen et al. 2020: 2-layer head, more
-augmentation, cosine schedule, temperature 0.2. Published: 67.5 +- 0.1 %, and 71.1 % after 800 epochs
-(--config.epochs=800). 53 hours on 8 V100. Not yet repeated here.
+Published linear accuracy (README of facebookresearch/moco, 5 trials): `:v1` (He et al. 2020) 60.8
++- 0.2 %; `:v2` (Chen et al. 2020) 67.5 +- 0.1 %, and 71.1 % after 800 epochs
+(--config.epochs=800). Hardware: 8 V100. Time: 53 hours. Not yet repeated here.
 
-The loss starts low, rises for some 256 steps while keys replace the noise in the queue, then falls.
+The loss is low at the start, rises for about 256 steps while keys replace the random initial keys
+of the queue, then falls.
 """
 
 import ml_collections
 
 from simclr_jax import fields
 
+VARIANTS = {
+  'v1': 'linear head, temperature 0.07, multi-step schedule',
+  'v2': '2-layer head, stronger augmentation, temperature 0.2, cosine schedule',
+}
+
 
 def get_config(variant: str = 'v1') -> ml_collections.ConfigDict:
-  if variant not in ('v1', 'v2'):
-    raise ValueError(f'the variant {variant!r} is not v1 or v2')
   config = fields.recipe('moco')
   config.epochs = 200
   config.batch_size = 256
@@ -31,7 +34,7 @@ def get_config(variant: str = 'v1') -> ml_collections.ConfigDict:
   config.model.normalize = 'imagenet'
   config.model.bn_groups = 8  # the published runs: 8 GPUs with 32 images each
   config.model.head = 'linear' if variant == 'v1' else 'mlp'
-  config.model.head_norm = False
+  config.model.head_norm = 'none'
 
   config.temperature = 0.07 if variant == 'v1' else 0.2
   config.queue_size = 65536

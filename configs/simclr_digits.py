@@ -1,8 +1,8 @@
-"""SimCLR on handwritten digits that come with the package: the demo.
+"""SimCLR on the built-in handwritten digits: the demo.
 
   simclr-jax pretrain --config=simclr_digits --workdir=runs/digits
 
-Hardware: two CPU cores. Time: two minutes to train. Result: see the README's table.
+Hardware: two CPU cores. Time: two minutes. Result: the table at the top of the README.
 """
 
 import ml_collections

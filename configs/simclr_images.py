@@ -1,22 +1,28 @@
-"""SimCLR on your own images: what `simclr-jax pretrain --data=DIR` takes if no recipe is named.
+"""SimCLR on your own images: the default recipe of `simclr-jax pretrain --data=DIR`.
 
   simclr-jax pretrain --config=simclr_images:224 --data=DIR --workdir=runs/mine
 
-Variants by the size of the views: `:224` is a ResNet-50 as in Chen et al. 2020a with the square root rule for
-batches far below 4096 (appendix B.1), `:64` and `:32` a ResNet-18 as that paper has it for CIFAR-10
-(B.9). Hardware: one accelerator. `:cpu` is a small network on 96 pixels, for a quarter of an hour or so on
-two cores. `--data` also chooses epochs and batch size by the number of images; here they are for 50,000.
-No published result: it depends on the images.
+The variants differ in the size of the views. `:224` is Chen et al. 2020a with the square-root
+learning-rate scaling for batch sizes far below 4096 (appendix B.1); `:64` and `:32` are its
+settings for CIFAR-10 (B.9). Hardware: one accelerator; for `:cpu` two CPU cores. Time of `:cpu`:
+about 15 minutes. The epochs and batch sizes here are for 50,000 images; without --config,
+`pretrain` chooses variant, epochs and batch size by the number and size of the images. No
+published result: it depends on the images.
 """
 
 import ml_collections
 
 from simclr_jax import fields
 
+VARIANTS = {
+  '224': 'ResNet-50, 224 pixels',
+  '64': 'ResNet-18, 64 pixels',
+  '32': 'ResNet-18, 32 pixels',
+  'cpu': 'a small ResNet-8, 96 pixels',
+}
+
 
 def get_config(variant: str = '224') -> ml_collections.ConfigDict:
-  if variant not in ('224', '64', '32', 'cpu'):
-    raise ValueError(f'the variant {variant!r} is not 224, 64, 32 or cpu')
   config = fields.recipe('simclr')
   config.batch_size = 512
   config.epochs = 1000
