@@ -121,6 +121,8 @@ def _typed(value, like):
     return str(value)  # a path, for instance
   if isinstance(value, str):
     text = value.strip()
+    if kind is float:
+      return float(text)
     text = {'true': 'True', 'false': 'False'}.get(text.lower(), text)
     value = ast.literal_eval(text or '()')
     if kind is bool and value in (0, 1):

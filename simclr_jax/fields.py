@@ -195,7 +195,7 @@ TABLE: dict[str, Field] = {
 }  # fmt: skip
 
 # Old names of fields, and how their old values are written today: for config.json of old runs.
-RENAMED = {'model.variant': 'model.variant'}
+RENAMED = {'model.dialect': 'model.variant'}
 OLD_VALUES = {'model.head_norm': {True: 'all', False: 'none'}}
 
 

@@ -1,17 +1,18 @@
-"""Eight fake devices, silent rank promotion forbidden, and a place for what modules share."""
+"""Eight simulated devices, a compilation cache for all tests, and what test modules share."""
 
 import os
 import pathlib
 import tempfile
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-# Compiling takes most of the time here; without LLVM's optimisation it takes less than half.
+# Compiling takes most of the time; without LLVM's optimisations it takes less than half.
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
 
 import jax
 import pytest
 
 import simclr_jax  # noqa: F401  (sets XLA's flags before JAX reads them)
+from simclr_jax import cli
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_platforms', 'cpu')
@@ -34,6 +35,20 @@ TINY = {
   'log_every_steps': '1',
   'tensorboard': 'false',
 }
+# The same with everything that a run can write.
+SMALL = {**TINY, 'steps': '4', 'knn_every_epochs': '1', 'tensorboard': 'true'}
+
+
+def fails(capsys, *argv, code=2) -> str:
+  """What a command prints on stderr that must fail with this exit code, and without a traceback."""
+  try:
+    result = cli.main([str(a) for a in argv])
+  except SystemExit as stop:  # argparse
+    result = stop.code
+  error = capsys.readouterr().err
+  assert result == code, error
+  assert 'Traceback' not in error
+  return error
 
 
 @pytest.fixture

@@ -3,8 +3,9 @@
 import jax
 import pytest
 
-from simclr_jax import cli, distributed
+from simclr_jax import cli
 from simclr_jax.errors import ConfigError
+from simclr_jax.runtime import distributed
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
-"""Evaluations against scikit-learn and numpy; the encoder is never touched."""
+"""Evaluations against scikit-learn and numpy; the encoder stays frozen."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
-from simclr_jax import config, encoder as encoders, losses
-from simclr_jax.data import Arrays, digits, labels as subsets, order
+from simclr_jax import config, encoder as encoders, losses, sharding
+from simclr_jax.data import Arrays, digits, labels as subsets, loader, order
 from simclr_jax.evaluate import knn, logistic, metrics, probe
 from simclr_jax.models import classifier, linear
 
@@ -125,16 +128,15 @@ def test_features_of_another_image_size(encoder):
 @pytest.mark.parametrize('cached', [True, False])
 @pytest.mark.parametrize('protocol', ['simclr', 'moco'])
 def test_linear_probe(encoder, data, protocol, cached):
-  """Breaks if the probe does not learn, or the encoder's weights or statistics change."""
+  """Breaks if the probe does not learn, or the weights or statistics of the encoder change."""
   before = jax.tree.map(np.array, encoder.variables)
   steps, rate = [], {'simclr': 0.05, 'moco': 5.0}[protocol]
 
   def run(rates, **options):
-    return probe.train_linear(
-      encoder, *data, probe.PROTOCOLS[protocol], 4, 100, rates, cached, **options
-    )
+    settings = probe.Settings(4, 100, rates, cached)
+    return probe.train_linear(encoder, *data, probe.PROTOCOLS[protocol], settings, **options)
 
-  result = run((rate,), report=lambda step, total, loss: steps.append((step, total, loss)))
+  result = run((rate,), progress=lambda step, total, loss: steps.append((step, total, loss)))
   jax.tree.map(np.testing.assert_array_equal, encoder.variables, before)
   assert steps[0][2] == pytest.approx(np.log(10), rel=0.02)  # hardly more than zeros: chance
   assert steps[-1][:2] == (25, 25) and steps[-1][2] < steps[0][2]  # 96, a multiple of 8 devices
@@ -147,13 +149,47 @@ def test_linear_probe(encoder, data, protocol, cached):
     assert scores[str(several['learning_rate'])] == max(scores.values())
 
 
+@pytest.mark.parametrize('devices', [1, 8])
+def test_an_uncached_probe_sees_the_frozen_features(encoder, data, devices):
+  """Breaks if the encoder is not in evaluation mode while a probe trains on augmented images.
+
+  The first gradient must be that of features which `Encoder` computes for the same crops, in float64. The statistics
+  of BatchNorm are made unlike those of any batch, so that training mode gives other features.
+  """
+  rng = np.random.default_rng(0)
+  stats = jax.tree.map(lambda x: rng.uniform(0.5, 2, x.shape), encoder.variables['batch_stats'])
+  frozen = dataclasses.replace(encoder, variables={**encoder.variables, 'batch_stats': stats})
+  flipped = dataclasses.replace(probe.PROTOCOLS['simclr'], pipeline='resize | flip(p=1)')
+  settings, mesh = probe.Settings(seed=3), sharding.make_mesh(jax.devices()[:devices])
+  n, rates = 64, (256.0 / 64, 2 * 256.0 / 64)  # so that a step is the gradient, and twice that
+  step = probe.training_step(frozen, flipped, optax.sgd(1.0), rates, n, settings, mesh)
+  kernel = np.float32(rng.normal(size=(2, 32, 10)))
+  heads = {'kernel': kernel, 'bias': jnp.zeros((2, 10))}
+  batches = loader.for_training(data[0], 3, n, (flipped.pipeline,), 32, mesh)
+  state = sharding.put_replicated(mesh, (heads, optax.sgd(1.0).init(heads)))
+  variables = sharding.put_replicated(mesh, frozen.variables)
+  (new, _), _ = step(state, variables, batches.constants, batches(0))
+  batches.close()
+
+  index = order.rows(3, 0, n, len(data[0]))['index']
+  h = np.float64(frozen(data[0].images[index][:, :, ::-1]))  # the crops are the flipped images
+  y = np.eye(10)[data[0].labels[index]]
+  for i, factor in enumerate((1, 2)):
+    z = h @ np.float64(kernel[i])
+    p = np.exp(z - z.max(1, keepdims=True))
+    expected = factor * h.T @ (p / p.sum(1, keepdims=True) - y) / n
+    moved = np.float64(kernel[i]) - np.float64(new['kernel'][i])
+    np.testing.assert_allclose(moved, expected, atol=1e-4 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize('name', ['simclr', 'moco'])
 def test_linear_probe_follows_its_protocol(encoder, data, name):
   """Breaks if the rate, its schedule, the momentum or the average over the batch is another."""
   train, test = data
   protocol = probe.PROTOCOLS[name]
   rate = protocol.learning_rate / 10
-  found = probe.train_linear(encoder, train, test, protocol, 3, 64, (rate,), cached=True, seed=5)
+  settings = probe.Settings(3, 64, (rate,), cached=True, seed=5)
+  found = probe.train_linear(encoder, train, test, protocol, settings)
   h, labels = (np.float64(x) for x in encoder.embed(train))
   kernel = protocol.kernel_std * np.float64(jax.random.normal(jax.random.key(5), (32, 10)))
   head = np.concatenate([kernel, np.zeros((1, 10))])

@@ -20,6 +20,7 @@ from simclr_jax import (
 from simclr_jax.data import labels as subsets
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import metrics
+from simclr_jax.models import classifier
 
 TINY = {
   'data.source': 'digits', 'model.depth': '8', 'model.width_multiplier': '0.125', 'model.stem': 'strided',
@@ -99,7 +100,9 @@ def tuned(pretrained, steps=3, **fields):
   values = {'data.labels': '1%', 'data.num_classes': '10', 'batch_size': '32', 'weight_decay': '0.1',
             'init_from': str(pretrained), **fields}  # fmt: skip
   recipe = recipes.load('finetune_small', {**TINY, **values})
-  state, step = train_state.build(recipe, data.load(recipe.data, 'train'))
+  state, step = train_state.build(
+    recipe, data.load(recipe.data, 'train'), pretrained=runs.load_pretrained(recipe)
+  )
   before = jax.device_get((state.params, state.state))
   for i in range(steps):
     state, metrics = step(state, i)
@@ -220,17 +223,19 @@ def test_teacher_and_labels_are_weighted(pretrained, tmp_path, alpha):
   recipe = recipes.with_examples(recipe, len(dataset))
   method = methods.build(recipe)
   images = np.float32(dataset.images[:32]) / 255
-  batch = {'views': images[:, None], 'label': dataset.labels[:32], 'given': method.given()}
+  batch = {
+    'views': images[:, None],
+    'label': dataset.labels[:32],
+    'teacher': runs.load_teacher(recipe),
+  }
   params, state = method.init(jax.random.key(0), batch)
   params['classifier']['kernel'] = jax.random.normal(jax.random.key(1), (64 // 2, 10))
   value, (new, found) = jax.jit(method.loss)(params, state, batch, jax.random.key(0))
 
   answers = np.float64(runs.load_classifier(teacher)(dataset.images[:32]))
   # The student is in training mode: its own logits come from the batch's statistics.
-  from simclr_jax.methods import supervised
-
-  net, _, variables = supervised.network(recipe)
-  _, logits, _ = net.apply(variables(params, state), images, True)
+  net = classifier.build(recipe.model, 10, recipe.head_layer)
+  _, logits, _ = net.apply(method.classifier(params, state), images, True)
   logits = np.float64(logits)
   distilled = -4 * np.mean(np.sum(softmax(answers / 2) * np.log(softmax(logits / 2)), 1))
   known = dataset.labels[:32] >= 0
@@ -250,12 +255,12 @@ def test_a_remainder_is_counted_once_on_any_number_of_devices(pretrained, tmp_pa
                                            'init_from': str(pretrained), 'steps': '4', 'batch_size': '32'})  # fmt: skip
   assert train.pretrain(recipe, tmp_path, quiet=True) == 0
   test = data.load(recipe.data, 'test').subset(np.arange(77))
-  found, classifier = downstream.test(tmp_path, test), runs.load_classifier(tmp_path)
+  found, tuned = downstream.test(tmp_path, test), runs.load_classifier(tmp_path)
   assert found['images'] == 77 and np.sum(found['confusion']) == 77
-  forward = classifier.forward(classifier.architecture)
-  logits = np.asarray(forward(classifier.variables, np.float32(test.images) / 255))
+  forward = classifier.forward(tuned.architecture)
+  logits = np.asarray(forward(tuned.variables, np.float32(test.images) / 255))
   assert found['top1'] == pytest.approx(metrics.top_k(logits, test.labels))
-  several, _ = classifier.embed(test, batch_size=16)
+  several, _ = tuned.embed(test, batch_size=16)
   np.testing.assert_allclose(several, logits, atol=1e-4)
 
 
@@ -265,7 +270,7 @@ def test_verbs(pretrained, tmp_path, capsys):
            '--config.steps=2', '--config.head_layer=1']  # fmt: skip
   assert cli.main(words) == 0
   kept = json.loads((pretrained / 'evaluation.json').read_text())['finetune']
-  assert kept['columns'] == ['1% (6 a class)']
+  assert kept['columns'] == ['1% (6 per class)']
   assert set(kept['rows']) == {'from scratch', 'fine-tuned', 'raw pixels'}
   assert all(std is not None for cells in kept['rows'].values() for _, std in cells)
   folders = {p.name for p in (pretrained / 'finetune').iterdir()}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from simclr_jax import goodput
+from simclr_jax.runtime import goodput
 
 
 def seconds(**kinds):

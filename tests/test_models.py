@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from simclr_jax.models.heads import ProjectionHead
 
-from simclr_jax.models import heads, resnet
+from simclr_jax.models import encoders, mlp, resnet
+from simclr_jax.models.mlp import MLP
 from simclr_jax.models.resnet import ResNet
 
 SK = 0.0625  # SimCLR v2's
@@ -55,7 +55,7 @@ def test_trainable_parameters(depth, width, sk, trainable, with_classifier, with
   params = count(backbone(depth, width, sk)['params'])
   assert params == trainable
   assert params + d * 1000 + 1000 == with_classifier
-  head = count(shapes(ProjectionHead('mlp', 3, 128), 2, d)['params'])
+  head = count(shapes(MLP(3, 128), 2, d)['params'])
   assert round((params + d * 1000 + 1000 + head) / 1e6, 2) == with_head
 
 
@@ -108,30 +108,30 @@ def test_squeeze_and_excitation_parameters():
 
 def test_moco_parameters():
   """Breaks if torchvision's ResNets or MoCo's heads have other parameters than published."""
-  torchvision = {'dialect': 'torchvision'}
+  torchvision = {'variant': 'torchvision'}
   assert count(backbone(18, 1, False, **torchvision)['params']) == 11_689_512 - 513_000
   r50 = count(backbone(50, 1, False, **torchvision)['params'])
-  for mode, expected in (('linear', 23_770_304), ('mlp', 27_966_656)):
-    head = shapes(ProjectionHead(mode, 2, 128, norm=False), 2, 2048)
+  for layers, expected in ((1, 23_770_304), (2, 27_966_656)):
+    head = shapes(MLP(layers, 128, norm='none'), 2, 2048)
     assert set(head) == {'params'}
     assert r50 + count(head['params']) == expected
 
 
 @pytest.fixture(scope='module')
 def initial():
-  """Parameters of a small network in both dialects."""
+  """Parameters of a small network in both variants."""
   x = jnp.zeros((1, 8, 8, 3))
 
-  def init(dialect):
-    net = ResNet(8, 0.5, 'cifar', dialect)
+  def init(variant):
+    net = ResNet(8, 0.5, 'cifar', variant)
     key = jax.random.key(0, impl='rbg')  # compiles in a quarter of the time
     return jax.jit(lambda: net.init(key, x, train=False))()['params']
 
-  return {dialect: init(dialect) for dialect in resnet.VARIANTS}
+  return {variant: init(variant) for variant in resnet.VARIANTS}
 
 
 def test_initial_gammas_and_shortcuts(initial):
-  """Breaks if a dialect's last gamma or the shortcut of its first group changes sides."""
+  """Breaks if a variant's last gamma or the shortcut of its first group changes sides."""
   simclr, torch = initial['simclr'], initial['torchvision']
   assert 'proj_conv' in simclr['group1_block1'] and 'proj_conv' not in torch['group1_block1']
   assert 'proj_conv' in simclr['group2_block1'] and 'proj_conv' in torch['group2_block1']
@@ -146,7 +146,7 @@ def test_initial_gammas_and_shortcuts(initial):
   'layer, fan_in, fan_out', [('conv1', 9 * 64, 9 * 128), ('proj_conv', 64, 128)]
 )
 def test_initial_kernels(initial, layer, fan_in, fan_out):
-  """Breaks if a dialect's initialiser gets another fan, gain, or tail (truncated at 2 sigma or not)."""
+  """Breaks if a variant's initialiser gets another fan, gain, or tail (truncated at 2 sigma or not)."""
   simclr, torch = (np.ravel(initial[d]['group3_block1'][layer]['kernel']) for d in resnet.VARIANTS)
   n = simclr.size
   for weights, std in ((simclr, (1 / fan_in) ** 0.5), (torch, (2 / fan_out) ** 0.5)):
@@ -174,19 +174,20 @@ def test_stems_set_the_resolution(stem, shrinks):
 
 def test_unknown_values_are_refused():
   """Breaks if a misspelt setting silently becomes another one."""
-  wrong = {'depth': 19, 'stem': 'cifr', 'dialect': 'torch', 'normalize': 'cifar', 'layout': 'x'}
+  wrong = {'depth': 19, 'stem': 'cifr', 'variant': 'torch', 'normalize': 'cifar', 'layout': 'x'}
   for name, value in wrong.items():
     with pytest.raises(ValueError, match=name):
       shapes(ResNet(**{'depth': 18, name: value}), 1, 32, 32, 3)
-  with pytest.raises(ValueError, match='head'):
-    shapes(ProjectionHead('nonlinear'), 2, 8)
+  with pytest.raises(ValueError, match='norm'):
+    shapes(MLP(norm='both'), 2, 8)
 
 
 def test_head_modes():
-  """Breaks if a head's hidden layers, widths or last BatchNorm change."""
+  """Breaks if the hidden layers, widths or the last BatchNorm of a head change."""
   h = jax.random.normal(jax.random.key(0), (8, 6))
   for mode, layers, lengths in (('none', 2, [6]), ('linear', 2, [6, 4]), ('mlp', 3, [6, 6, 6, 4])):
-    head = ProjectionHead(mode, layers, 4)
+    config = {'head': mode, 'head_layers': layers}
+    head = MLP(mlp.depth(config), 4)
     hiddens, variables = head.init_with_output(jax.random.key(1), h, train=False)
     assert [x.shape[1] for x in hiddens] == lengths
     if mode == 'mlp':
@@ -201,7 +202,7 @@ def test_simclr_head_against_numpy():
   """Breaks if dense, BatchNorm and ReLU change order, or the head's groups do not get through."""
   rng = np.random.default_rng(0)
   h = rng.normal(size=(8, 6))
-  head = ProjectionHead('mlp', 2, 4, groups=2, layout='strided')
+  head = MLP(2, 4, groups=2, layout='strided')
   v = head.init(jax.random.key(1), jnp.zeros((8, 6)), train=False)
   v = jax.tree.map(lambda x: rng.uniform(-1, 1, x.shape), v)
   hiddens, _ = head.apply(v, jnp.asarray(h, jnp.float32), train=True, mutable='batch_stats')
@@ -221,8 +222,8 @@ def test_simclr_head_against_numpy():
 def test_moco_head_against_numpy():
   """Breaks if MoCo's head gets a BatchNorm, loses a bias or its ReLU, or starts as another one."""
   h = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
-  for mode, layers in (('linear', 1), ('mlp', 2)):
-    head = ProjectionHead(mode, 2, 32, norm=False)
+  for layers in (1, 2):
+    head = MLP(layers, 32, norm='none')
     hiddens, v = head.init_with_output(jax.random.key(1), h, train=True)
     assert len(hiddens) == layers + 1
     x = h.astype(np.float64)
@@ -240,7 +241,7 @@ def test_moco_head_against_numpy():
 
 def test_simclr_head_starts_small():
   """Breaks if SimCLR's dense layers start otherwise than from N(0, 0.01)."""
-  v = ProjectionHead('mlp', 2, 64).init(jax.random.key(0), jnp.zeros((2, 64)), train=False)
+  v = MLP(2, 64).init(jax.random.key(0), jnp.zeros((2, 64)), train=False)
   for layer in ('dense1', 'dense2'):
     kernel = v['params'][layer]['kernel']
     np.testing.assert_allclose(np.std(kernel), 0.01, rtol=0.05)
@@ -253,7 +254,7 @@ def test_from_config():
     'depth': 34,
     'width_multiplier': 2.0,
     'stem': 'cifar',
-    'dialect': 'torchvision',
+    'variant': 'torchvision',
     'bn_groups': 4,
     'bn_layout': 'strided',
     'sk_ratio': 0.125,
@@ -262,11 +263,37 @@ def test_from_config():
     'head': 'linear',
     'head_layers': 3,
     'head_dim': 16,
-    'head_norm': False,
+    'head_norm': 'none',
+    'head_hidden': 24,
+    'encoder': '',
   }
   assert resnet.from_config(config, jnp.bfloat16) == ResNet(
     34, 2.0, 'cifar', 'torchvision', 4, 'strided', 0.125, 0.25, 'cifar10', jnp.bfloat16
   )
-  assert heads.from_config(config, jnp.bfloat16) == ProjectionHead(
-    'linear', 3, 16, False, 4, 'strided', jnp.bfloat16
-  )
+  assert encoders.build(config, jnp.bfloat16) == resnet.from_config(config, jnp.bfloat16)
+  assert mlp.head(config, jnp.bfloat16) == MLP(1, 16, 24, 'none', 4, 'strided', jnp.bfloat16)
+  assert mlp.head({**config, 'head': 'mlp'}, keep=2) == MLP(3, 16, 24, 'none', 4, 'strided', keep=2)
+
+
+def test_mlp_norms_of_other_methods():
+  """Breaks if a hidden width or a choice of normalisation gives other layers: BYOL's head, SimSiam's projector."""
+  h = jnp.zeros((8, 6))
+
+  def parameters(norm):
+    return MLP(3, 4, 10, norm).init(jax.random.key(0), h, train=False)['params']
+
+  byol = parameters('hidden')
+  assert {k: set(v) for k, v in byol.items()} == {
+    'dense1': {'kernel'}, 'bn1': {'scale', 'bias'}, 'dense2': {'kernel'}, 'bn2': {'scale', 'bias'},
+    'dense3': {'kernel', 'bias'},
+  }  # fmt: skip
+  assert [byol[f'dense{i}']['kernel'].shape for i in (1, 2, 3)] == [(6, 10), (10, 10), (10, 4)]
+  bound = 10**-0.5  # torch.nn.Linear: U(-1, 1) / sqrt(fan-in)
+  assert 0.9 * bound < abs(byol['dense2']['kernel']).max() <= bound
+  simsiam = MLP(3, 4, 10, 'all_last_plain')
+  variables = simsiam.init(jax.random.key(0), h, train=False)
+  assert 'bn3' not in variables['params'] and 'bn3' in variables['batch_stats']
+  x = jax.random.normal(jax.random.key(1), h.shape)
+  z = simsiam.apply(variables, x, train=True, mutable='batch_stats')[0][-1]
+  np.testing.assert_allclose(z.mean(0), 0, atol=1e-5)
+  np.testing.assert_allclose(z.std(0), 1, atol=1e-2)

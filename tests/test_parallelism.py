@@ -77,7 +77,7 @@ def test_parts_of_a_batch():
       pixels, part['epoch'], part['position'], augment.pipelines(c.augment, 2), np.uint32(c.seed),
       c.image_size,
     )  # fmt: skip
-    batch = {'views': views, 'label': part['label'], 'index': part['index'], 'given': {}}
+    batch = {'views': views, 'label': part['label'], 'index': part['index']}
     return jax.grad(method.loss, has_aux=True)(params, state, batch, None)
 
   total, losses = jax.tree.map(np.zeros_like, params), []

@@ -5,8 +5,9 @@ import pathlib
 import pytest
 from conftest import TINY
 
-from simclr_jax import cli, config, paths, train
+from simclr_jax import cli, config, train
 from simclr_jax.errors import ConfigError
+from simclr_jax.runtime import paths
 
 epath = pytest.importorskip('etils.epath')
 
@@ -29,7 +30,7 @@ def test_a_run_needs_no_more_of_a_path_than_buckets_have(tmp_path, monkeypatch, 
   # TensorFlow's file system, as for gs://, and not Python's.
   bucket = property(lambda self: backend.tf_backend)
   monkeypatch.setattr(epath.gpath.PosixGPath, '_backend', bucket)
-  monkeypatch.setattr(paths, 'remote', lambda place: True)
+  monkeypatch.setattr(paths, 'is_remote', lambda path: True)
   place = epath.Path(tmp_path / 'run')
   for steps in ('2', '2'):
     recipe = config.load('simclr_digits', {**TINY, 'steps': steps, 'checkpoint_every_steps': '1'})

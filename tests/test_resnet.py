@@ -34,9 +34,9 @@ def conv(x, p, stride=1):
   return np.einsum('nhwcij,ijcd->nhwd', x, w) + p.get('bias', 0)
 
 
-def max_pool(x, dialect):
+def max_pool(x, variant):
   """3x3, stride 2; 'simclr' pads at the end where an even size needs a last pixel, as TensorFlow."""
-  first = 0 if dialect == 'simclr' and x.shape[1] % 2 == 0 else 1
+  first = 0 if variant == 'simclr' and x.shape[1] % 2 == 0 else 1
   x = np.pad(x, ((0, 0), (first, 1), (first, 1), (0, 0)), constant_values=-np.inf)
   return sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2].max((-2, -1))
 
@@ -55,9 +55,9 @@ def average_pool(x, stride):
 class Reference:
   """`Reference(...)(variables, x)` computes what ResNet computes, as the papers describe it."""
 
-  def __init__(self, depth, train, stem='cifar', dialect='simclr', sk_ratio=0, se_ratio=0):
+  def __init__(self, depth, train, stem='cifar', variant='simclr', sk_ratio=0, se_ratio=0):
     self.blocks, self.bottleneck = SMALL[depth]
-    self.train, self.stem, self.dialect = train, stem, dialect
+    self.train, self.stem, self.variant = train, stem, variant
     self.sk, self.se = sk_ratio > 0, se_ratio > 0
 
   def norm(self, x, p, s):
@@ -103,7 +103,7 @@ class Reference:
       stride = 1
     x = np.maximum(self.norm(conv(x, p['stem_conv'], stride), p['stem_bn'], s['stem_bn']), 0)
     if self.stem == 'imagenet':
-      x = max_pool(x, self.dialect)
+      x = max_pool(x, self.variant)
     for group, count in enumerate(self.blocks, 1):
       for block in range(1, count + 1):
         name = f'group{group}_block{block}'
@@ -148,10 +148,10 @@ def apply_both_ways(net, variables, x):
   [
     # 26 pixels are 13 after the stem, 7 after the pool, 4 after group 2; 32 are 16, 8, 4.
     ('basic', 32, {'stem': 'imagenet'}),
-    ('basic', 32, {'stem': 'imagenet', 'dialect': 'torchvision'}),
+    ('basic', 32, {'stem': 'imagenet', 'variant': 'torchvision'}),
     ('basic', 26, {'stem': 'imagenet', 'sk_ratio': 0.5}),
     ('bottleneck', 26, {'stem': 'imagenet'}),
-    ('bottleneck', 32, {'stem': 'imagenet', 'dialect': 'torchvision'}),
+    ('bottleneck', 32, {'stem': 'imagenet', 'variant': 'torchvision'}),
     ('bottleneck', 26, {'stem': 'imagenet', 'sk_ratio': 0.5}),
     ('bottleneck', 32, {'stem': 'imagenet', 'sk_ratio': 0.5}),
     ('bottleneck', 7, {'sk_ratio': 0.5, 'se_ratio': 0.5}),
@@ -190,12 +190,12 @@ def test_normalize(name, mean, std):
   assert not np.allclose(h, reference(variables, x), rtol=0.1)
 
 
-@pytest.mark.parametrize('dialect, ddof', [('simclr', 0), ('torchvision', 1)])
-def test_running_statistics_against_numpy(dialect, ddof):
-  """Breaks if a dialect's running variance changes sides, or if the groups of BatchNorm and their
+@pytest.mark.parametrize('variant, ddof', [('simclr', 0), ('torchvision', 1)])
+def test_running_statistics_against_numpy(variant, ddof):
+  """Breaks if a variant's running variance changes sides, or if the groups of BatchNorm and their
   layout do not reach its layers.
   """
-  net = ResNet('basic', 1 / 8, 'cifar', dialect, groups=2, layout='strided')
+  net = ResNet('basic', 1 / 8, 'cifar', variant, groups=2, layout='strided')
   x = random_images((4, 3, 3, 3))
   variables = random_variables(net, x.shape)
   _, _, stats = apply_both_ways(net, variables, x)
@@ -246,7 +246,7 @@ def from_torchvision(net):
 
 @pytest.mark.parametrize('depth', [18, 50])
 def test_torchvision(depth):
-  """Breaks if the torchvision dialect computes other features, or other running statistics, than
+  """Breaks if the torchvision variant computes other features, or other running statistics, than
   torchvision with the same weights.
   """
   if 'tensorflow' in sys.modules:
@@ -262,7 +262,7 @@ def test_torchvision(depth):
       value.normal_(0, 0.1)
     elif name.endswith('running_var') or ('bn' in name and name.endswith('weight')):
       value.uniform_(0.5, 1.5)
-  net = ResNet(depth, dialect='torchvision')
+  net = ResNet(depth, variant='torchvision')
   x = random_images((4, 56, 56, 3))  # then 28, 14, 14, 7, 4, 2
   before = from_torchvision(theirs)
   expected = jax.eval_shape(lambda: net.init(jax.random.key(0), x, train=False))
