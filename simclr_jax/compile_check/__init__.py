@@ -1,1 +1,1 @@
-"""Compiling a training step ahead of time for TPUs that are not there, and judging the program."""
+"""Ahead-of-time (AOT) compilation of a training step for TPUs, without a TPU, and checks of the program."""

@@ -1,8 +1,7 @@
-"""Compiles a recipe's training step for TPUs that are not there, and looks at what came out.
+"""Ahead-of-time (AOT) compilation of a recipe's training step for a TPU topology, without a TPU.
 
-The step is that of `train_state`, the compiler is the one that TPUs use (libtpu), the topology is described
-and not found. What the compiler says is memory, operations and collectives; times are those divided by the
-published peaks of the chip, not a prediction.
+The step is that of `train_state`, compiled by libtpu, the compiler that TPUs use. Memory, operations and collectives
+are read from the compiled program. Times divide them by the published peaks of the chip; they are no prediction.
 """
 
 import collections
@@ -13,6 +12,7 @@ import os
 import pathlib
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,16 +31,16 @@ IMAGENET = 1_281_167  # training images
 GIB = 2**30
 
 
-class DoesNotFit(RuntimeError):
-  """The step needs more memory than a device has: `needed` and `limit` in bytes, None where unsaid."""
+class OutOfMemory(RuntimeError):
+  """The step needs more memory than a device has: `needed` and `limit` in bytes, None if not in the message."""
 
   def __init__(self, message: str):
     super().__init__(message)
-    self.needed, self.limit = memory_in(message)
+    self.needed, self.limit = memory_from_message(message)
 
 
-def memory_in(message: str) -> tuple[float | None, float | None]:
-  """Bytes needed and bytes there, of the compiler's RESOURCE_EXHAUSTED."""
+def memory_from_message(message: str) -> tuple[float | None, float | None]:
+  """The needed and the available bytes in the compiler's RESOURCE_EXHAUSTED message."""
   unit = {'': 1, 'K': 2**10, 'M': 2**20, 'G': GIB, 'T': 2**40}
 
   def size(match):
@@ -52,15 +52,69 @@ def memory_in(message: str) -> tuple[float | None, float | None]:
   return size(needed), size(limit)
 
 
-def devices_of(topology: hardware.Topology) -> list[Any]:
-  """The JAX devices of a topology, described.
+def check(
+  config: ml_collections.ConfigDict,
+  topology: hardware.Topology,
+  recipe: str = '',
+  hlo_file: pathlib.Path | None = None,
+) -> dict[str, Any]:
+  """Compiles the training step of a recipe, and judges the program.
+
+  Args:
+    config: a checked recipe (`config.load`).
+    topology: the TPU.
+    recipe: its name, for the report.
+    hlo_file: a file that gets the compiled program, XLA's optimised HLO.
+
+  Returns:
+    Plain data: what was compiled; `memory`, `flops`, `bytes_accessed`, `collectives`, `seconds`, all per device
+    and step; `bound`, the bottleneck; `problems`, empty if there are none; `notes`. A step that does not fit
+    into memory has `memory`, `message` and `problems` only.
 
   Raises:
-    ConfigError: TPU's library is missing, or it knows no such topology.
+    ConfigError: the recipe or the topology is invalid, or libtpu is missing.
+  """
+  devices = describe_devices(topology)
+  config, notes = prepare(config, len(devices))
+  teacher = teacher_shapes(config)
+  if teacher and not config.teacher:
+    notes.append("assumed: a teacher of the student's size (--config.teacher=RUN)")
+  state, step = lower(config, sharding.make_mesh(devices), teacher)
+  result = _description(config, topology, devices, recipe)
+  result |= {'notes': notes, 'parameters': _count(state.params)}
+  start = time.monotonic()
+  try:
+    program = compile_step(step)
+  except OutOfMemory as error:
+    seconds = round(time.monotonic() - start, 1)
+    return result | {'compile_seconds': seconds} | _does_not_fit(config, topology, error)
+  result['compile_seconds'] = round(time.monotonic() - start, 1)
+  if hlo_file:
+    hlo_file.write_text(program.as_text())
+  if topology.slices == 1:
+    width = verdict.embedding_width(config, state, teacher)
+    shapes = verdict.step_shapes(config, state, len(devices), width)
+    groups = _collectives(program, shapes, len(devices))
+    problems = verdict.problems(config, state, groups, len(devices), width)
+    notes += _shuffle_notes(config, groups)
+  else:
+    groups, problems = _collectives(program, None, len(devices)), []
+    notes.append(
+      'multi-slice: the compiler drops the names of collectives, so whether negatives and BatchNorm '
+      'statistics reach all devices is only checked for one slice'
+    )
+  return result | _measurements(program, topology, groups) | {'problems': problems}
+
+
+def describe_devices(topology: hardware.Topology) -> list[Any]:
+  """The JAX devices of a topology; they are descriptions and cannot compute.
+
+  Raises:
+    ConfigError: libtpu is missing, or does not know the topology.
   """
   from jax.experimental import topologies
 
-  os.environ.update(hardware.ENVIRONMENT)  # read when the library is loaded, now
+  os.environ.update(hardware.ENVIRONMENT)  # libtpu reads it when it is loaded, below
   try:
     import libtpu  # noqa: F401
   except ImportError:
@@ -69,7 +123,7 @@ def devices_of(topology: hardware.Topology) -> list[Any]:
       '(Linux on x86-64 only)'
     ) from None
   try:
-    found = topologies.get_topology_desc(
+    devices = topologies.get_topology_desc(
       platform='tpu', topology_name=topology.name, **topology.options
     ).devices
   except (jax.errors.JaxRuntimeError, NotImplementedError, RuntimeError) as error:
@@ -77,21 +131,21 @@ def devices_of(topology: hardware.Topology) -> list[Any]:
     raise ConfigError(
       f'--topology={topology.text!r}: the TPU compiler refuses it: {reason}'
     ) from None
-  if len(found) != topology.devices:
+  if len(devices) != topology.devices:
     raise ConfigError(
       f'--topology={topology.text!r} should have {topology.devices} devices, but the TPU compiler '
-      f'describes {len(found)}'
+      f'describes {len(devices)}'
     )
-  return list(found)
+  return list(devices)
 
 
-def prepared(
+def prepare(
   config: ml_collections.ConfigDict, devices: int
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
-  """The recipe as it is on TPUs, and what was assumed for it.
+  """The recipe as a run on TPUs has it, and the assumptions made.
 
   Raises:
-    ConfigError: it cannot be run on so many devices.
+    ConfigError: the batch cannot be split over the devices.
   """
   notes = []
   examples = config.data.examples
@@ -114,9 +168,22 @@ def prepared(
   return filled.lock(), notes
 
 
-def lowered(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
-  """The training step of a prepared recipe, `train_state.train_step`, not yet compiled."""
-  method = methods.build(config)
+def teacher_shapes(config: ml_collections.ConfigDict) -> methods.Teacher | None:
+  """The shapes of the teacher, if the method needs one; without `teacher` in the recipe, as large as the student."""
+  if not methods.build(config).needs_teacher:
+    return None
+  if config.teacher:
+    return jax.eval_shape(lambda: runs.load_teacher(config))
+  net = classifier.build(config.model, config.data.num_classes, config.head_layer)
+  x = jax.ShapeDtypeStruct((2, config.image_size, config.image_size, 3), jnp.float32)
+  shapes = jax.eval_shape(lambda x: net.init(jax.random.key(0), x), x)
+  return methods.Teacher(shapes, json.dumps(recipes.architecture(config, classifier=True)))
+
+
+def lower(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh, teacher: methods.Teacher | None
+) -> tuple[train_state.TrainState, Any]:
+  """The shapes of the state, and the lowered training step, of a recipe that `prepare` returned."""
   init, step = train_state.programs(config, mesh)
   resident = None
   if config.data.on_device == 'yes' or config.data.source == 'digits':
@@ -124,7 +191,7 @@ def lowered(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
   constants, rows = loader.shapes(
     config.data.examples,
     config.batch_size,
-    method.views,
+    methods.build(config).views,
     config.image_size,
     config.data.resize_on,
     resident,
@@ -132,77 +199,30 @@ def lowered(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh):
   seed = jax.ShapeDtypeStruct((), np.uint32)
   with jax.set_mesh(mesh):
     state = jax.eval_shape(init, seed)
-    return state, step.lower(state, seed, _teacher(config, method), constants, rows)
+    return state, step.lower(state, seed, teacher, constants, rows)
 
 
-def _teacher(config, method):
-  """The shapes of the teacher that the method needs; without a run, of one as large as the student."""
-  if not method.needs_teacher:
-    return None
-  if config.teacher:
-    return jax.eval_shape(lambda: runs.load_teacher(config))
-  net = classifier.build(config.model, config.data.num_classes, config.head_layer)
-  x = jax.ShapeDtypeStruct((2, config.image_size, config.image_size, 3), jnp.float32)
-  # The key is made inside: in the scope of a described mesh, nothing can be computed.
-  shapes = jax.eval_shape(lambda x: net.init(jax.random.key(0), x), x)
-  return methods.Teacher(shapes, json.dumps(recipes.architecture(config, classifier=True)))
-
-
-def compiled(step) -> Any:
-  """Compiles.
+def compile_step(step: Any) -> Any:
+  """Compiles what `lower` returned.
 
   Raises:
-    DoesNotFit: into the memory of a device.
+    OutOfMemory: it does not fit into the memory of a device.
   """
   try:
     return step.compile()
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    raise DoesNotFit(str(error)) from None
+    raise OutOfMemory(str(error)) from None
 
 
-# What came out.
+def _count(params):
+  return sum(math.prod(p.shape) for p in jax.tree.leaves(params))
 
 
-def memory(program, limit: float) -> dict[str, float]:
-  """HBM of a device by kind, bytes. What is aliased is both argument and output, and there once."""
-  m = program.memory_analysis()
-  found = {
-    'arguments': m.argument_size_in_bytes,
-    'outputs': m.output_size_in_bytes,
-    'aliased': -m.alias_size_in_bytes,
-    'temporaries': m.temp_size_in_bytes,
-    'code': m.generated_code_size_in_bytes,
-  }
-  return {**found, 'total': sum(found.values()), 'limit': limit}
-
-
-def check(
-  config: ml_collections.ConfigDict,
-  topology: hardware.Topology,
-  recipe: str = '',
-  text_to: pathlib.Path | None = None,
-) -> dict[str, Any]:
-  """Compiles and judges.
-
-  Args:
-    config: a checked recipe (`config.load`).
-    topology: what it is compiled for.
-    recipe: its name, for the report.
-    text_to: a file that gets the compiled program, as XLA writes it.
-
-  Returns:
-    Plain data: what was compiled, `memory`, `flops`, `bytes_accessed`, `collectives`, `seconds`,
-    `bound`, `problems` (none: all is well), `notes`. Figures are of one device and step.
-
-  Raises:
-    ConfigError: it cannot be compiled at all: the recipe, the topology, a missing library.
-  """
-  devices = devices_of(topology)
-  mesh = sharding.make_mesh(devices)
-  config, notes = prepared(config, len(devices))
-  result = {
+def _description(config, topology, devices, recipe):
+  """What is compiled, and for which TPU."""
+  return {
     'recipe': recipe,
     'method': config.method,
     'topology': topology.text,
@@ -215,56 +235,48 @@ def check(
     'dtype': config.dtype,
     'bn_groups': config.model.bn_groups,
     'versions': {'jax': jax.__version__, 'libtpu': importlib.metadata.version('libtpu')},
-    'notes': notes,
   }
-  if methods.build(config).needs_teacher and not config.teacher:
-    notes.append("assumed: a teacher of the student's size (--config.teacher=RUN)")
-  state, step = lowered(config, mesh)
-  parameters = jax.tree.leaves(state.params)
-  result['parameters'] = sum(math.prod(p.shape) for p in parameters)
-  began = time.monotonic()
-  try:
-    program = compiled(step)
-  except DoesNotFit as error:
-    limit = error.limit or topology.chip.hbm
-    needs = (
-      f'needs {format_bytes(error.needed)} of HBM on a device' if error.needed else 'does not fit'
-    )
-    if 'HLO temporaries' in str(error):  # the state comes on top of it
-      needs += ', temporaries alone'
-    result |= {
-      'compile_seconds': round(time.monotonic() - began, 1),
-      'memory': {'total': error.needed, 'limit': limit},
-      'message': str(error).split('\n')[0],
-      'problems': [
-        f'batch_size={config.batch_size} {needs}, there are {format_bytes(limit)}: lower --config.batch_size '
-        '(--find-batch finds the largest) or take more devices'
-      ],
-    }
-    return result
-  result['compile_seconds'] = round(time.monotonic() - began, 1)
-  text = program.as_text()
-  if text_to:
-    text_to.write_text(text)
+
+
+def _does_not_fit(config, topology, error):
+  """The part of the result that describes an `OutOfMemory` error."""
+  limit = error.limit or topology.chip.hbm
+  needs = (
+    f'needs {format_bytes(error.needed)} of HBM per device' if error.needed else 'does not fit'
+  )
+  if 'HLO temporaries' in str(error):  # the state is not included
+    needs += ', temporaries alone'
+  return {
+    'memory': {'total': error.needed, 'limit': limit},
+    'message': str(error).split('\n')[0],
+    'problems': [
+      f'batch_size={config.batch_size} {needs}, {format_bytes(limit)} are available: lower '
+      '--config.batch_size (--find-batch finds the largest) or use more devices'
+    ],
+  }
+
+
+def _collectives(program, shapes, devices):
+  return verdict.group_collectives(hlo.collectives(program.as_text(), devices), shapes, devices)
+
+
+def _shuffle_notes(config, groups):
+  if not any(purpose == 'shuffled images' for g in groups for purpose, _ in g.purposes):
+    return []
+  fewer = ': shuffle=transpose moves fewer' if config.shuffle == 'permute' else ''
+  return [
+    f'shuffle={config.shuffle} moves the key images between devices, as the recipe asks{fewer}'
+  ]
+
+
+def _measurements(program, topology, groups):
+  """The part of the result that is read from the compiled program; all values per device and step."""
   cost = program.cost_analysis()
   flops, accessed = cost['flops'], cost['bytes accessed']
-  one = topology.slices == 1
-  what = verdict.known(config, state, len(devices)) if one else None
-  found = verdict.moved(hlo.collectives(text, len(devices)), what, len(devices))
-  transfers = hlo.between_slices(text)
-  seconds = verdict.bounds(topology, flops, accessed, found, transfers)
-  if not one:
-    notes.append(
-      'several slices: the compiler does not say what a collective is for; whether negatives and '
-      'BatchNorm reach all devices is told of one slice only'
-    )
-  if any(p == 'shuffled images' for g in found for p, _ in g.purposes):
-    notes.append(
-      f'shuffle={config.shuffle} moves the key images between devices, as the recipe asks'
-      + (': shuffle=transpose moves fewer' if config.shuffle == 'permute' else '')
-    )
-  result |= {
-    'memory': memory(program, topology.chip.hbm),
+  transfers = hlo.between_slices(program.as_text())
+  seconds = verdict.roofline(topology, flops, accessed, groups, transfers)
+  return {
+    'memory': _memory(program, topology.chip.hbm),
     'flops': flops,
     'bytes_accessed': accessed,
     'intensity': flops / accessed,
@@ -277,42 +289,55 @@ def check(
         'bytes_by_purpose': dict(g.purposes),
         'devices': g.devices,
       }
-      for g in found
+      for g in groups
     ],
     'between_slices': [
       {'kind': kind, 'bytes': size, 'count': count}
       for (kind, size), count in collections.Counter(transfers).items()
     ],
     'seconds': seconds,
-    'bound': max(seconds, key=seconds.get),
-    'problems': verdict.problems(config, state, found, len(devices)) if one else [],
+    'bound': max(seconds, key=lambda name: seconds[name]),
   }
-  return result
+
+
+def _memory(program, limit):
+  """HBM of a device by kind, in bytes. Aliased buffers are both arguments and outputs, so they are subtracted once."""
+  m = program.memory_analysis()
+  sizes = {
+    'arguments': m.argument_size_in_bytes,
+    'outputs': m.output_size_in_bytes,
+    'aliased': -m.alias_size_in_bytes,
+    'temporaries': m.temp_size_in_bytes,
+    'code': m.generated_code_size_in_bytes,
+  }
+  return {**sizes, 'total': sum(sizes.values()), 'limit': limit}
 
 
 def fits(config: ml_collections.ConfigDict, topology: hardware.Topology) -> bool:
-  """Whether the step can be compiled."""
-  devices = devices_of(topology)
-  config, _ = prepared(config, len(devices))
+  """Whether the step of a recipe fits into the memory of the devices."""
+  devices = describe_devices(topology)
+  config, _ = prepare(config, len(devices))
   try:
-    compiled(lowered(config, sharding.make_mesh(devices))[1])
-  except DoesNotFit:
+    compile_step(lower(config, sharding.make_mesh(devices), teacher_shapes(config))[1])
+  except OutOfMemory:
     return False
   return True
 
 
-def largest(start: int, unit: int, fits, most: int = 2**20) -> int:
-  """The largest multiple of `unit` up to `most` that fits; 0 if `unit` itself does not.
+def largest_multiple(
+  start: int, unit: int, fits: Callable[[int], bool], maximum: int = 2**20
+) -> int:
+  """The largest multiple of `unit` up to `maximum` that fits; 0 if `unit` itself does not.
 
-  Doubles or halves from near `start`, then bisects; what fits is assumed to fit when smaller.
+  Doubles or halves from near `start`, then bisects. If a size fits, all smaller ones are assumed to fit.
 
   Args:
-    start: a first guess.
-    unit: of the search.
-    fits: a function of a multiple of `unit`.
-    most: the end of the search.
+    start: first guess.
+    unit: step of the search.
+    fits: whether a multiple of `unit` fits.
+    maximum: end of the search.
   """
-  low, high = 0, most // unit + 1  # in units: the largest that fits, the smallest that does not
+  low, high = 0, maximum // unit + 1  # in units: the largest that fits, the smallest that does not
   guess = max(2 ** round(math.log2(max(start / unit, 1))), 1)
   while high - low > 1:
     guess = min(max(guess, low + 1), high - 1)
@@ -322,7 +347,7 @@ def largest(start: int, unit: int, fits, most: int = 2**20) -> int:
       high = guess
     if low == 0:
       guess = high // 2
-    elif high > most // unit:
+    elif high > maximum // unit:
       guess = 2 * low
     else:
       guess = (low + high) // 2
@@ -330,18 +355,26 @@ def largest(start: int, unit: int, fits, most: int = 2**20) -> int:
 
 
 def find_batch(
-  config: ml_collections.ConfigDict, topology: hardware.Topology, say=lambda text: None
+  config: ml_collections.ConfigDict,
+  topology: hardware.Topology,
+  log: Callable[[str], None] = lambda text: None,
 ) -> int:
-  """The largest global batch of a recipe that fits; 0 if none does."""
+  """The largest global batch size of a recipe that fits; 0 if none does.
+
+  Args:
+    config: a checked recipe.
+    topology: the TPU.
+    log: called with a line for each batch size that was tried.
+  """
   unit = math.lcm(topology.devices, config.model.bn_groups)
 
   def try_batch(size):
     changed = config.copy_and_resolve_references()
     changed.batch_size = size
     recipes.check(changed)
-    found = fits(changed.lock(), topology)
-    say(f'batch {size:,}: {"fits" if found else "does not fit"}')
-    return found
+    fitting = fits(changed.lock(), topology)
+    log(f'batch size {size:,}: {"fits" if fitting else "does not fit"}')
+    return fitting
 
   examples = config.data.examples or IMAGENET
-  return largest(config.batch_size, unit, try_batch, examples)
+  return largest_multiple(config.batch_size, unit, try_batch, examples)

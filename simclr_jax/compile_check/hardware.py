@@ -1,4 +1,4 @@
-"""TPUs: what they are called, how their chips are connected, what they can do at best.
+"""TPUs: their names, the shapes of their slices, and the published peaks of their chips.
 
 Imports no JAX, so that `ENVIRONMENT` can be set before it is imported.
 """
@@ -9,8 +9,8 @@ import re
 
 from simclr_jax.errors import ConfigError
 
-# What TPU's library needs to compile on a machine without one: it asks no metadata server, shares its
-# lock file (which with real chips would be wrong), and keeps to itself that there is no TPU.
+# libtpu on a machine without a TPU: it must not query the metadata server, may be loaded by several processes
+# (which would be wrong with real chips), and must not log that there is no TPU.
 ENVIRONMENT = {
   'TPU_SKIP_MDS_QUERY': '1',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': 'true',
@@ -23,26 +23,26 @@ ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A kind of TPU chip. Figures are of a chip, not of a JAX device, but for `hbm`.
+  """A kind of TPU chip. Values are per chip, except `hbm`, which is per JAX device.
 
   Attributes:
-    cores: by how much gcloud's number exceeds the number of chips.
+    cores: cores per chip where gcloud's names count cores (v3-128: 64 chips), else 1.
     devices: JAX devices.
-    flops: bfloat16 operations a second.
-    hbm: bytes of a JAX device that a program may use, as the TPU compiler says when they do not suffice.
-    bandwidth: of the HBM, bytes/s.
-    links: to the other chips of a slice, all together, in one direction: bytes/s.
-    network: to other slices: bytes/s; None where it is not published.
-    options: of the topology.
+    flops: bfloat16 FLOP/s.
+    hbm: bytes of memory that a program may use, from the error messages of the TPU compiler.
+    hbm_bandwidth: bytes/s.
+    ici_bandwidth: bytes/s to the other chips of a slice, over all links of the interconnect, in one direction.
+    dcn_bandwidth: bytes/s to other slices, over the data centre network; None where it is not published.
+    options: for the description of a topology.
   """
 
   cores: int
   devices: int
   flops: float
   hbm: float
-  bandwidth: float
-  links: float
-  network: float | None = None
+  hbm_bandwidth: float
+  ici_bandwidth: float
+  dcn_bandwidth: float | None = None
   options: tuple[tuple[str, str], ...] = ()
 
 
@@ -63,7 +63,7 @@ CHIPS = {
 }
 ALIASES = {'v5litepod': 'v5e', 'v5': 'v5p', 'v7x': 'tpu7x'}
 
-# Chips along the axes of the tori that are sold, by their number.
+# Shapes of the slices that are sold, by their number of chips.
 _FLAT = {2**i: (2 ** (i // 2), 2 ** (i - i // 2)) for i in range(11)}
 _CUBIC = {2**i: tuple(sorted(2 ** ((i + k) // 3) for k in range(3))) for i in range(2, 13)}
 _CUBIC |= {4: (2, 2, 1)}
@@ -80,13 +80,13 @@ SHAPES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-  """One or several equal slices of TPU.
+  """One or several equal TPU slices.
 
   Attributes:
-    text: as the user named it.
+    text: the user's name for it.
     generation: a key of `CHIPS`.
     shape: chips along each axis of a slice.
-    slices: how many.
+    slices: number of slices.
   """
 
   text: str
@@ -96,21 +96,22 @@ class Topology:
 
   @property
   def chip(self) -> Chip:
+    """The kind of its chips."""
     return CHIPS[self.generation]
 
   @property
   def devices(self) -> int:
-    """JAX devices of all slices."""
+    """Number of JAX devices in all slices."""
     return math.prod(self.shape) * self.chip.devices * self.slices
 
   @property
   def name(self) -> str:
-    """As the TPU library calls a slice."""
+    """libtpu's name of a slice, such as v3:8x8."""
     return f'{self.generation}:{"x".join(map(str, self.shape))}'
 
   @property
   def options(self) -> dict[str, object]:
-    """What the TPU library has to be told besides."""
+    """libtpu's other options."""
     options: dict[str, object] = dict(self.chip.options)
     if self.generation in ('v5e', 'v6e'):  # machines with 1, 4 or 8 chips
       bounds = {1: (1, 1, 1), 8: (2, 4, 1)}.get(math.prod(self.shape))
@@ -122,7 +123,7 @@ class Topology:
 
 
 def topology(text: str, slices: int = 1) -> Topology:
-  """Reads a name such as 'v3-128' (gcloud's), 'v5e:4x4' (chips along the axes) or '2x v5e-16'.
+  """Parses a name such as 'v3-128' (gcloud's), 'v5e:4x4' (chips along the axes) or '2x v5e-16'.
 
   gcloud counts cores for v2, v3, v4, v5p and tpu7x, and chips for v5e and v6e.
 
@@ -132,25 +133,25 @@ def topology(text: str, slices: int = 1) -> Topology:
   match = re.fullmatch(
     r'(?:(\d+) ?x ?)?([a-z]+[0-9][0-9a-z]*)(?:-(\d+)|:(\d+(?:x\d+){1,2}))', text.strip()
   )
-  known = ', '.join(CHIPS)
+  generations = ', '.join(CHIPS)
   if not match:
     raise ConfigError(
-      f"--topology={text!r} is no TPU: write gcloud's name such as v3-128 or v5e-256, or chips along the "
-      f'axes such as v5e:4x4; there are {known}'
+      f"--topology={text!r} is no TPU: use gcloud's name such as v3-128 or v5e-256, or chips along the "
+      f'axes such as v5e:4x4; generations: {generations}'
     )
   count, generation, number, axes = match.groups()
   generation = ALIASES.get(generation, generation)
   if generation not in CHIPS:
-    raise ConfigError(f'--topology={text!r}: there is no TPU {generation}, only {known}')
+    raise ConfigError(f'--topology={text!r}: there is no TPU {generation}, only {generations}')
   if count and slices > 1:
     raise ConfigError(
-      f'--topology={text!r} and --slices={slices} both say how many slices: leave one out'
+      f'--topology={text!r} and --slices={slices} both set the number of slices: remove one of them'
     )
   slices = int(count) if count else slices
   if not 1 <= slices <= 256:
-    raise ConfigError(f'{slices} slices are out of range: from 1 to 256')
+    raise ConfigError(f'the number of slices, {slices}, is not from 1 to 256')
   if slices > 1 and generation in ('v2', 'v3'):
-    raise ConfigError(f'--topology={text!r}: several slices need v4 or newer')
+    raise ConfigError(f'--topology={text!r}: multi-slice topologies need v4 or newer')
   if axes:
     shape = tuple(map(int, axes.split('x')))
     dimensions = len(next(iter(SHAPES[generation].values())))

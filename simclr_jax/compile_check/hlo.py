@@ -1,7 +1,7 @@
-"""Reads what a compiled program says of itself: which data it moves between devices, and what for.
+"""Parses compiled HLO: the collectives of a program, and the purpose of each.
 
-The text is of XLA, after all optimisations (`compiled.as_text()`); its operations carry the names of the
-modules and functions that they come from.
+The text is XLA's optimised HLO (`compiled.as_text()`). Its operations carry `op_name`: the modules and functions
+that they come from.
 """
 
 import dataclasses
@@ -17,9 +17,9 @@ _BITS = re.compile(r'\d+')
 _COLLECTIVE = re.compile(
   rf'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ({"|".join(KINDS)})(-start)?\((.*?)\)(?:,|$)'
 )
-_NAMED = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"')
+_OP_NAME = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"')
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
-_CALLED = re.compile(
+_CALLEES = re.compile(
   r'(?:calls|to_apply|branch_computations|called_computations)=\{?([^,}]+(?:, %[^,}]+)*)'
 )
 _TRANSFER = re.compile(r'^\s*%?[\w.\-]+ = \((\w+)\[([\d,]*)\].* send\(')
@@ -29,43 +29,52 @@ _UP_TO = re.compile(r'^\s*ROOT .* compare\([^,]*, %?([\w.\-]+)\), direction=LT')
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 
 
+# BatchNorm layers in `op_name`: bn, stem_bn, bn1, and BatchNorm_0, flax's automatic name.
+_BATCH_NORM = re.compile(r'(^|/|_)(bn\d*|BatchNorm_\d+)(/|$)')
+_RANDOM = re.compile('threefry|random|/views|bernoulli|shuffle|permutation')
+_BACKWARD_OF_MODULE = re.compile(r'transpose\(jvp\(\w')
+
+
 @dataclasses.dataclass(frozen=True)
 class Array:
-  """An array that a device gives or gets.
+  """An array that a device sends or receives.
 
   Attributes:
-    dtype: XLA's name of it, such as f32, bf16, u32.
-    shape: of the array.
-    name: of the operation that it comes from, `op_name`.
-    moved_by: name of the collective; of several that were combined, it has one's.
-    guessed: whether `name` had to be taken from the collective although it moves several arrays.
+    dtype: in XLA's spelling, such as f32, bf16, u32.
+    shape: the dimensions.
+    name: `op_name` of the operation that computes it.
+    moved_by: `op_name` of the collective. A combined collective has the name of one of its parts.
+    name_from_collective: whether `name` is that of a collective which moves several arrays, and so may be
+      the name of another one.
   """
 
   dtype: str
   shape: tuple[int, ...]
   name: str
   moved_by: str = ''
-  guessed: bool = False
+  name_from_collective: bool = False
 
   @property
   def size(self) -> int:
+    """Number of elements."""
     return math.prod(self.shape)
 
   @property
   def bytes(self) -> int:
+    """Size in memory."""
     bits = _BITS.search(self.dtype)
-    return self.size * max(int(bits[0]) if bits else 8, 8) // 8  # pred has a byte
+    return self.size * max(int(bits[0]) if bits else 8, 8) // 8  # pred takes a byte
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One exchange between devices.
+  """One collective operation.
 
   Attributes:
     kind: one of `KINDS`.
-    arrays: its results: of an all-gather the whole, of a reduce-scatter the part.
-    devices: how many exchange with each other.
-    times: how often it runs in a step.
+    arrays: its results: of an all-gather the gathered array, of a reduce-scatter the part of a device.
+    devices: size of the replica group.
+    times: how often it runs per step.
   """
 
   kind: str
@@ -75,13 +84,13 @@ class Collective:
 
   @property
   def bytes(self) -> int:
-    """Of the whole, once: what is reduced, or what is there when all is gathered."""
+    """Size of the unsplit arrays of one run: the reduced or the gathered ones."""
     scattered = self.devices if self.kind == 'reduce-scatter' else 1
     return scattered * sum(a.bytes for a in self.arrays)
 
   @property
   def traffic(self) -> float:
-    """Bytes that each device sends at least, in all its runs: those of a ring."""
+    """Bytes that each device sends per step, at least: those of a ring algorithm."""
     share = (self.devices - 1) / self.devices
     if self.kind in ('collective-permute', 'collective-broadcast'):
       share = 1.0
@@ -92,12 +101,12 @@ def collectives(text: str, devices: int) -> list[Collective]:
   """The collectives of a program, in the order of the text.
 
   Args:
-    text: of the program.
-    devices: that run it.
+    text: the optimised HLO.
+    devices: number of devices of the program.
   """
-  names = {m[1]: m[2] for line in text.splitlines() if (m := _NAMED.match(line))}
+  op_names = {m[1]: m[2] for line in text.splitlines() if (m := _OP_NAME.match(line))}
   times = _times(text)
-  found: dict[str, Collective] = {}
+  by_channel: dict[str, Collective] = {}
   computation = ''
   for line in text.splitlines():
     header = _COMPUTATION.match(line)
@@ -106,54 +115,61 @@ def collectives(text: str, devices: int) -> list[Collective]:
     match = _COLLECTIVE.match(line)
     if not match:
       continue
-    name, result, kind, start, operands = match.groups()
-    own = names.get(name, '')
-    arrays = _ARRAY.findall(result)
-    if start and kind in ('all-gather', 'collective-permute'):  # (what is given, what comes, ...)
-      arrays = [a for a in arrays if a[1] or a[0] != 'u32']
-      arrays = arrays[len(arrays) // 2 :]
-    sources = re.findall(r'%([\w.\-]+)', operands)
-    sources += [''] * (len(arrays) - len(sources))
-    several = len(arrays) > 1
-    parsed = tuple(
-      Array(
-        dtype,
-        tuple(int(d) for d in shape.split(',') if d),
-        names.get(source) or own,
-        own,
-        several and source not in names,
-      )
-      for (dtype, shape), source in zip(arrays, sources)
-    )
-    # What overlaps with computation stands in several fusions, under one channel.
+    # A collective that overlaps with computation appears in several fusions, under one channel.
     channel = re.search(r'channel_id=(\d+)', line)
-    key = channel[1] if channel else f'{computation} {name}'
-    found.setdefault(
-      key, Collective(kind, parsed, _group(line, devices), times.get(computation, 1))
+    key = channel[1] if channel else f'{computation} {match[1]}'
+    arrays = _arrays(match, op_names)
+    collective = Collective(match[3], arrays, _group_size(line, devices), times.get(computation, 1))
+    by_channel.setdefault(key, collective)
+  return [c for c in by_channel.values() if c.devices > 1]
+
+
+def _arrays(match, op_names):
+  """The results of a collective: a match of `_COLLECTIVE`."""
+  name, results, kind, start, operands = match.groups()
+  own = op_names.get(name, '')
+  arrays = _ARRAY.findall(results)
+  if start and kind in ('all-gather', 'collective-permute'):  # results are (inputs, outputs, ...)
+    arrays = [a for a in arrays if a[1] or a[0] != 'u32']
+    arrays = arrays[len(arrays) // 2 :]
+  sources = re.findall(r'%([\w.\-]+)', operands)
+  sources += [''] * (len(arrays) - len(sources))
+  return tuple(
+    Array(
+      dtype,
+      _dimensions(shape),
+      op_names.get(source) or own,
+      own,
+      len(arrays) > 1 and source not in op_names,
     )
-  return [c for c in found.values() if c.devices > 1]
+    for (dtype, shape), source in zip(arrays, sources)
+  )
+
+
+def _dimensions(text):
+  return tuple(int(d) for d in text.split(',') if d)
 
 
 def between_slices(text: str) -> list[tuple[str, int]]:
-  """What a device sends to other slices: the kind of exchange, and its part in bytes.
+  """The transfers of a device to other slices: the kind of each, and its bytes.
 
-  The compiler splits a collective of several slices into one inside each and a transfer between hosts, in which
-  names are lost.
+  The compiler splits a collective over several slices into one inside each slice and a transfer between hosts,
+  which has no `op_name`.
   """
-  found = []
+  transfers = []
   for line in text.splitlines():
-    transfer = _TRANSFER.match(line)
+    send = _TRANSFER.match(line)
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', line)
-    if transfer and kind:
-      array = Array(transfer[1], tuple(int(d) for d in transfer[2].split(',') if d), '')
-      found.append((kind[1].lower().replace('_', '-'), array.bytes))
-  return found
+    if send and kind:
+      array = Array(send[1], _dimensions(send[2]), '')
+      transfers.append((kind[1].lower().replace('_', '-'), array.bytes))
+  return transfers
 
 
-def _group(line, devices):
-  """How many devices are in one group."""
+def _group_size(line, devices):
+  """The number of devices in one replica group."""
   mesh = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line)
-  if mesh:  # axes with their sizes, and those that are reduced: whole, or (what lies before)size
+  if mesh:  # axes with their sizes, and the reduced ones: entire, or in part as (offset)size
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
     axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh[2])
     return math.prod(int(part) if part else sizes[name] for name, part in axes)
@@ -170,8 +186,11 @@ def _group(line, devices):
 
 
 def _times(text):
-  """computation -> how often it runs in a step; loops that count up to a constant are told by their condition."""
-  callers, constants, limits, computation = {}, {}, {}, ''
+  """computation -> how often it runs per step. Trip counts are read from loops that count up to a constant."""
+  callers: dict[str, tuple[str, str | None]] = {}  # computation -> (caller, loop condition)
+  constants: dict[str, int] = {}
+  limits: dict[str, int] = {}  # loop condition -> trip count
+  computation = ''
   for line in text.splitlines():
     header = _COMPUTATION.match(line)
     if header:
@@ -184,86 +203,92 @@ def _times(text):
     if loop := _LOOP.search(line):
       callers.setdefault(loop[2], (computation, loop[1]))
       continue
-    for called in _CALLED.findall(line):
-      for name in re.findall(r'[\w.\-]+', called):
+    for callees in _CALLEES.findall(line):
+      for name in re.findall(r'[\w.\-]+', callees):
         callers.setdefault(name, (computation, None))
-  times = {}
-  for name in callers:
-    total, at, seen = 1, name, set()
-    while at in callers and at not in seen:
-      seen.add(at)
-      at, condition = callers[at]
-      total *= limits.get(condition, 1)
-    times[name] = total
-  return times
+  return {name: _trip_count(name, callers, limits) for name in callers}
+
+
+def _trip_count(computation, callers, limits):
+  """The product of the trip counts of all loops around a computation."""
+  total, seen = 1, set()
+  while computation in callers and computation not in seen:
+    seen.add(computation)
+    computation, condition = callers[computation]
+    total *= limits.get(condition, 1)
+  return total
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
-  """What a step works on, to be recognised where it is moved.
+class StepShapes:
+  """Shapes of the arrays of a training step, by which its collectives are recognised. Without axes of size 1.
 
   Attributes:
-    embeddings: shapes that embeddings of the batch may have.
-    metrics: shapes of the embeddings that metrics are made of.
-    similarities: shapes of matrices of similarities.
-    parameters: shapes of all parameters.
-    sides: height and width of views, and of the images that they are cut from.
-    shuffled: values in the images that the recipe mixes between the devices; 0 if it does not.
-    bank: shapes of a memory bank's part on a device, and of what is drawn from it.
+    embeddings: embeddings of the batch.
+    similarities: matrices of similarities.
+    parameters: all parameters, and the parts of them on a device.
+    image_sizes: height and width of the views, and of the images that they are cropped from.
+    metrics: embeddings from which metrics are computed.
+    shuffled: number of values in the images that ShuffleBN moves between devices; 0 without it.
+    sharded_rows: one row of each array that is split over the devices by rows, such as a memory bank.
   """
 
   embeddings: frozenset[tuple[int, ...]]
   similarities: frozenset[tuple[int, ...]]
   parameters: frozenset[tuple[int, ...]]
-  sides: tuple[tuple[int, int], ...]
+  image_sizes: tuple[tuple[int, int], ...]
   metrics: frozenset[tuple[int, ...]] = frozenset()
   shuffled: int = 0
-  bank: frozenset[tuple[int, ...]] = frozenset()
+  sharded_rows: frozenset[tuple[int, ...]] = frozenset()
 
 
-def purpose(array: Array, known: Known, devices: int) -> str:
-  """What an array is moved for, in a word or two.
+def purpose(array: Array, shapes: StepShapes, devices: int) -> str:
+  """What an array is moved for, such as 'embeddings' or 'BatchNorm (forward)'.
 
-  By its shape where that says it, by the names of the modules and functions it comes from otherwise.
+  Args:
+    array: moved by a collective.
+    shapes: of the arrays of the step.
+    devices: number of devices of the program.
   """
-  dims = _without_ones(array.shape)
-  names = f'{array.name} {array.moved_by}'
+  dims = squeeze(array.shape)
+  rows = _merge_gathered_axes(dims, devices)
   backward = ' (backward)' if 'transpose(' in array.name else ''
+  image = is_image(dims, shapes)
   if array.dtype == 'pred' or array.dtype[0] in 'su':
-    if is_image(dims, known):  # uint8
-      return 'images'
-    random = re.search('threefry|random|/views|bernoulli|shuffle|permutation', names)
-    return 'random numbers' if random else 'metrics'
-  if 'embedding_metrics' in names:
-    return 'metrics'
-  is_parameter = dims in {_without_ones(p) for p in known.parameters}
-  if is_parameter and len(dims) > 1 and re.search(r'transpose\(jvp\(\w', array.name):
-    return 'gradients'
-  if dims in {_without_ones(e) for e in known.embeddings}:
-    return 'embeddings' + ('' if array.guessed else backward)
-  if re.search(r'(^|/|_)bn\d*(/|$)', array.name) and len(dims) in (1, 2):
-    return 'BatchNorm' + (backward or ' (forward)')
-  if array.size <= 16 and not is_parameter:
-    return 'metrics'
-  if is_parameter:
-    return 'gradients'
-  if dims in {_without_ones(f) for f in known.metrics}:
-    return 'metrics'
-  if dims in known.bank:
-    return 'memory bank'
-  if is_image(dims, known):
-    mixed = array.size in (known.shuffled, known.shuffled // devices)
-    return 'shuffled images' if known.shuffled and mixed else 'images'
-  if dims in known.similarities:
-    return 'similarities' + backward
-  return ('activations' if len(dims) > 2 else 'other') + backward
+    random = _RANDOM.search(f'{array.name} {array.moved_by}')
+    return 'images' if image else 'random numbers' if random else 'metrics'
+  parameter = dims in shapes.parameters
+  shuffled = shapes.shuffled and array.size in (shapes.shuffled, shapes.shuffled // devices)
+  # The first rule that holds. Shapes may coincide, so names that are certain come before shapes.
+  rules = (
+    ('metrics', 'embedding_metrics' in f'{array.name} {array.moved_by}'),
+    ('gradients', parameter and len(dims) > 1 and _BACKWARD_OF_MODULE.search(array.name)),
+    ('embeddings' + backward * (not array.name_from_collective), rows in shapes.embeddings),
+    ('BatchNorm' + (backward or ' (forward)'), len(dims) in (1, 2) and _BATCH_NORM.search(array.name)),
+    ('metrics', array.size <= 16 and not parameter),
+    ('gradients', parameter),
+    ('metrics', dims in shapes.metrics),
+    ('memory bank', dims[1:] in shapes.sharded_rows),
+    ('shuffled images', image and shuffled),
+    ('images', image),
+    ('similarities' + backward, rows in shapes.similarities),
+    ('activations' + backward, len(dims) > 2),
+  )  # fmt: skip
+  return next((name for name, holds in rules if holds), 'other' + backward)
 
 
-def is_image(shape: Sequence[int], known: Known) -> bool:
-  """Whether an array has the sides of an image and three channels, in whatever order or together."""
-  for h, w in known.sides:
+def _merge_gathered_axes(dims, devices):
+  """[devices, n / devices, d] -> [n, d]: XLA may gather rows along an axis of their own."""
+  if len(dims) > 2 and dims[0] == devices:
+    return (dims[0] * dims[1], *dims[2:])
+  return dims
+
+
+def is_image(dims: Sequence[int], shapes: StepShapes) -> bool:
+  """Whether an array has the height and width of an image and 3 channels, in any order, merged or not."""
+  for h, w in shapes.image_sizes:
     for block in ((h, w, 3), (h, 3 * w), (3 * h, w), (h * w, 3), (3 * h * w,)):
-      rest = list(shape)
+      rest = list(dims)
       for side in block:
         if side not in rest:
           break
@@ -273,5 +298,6 @@ def is_image(shape: Sequence[int], known: Known) -> bool:
   return False
 
 
-def _without_ones(shape):
+def squeeze(shape: Sequence[int]) -> tuple[int, ...]:
+  """A shape without axes of size 1."""
   return tuple(d for d in shape if d > 1)
