@@ -1,1 +1,1 @@
-"""The HTML page of a run."""
+"""The HTML report of a run."""

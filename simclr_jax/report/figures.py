@@ -1,12 +1,15 @@
-"""The report's pictures, as data URIs: nothing is fetched when the page is opened.
+"""The figures of the report, as data URIs: opening the page needs no network.
 
-Each is drawn for the size it is shown at, and none is wider than half a page: a phone shows it almost as it is.
+Each figure is drawn at the size at which it is displayed, at most half the width of the page, so that phones need
+not shrink it much.
 """
 
 import base64
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import matplotlib
 import matplotlib.figure
 import numpy as np
@@ -17,6 +20,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from simclr_jax import losses
+from simclr_jax.evaluate.results import Result
 
 matplotlib.rcParams.update(
   {
@@ -36,29 +40,38 @@ matplotlib.rcParams.update(
 )
 BLUE, BROWN, GREEN, VIOLET, GRAY = '#1d4ed8', '#b45309', '#047857', '#6d28d9', '#4b5563'
 OTHERS = '#d1d5db'  # classes without a colour of their own
-ROWS = {
+ROW_COLORS = {
   'raw pixels': GRAY, 'untrained': BROWN, 'from scratch': BROWN, 'pretrained': BLUE,
   'fine-tuned': BLUE, 'teacher': GRAY, 'student': BLUE,
 }  # fmt: skip
 
 
-def curves(records: list[dict[str, Any]]) -> dict[str, str]:
-  """Loss against chance, accuracies and learning rate against the step; by title, without empty ones."""
-  shown = 'contrastive_acc' if any('contrastive_acc' in r for r in records) else 'contrastive_acc_n'
+def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+  """Loss and chance level, accuracies, and learning rate by step.
+
+  Args:
+    records: of `metrics.jsonl`.
+
+  Returns:
+    Figures by title; those without values are omitted.
+  """
+  contrastive = (
+    'contrastive_acc' if any('contrastive_acc' in r for r in records) else 'contrastive_acc_n'
+  )
   panels = {
     'loss, nats': {'loss': 'loss', 'chance_loss': 'chance'},
-    'accuracy, %': {shown: 'contrastive', 'probe_acc': 'online probe', 'knn_acc': 'online kNN',
+    'accuracy, %': {contrastive: 'contrastive', 'probe_acc': 'online probe', 'knn_acc': 'online kNN',
                     'train_acc': 'training batch'},
     'learning rate': {'learning_rate': ''},
   }  # fmt: skip
   return _panels(records, panels, 3.3)
 
 
-def health_curves(records: list[dict[str, Any]]) -> dict[str, str]:
-  """The figures of the embeddings and the norms against the step; as of `curves`."""
+def diagnostic_curves(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+  """Statistics of the embeddings, and norms, by step; arguments and result as of `curves`."""
   panels = {
-    'spread of embeddings': {'z_std': ''},
-    'on the sphere': {'alignment': 'alignment', 'uniformity': 'uniformity'},
+    'standard deviation × √d': {'z_std': ''},
+    'alignment and uniformity': {'alignment': 'alignment', 'uniformity': 'uniformity'},
     'effective rank': {'rank': ''},
     'norms': {'grad_norm': 'gradient', 'param_norm': 'parameters'},
   }
@@ -66,50 +79,50 @@ def health_curves(records: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def _panels(records, panels, width):
-  """One picture for each title, with one line for each `key: its name` that the records have."""
-  found = {}
-  for title, series in panels.items():
+  """One figure per title, with one line for each `metric: label` that has values."""
+  figures = {}
+  for title, lines in panels.items():
     figure, ends = matplotlib.figure.Figure(figsize=(width, 2.9), layout='constrained'), []
     axes = figure.subplots()
-    for color, (key, name) in zip((BLUE, BROWN, GREEN, VIOLET), series.items()):
-      points = [(r['step'], r[key]) for r in records if r.get(key) is not None]
+    for color, (metric, label) in zip((BLUE, BROWN, GREEN, VIOLET), lines.items()):
+      points = [(r['step'], r[metric]) for r in records if r.get(metric) is not None]
       if points:
         x, y = np.array(points, float).T * [[1], [100 if '%' in title else 1]]
         axes.plot(x, y, color=color, marker='o' if len(x) < 15 else None, ms=4)
-        ends.append((name, x[-1], y[-1], color))
+        ends.append((label, x[-1], y[-1], color))
     if not ends:
       continue
     axes.set_title(title, loc='left', fontsize=11)
     axes.set_xlabel('step')
-    axes.margins(x=0.45 if any(series.values()) else 0.05)
+    axes.margins(x=0.45 if any(lines.values()) else 0.05)
     axes.set_xlim(left=0)
     if title == 'norms':
       axes.set_yscale('log')
       axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
       axes.yaxis.set_major_formatter('{x:g}')
       axes.minorticks_off()
-    elif title in ('spread of embeddings', 'effective rank'):
+    elif title in ('standard deviation × √d', 'effective rank'):
       axes.set_ylim(bottom=0)
     elif title == 'learning rate':
       axes.ticklabel_format(axis='y', style='sci', scilimits=(-2, 3))
-    _name(axes, ends)
-    found[title] = _svg(figure)
-  return found
+    _label_lines(axes, ends)
+    figures[title] = _svg(figure)
+  return figures
 
 
-def label_curve(result: dict[str, Any]) -> str:
-  """Accuracy against the number of labels a class, with the spread over the draws.
+def label_curve(result: Result) -> str:
+  """Accuracy by number of labels, with the standard deviation over seeds or random subsets.
 
   Args:
-    result: a kept one: `rows` has a line's [mean, standard deviation] for each number of labels; these
-      are in `labels_per_class`, or else at the beginning of `columns`.
+    result: its `rows` have [mean, standard deviation] for each number of labels; the numbers are in
+      `labels_per_class`, or else at the start of `columns`.
   """
   figure, ends = matplotlib.figure.Figure(figsize=(4.2, 3.3), layout='constrained'), []
   axes = figure.subplots()
   x = result.get('labels_per_class') or [int(c.split()[0]) for c in result['columns']]
   for row, cells in result['rows'].items():
-    mean, std = np.nan_to_num(np.array(cells, float)).T  # of one seed there is no deviation
-    color = ROWS.get(row, VIOLET)
+    mean, std = np.nan_to_num(np.array(cells, float)).T  # one seed has no deviation
+    color = ROW_COLORS.get(row, VIOLET)
     axes.errorbar(x, mean, std, color=color, marker='o', ms=5, capsize=4)
     ends.append((f'{row} {mean[-1]:.0f}', x[-1], mean[-1], color))
   axes.set_xscale('log')
@@ -117,31 +130,31 @@ def label_curve(result: dict[str, Any]) -> str:
   axes.minorticks_off()
   axes.set_xlim(0.8 * x[0], x[-1] * (x[-1] / x[0]) ** 0.6 * 1.4)
   axes.set_ylim(0, min(106, 1.08 * axes.get_ylim()[1]))
-  axes.set_xlabel('labels a class')
+  axes.set_xlabel('labels per class')
   axes.set_title('accuracy on held-out images, %', loc='left', fontsize=11)
-  _name(axes, ends)
+  _label_lines(axes, ends)
   return _svg(figure)
 
 
-def teacher_student(result: dict[str, Any], names: list[str]) -> str:
-  """Top-1 of teacher and student, of all classes and of each.
+def teacher_student(result: Result, names: Sequence[str]) -> str:
+  """Top-1 accuracy of teacher and student, overall and per class.
 
   Args:
-    result: of a distillation; without the confusion matrices in its `runs`, only all classes are drawn.
-    names: of the classes to draw.
+    result: of a distillation; without the confusion matrices in its `runs`, only the overall accuracy is drawn.
+    names: of the classes.
   """
   names = ['all', *(names if 'runs' in result else [])]
   figure = matplotlib.figure.Figure(figsize=(4.2, 1.3 + 0.28 * len(names)), layout='constrained')
   axes, y, dots = figure.subplots(), np.arange(len(names)), []
-  for who, row in (('teacher', -0.2), ('student', 0.2)):
-    (mean, std), (size, _) = result['rows'][who]
-    color = ROWS[who]
+  for role, row in (('teacher', -0.2), ('student', 0.2)):
+    (mean, std), (size, _) = result['rows'][role]
+    color = ROW_COLORS[role]
     axes.errorbar(mean, row, xerr=std, color=color, marker='o', capsize=4)
-    text = f'{who} {mean:.1f}, {size:.2g} million parameters'
+    text = f'{role} {mean:.1f}, {size:.2g} million parameters'
     axes.text(np.clip(mean, 40, 60), 1.6 * row - 1.1, text, color=color, ha='center', va='center')
     if len(names) > 1:
-      counts = sum(np.array(r['confusion']) for r in result['runs'][who])
-      dots.append(_shares(counts).diagonal())
+      counts = np.sum([r['confusion'] for r in result['runs'][role]], axis=0)
+      dots.append(_percent(counts).diagonal())
       axes.scatter(dots[-1], y[1:], color=color, s=36, zorder=3)
   if dots:
     axes.hlines(y[1:], *dots, color=GRAY, lw=1)
@@ -152,61 +165,73 @@ def teacher_student(result: dict[str, Any], names: list[str]) -> str:
   return _svg(figure)
 
 
-def confusion(counts: np.ndarray, names: list[str]) -> str:
-  """A confusion matrix `[C, C]`, true classes by row, as shares of the rows in %; the C classes' names."""
+def confusion(counts: np.ndarray, names: Sequence[str]) -> str:
+  """A confusion matrix, in % of each row.
+
+  Args:
+    counts: integers `[C, C]`, true classes by row, predicted classes by column.
+    names: of the C classes.
+  """
   side = 1.2 + 0.34 * len(counts)
   figure = matplotlib.figure.Figure(figsize=(side, side), layout='constrained')
-  axes, share = figure.subplots(), _shares(counts)
-  axes.imshow(share, cmap='Blues', vmin=0, vmax=100)
-  for (row, column), value in np.ndenumerate(share):
+  axes, percent = figure.subplots(), _percent(counts)
+  axes.imshow(percent, cmap='Blues', vmin=0, vmax=100)
+  for (row, column), value in np.ndenumerate(percent):
     if value >= 0.5:
       color = 'white' if value > 55 else '#1f2937'
       axes.text(column, row, f'{value:.0f}', ha='center', va='center', fontsize=10, color=color)
   classes = range(len(counts))
-  turn = {'rotation': 45, 'ha': 'right'} if max(map(len, names)) > 2 else {}
-  axes.set_xticks(classes, names, parse_math=False, rotation_mode='anchor', **turn)
+  slanted: dict[str, Any] = {'rotation': 45, 'ha': 'right'} if max(map(len, names)) > 2 else {}
+  axes.set_xticks(classes, names, parse_math=False, rotation_mode='anchor', **slanted)
   axes.set_yticks(classes, names, parse_math=False)
   axes.grid(False)
   axes.tick_params(length=0)
-  axes.set_xlabel('taken for')
-  axes.set_ylabel('is')
+  axes.set_xlabel('predicted class')
+  axes.set_ylabel('true class')
   axes.spines[:].set_visible(False)
   return _svg(figure)
 
 
-def _shares(counts):
-  """Rows in %."""
+def _percent(counts):
+  """Counts in % of their row."""
   return 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
 
 def class_colors(labels: np.ndarray) -> dict[int, str]:
-  """A colour for each of the (at most 20) most common labels."""
+  """A colour for each of the 20 most frequent labels."""
   classes, counts = np.unique(labels, return_counts=True)
   common = np.sort(classes[np.argsort(-counts, kind='stable')][:20])
   palette = matplotlib.colormaps['tab10' if len(common) <= 10 else 'tab20']
   return {int(c): matplotlib.colors.to_hex(palette(i)) for i, c in enumerate(common)}
 
 
-def embedding_map(h: np.ndarray, labels: np.ndarray | None, names: list[str], seed: int = 0) -> str:
-  """The features `[n, d]` in two dimensions (t-SNE of 50 principal components), in `class_colors`.
+def embedding_map(
+  h: np.ndarray, labels: np.ndarray | None, names: Sequence[str], seed: int = 0
+) -> str:
+  """A two-dimensional map of features: t-SNE of 50 principal components, in `class_colors`.
 
-  A class is named where it is densest, if most of the images there are of it and there is room.
+  A class is labelled where it is densest, if most images there are of this class and there is room.
+
+  Args:
+    h: features `[n, d]`.
+    labels: int32 `[n]`; None: unknown.
+    names: of the classes.
+    seed: of PCA and t-SNE.
   """
   figure = matplotlib.figure.Figure(figsize=(4.6, 4.2), layout='constrained')
   axes = figure.subplots()
-  unit = np.asarray(losses.l2_normalize(h))
+  unit = np.asarray(losses.l2_normalize(jnp.asarray(h)))
   reduced = PCA(min(50, *unit.shape), random_state=seed).fit_transform(unit)
   perplexity = min(30, (len(h) - 1) / 3)
-  with threadpoolctl.threadpool_limits(
-    1
-  ):  # several threads are slower here, on a busy machine 6 times
+  # One thread: several are slower here, on a busy machine 6 times.
+  with threadpoolctl.threadpool_limits(1):
     xy = TSNE(perplexity=perplexity, init='pca', random_state=seed).fit_transform(reduced)
   colors = {} if labels is None else class_colors(labels)
   drawn = [BLUE] * len(xy) if labels is None else [colors.get(c, OTHERS) for c in labels.tolist()]
-  axes.scatter(*xy.T, s=9, lw=0, color=drawn, rasterized=True)
+  axes.scatter(xy[:, 0], xy[:, 1], s=9, lw=0, color=drawn, rasterized=True)
   axes.set_axis_off()
   near = distance.cdist(xy, xy) < 0.07 * np.ptp(xy)
-  places = []
+  places: list[np.ndarray] = []
   for c, color in colors.items():
     own = near & (labels == c)
     count = own.sum(1) * (labels == c) * (own.sum(1) > 0.5 * near.sum(1))
@@ -222,7 +247,7 @@ def embedding_map(h: np.ndarray, labels: np.ndarray | None, names: list[str], se
 
 
 def picture(image: np.ndarray) -> str:
-  """An image, uint8 or float in [0, 1], `[h, w, 3]`."""
+  """A PNG of an image, uint8 or float in [0, 1], `[h, w, 3]`."""
   buffer = io.BytesIO()
   matplotlib.image.imsave(
     buffer, np.clip(image, 0, 255 if image.dtype == np.uint8 else 1), format='png'
@@ -231,9 +256,12 @@ def picture(image: np.ndarray) -> str:
 
 
 def image_grid(rows: list[list[np.ndarray]], scale: int, gap_after: int | None = None) -> str:
-  """Rows of images (uint8, or float in [0, 1], all of one size) as one picture, enlarged `scale` times.
+  """A PNG with rows of images.
 
-  A wider gap follows column `gap_after`.
+  Args:
+    rows: images `[h, w, 3]` of one size, uint8 or float in [0, 1].
+    scale: integer by which they are enlarged.
+    gap_after: index of the column after which the gap is wider.
   """
   height, width = (side * scale for side in rows[0][0].shape[:2])
   pad, gap = 4, 14
@@ -249,15 +277,15 @@ def image_grid(rows: list[list[np.ndarray]], scale: int, gap_after: int | None =
   return picture(canvas)
 
 
-def _name(axes, ends):
-  """Names of lines behind their last points, (name, x, y, colour), moved apart where they would meet."""
+def _label_lines(axes, ends):
+  """Labels lines beside their last points, (label, x, y, colour); moves labels apart where they would overlap."""
   place = axes.transData + axes.transAxes.inverted()
-  ends = sorted((place.transform((x, y))[1], name, x, color) for name, x, y, color in ends)
+  ends = sorted((place.transform((x, y))[1], label, x, color) for label, x, y, color in ends)
   low = -1.0
-  for y, name, x, color in ends:
+  for y, label, x, color in ends:
     low = max(y, low + 0.075)
     axes.annotate(
-      name, (x, low), xycoords=('data', 'axes fraction'), xytext=(7, 0), textcoords='offset points',
+      label, (x, low), xycoords=('data', 'axes fraction'), xytext=(7, 0), textcoords='offset points',
       color=color, va='center',
     )  # fmt: skip
 
