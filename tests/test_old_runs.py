@@ -6,6 +6,7 @@ data/run_of_0.1.0.tar.gz: `moco`, a run of 4 steps on the digits with checkpoint
 
 import json
 import pathlib
+import shlex
 import shutil
 import tarfile
 
@@ -55,9 +56,8 @@ def test_an_old_run_resumes_as_if_it_had_not_stopped(old, tmp_path, capsys):
   shutil.copytree(old / 'moco', run)
   expected = records(run)
   shutil.rmtree(run / 'checkpoints/4')
-  command = json.loads((run / 'config.json').read_text())['command'].split(' --')
-  arguments = [f'--{a}' for a in command[1:] if not a.startswith('workdir=')]
-  arguments = [a.replace("'", '').replace('"', '') for a in arguments]
+  command = shlex.split(json.loads((run / 'config.json').read_text())['command'])
+  arguments = [a for a in command if a.startswith('--config')]
   assert cli.main(['pretrain', f'--workdir={run}', *arguments]) == 0
   assert f'resuming {run} from step 2 of 4' in capsys.readouterr().out
   resumed = records(run)[-2:]

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from common import records
-from conftest import SMALL, fails
+from conftest import TINY, fails
 
 from simclr_jax import cli, config, methods, plugins
 from simclr_jax.data import digits
@@ -104,7 +104,8 @@ def darken(key, image, size, amount):
 
 def overrides(**extra):
   values = {
-    **SMALL,
+    **TINY,
+    'steps': '4',
     'checkpoint_every_steps': '2',
     **{k.replace('__', '.'): v for k, v in extra.items()},
   }
@@ -238,7 +239,7 @@ def test_compiled_programs_depend_on_the_content_of_a_file(tmp_path):
   """Breaks if two versions of a file in one process share a compiled program."""
   path = tmp_path / 'encoder.py'
   path.write_text(ENCODER)
-  values = {**SMALL, 'model.encoder': str(path), 'warmup_epochs': '0'}
+  values = {**TINY, 'model.encoder': str(path), 'warmup_epochs': '0'}
   shapes = []
   for features in ('64', '128'):
     path.write_text(ENCODER.replace('int(64 *', f'int({features} *'))
@@ -269,6 +270,6 @@ def test_a_broken_file_is_one_sentence(tmp_path, field, text, expected):
     path.write_text(text)
   with pytest.raises(ConfigError) as error:
     methods.build(
-      config.with_examples(config.load('simclr_digits', {**SMALL, field: str(path)}), 6000)
+      config.with_examples(config.load('simclr_digits', {**TINY, field: str(path)}), 6000)
     ).init(jax.random.key(0), {'views': np.zeros((2, 2, 32, 32, 3), np.float32)})
   assert str(path) in str(error.value) and expected in str(error.value)
