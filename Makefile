@@ -11,15 +11,16 @@ demo: $(VENV)/.installed
 
 # Two workers: compiling, which takes most of the time, keeps one core busy.
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest -m 'not slow and not faults' --numprocesses=2 --dist=loadfile
 
-# What `make test` leaves out to stay short.
-test-all: $(VENV)/.installed
-	SIMCLR_JAX_TEST_ALL=1 $(BIN)/python -m pytest tests/test_methods.py tests/test_moco.py
+# Every test once. The fault tests come last and alone: they measure time-outs.
+test-all: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -m 'not faults' --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest -m faults
 
 # Several processes, killed and resumed, and the launcher with the real program: a quarter of an hour.
 test-faults: $(VENV)/.installed
-	SIMCLR_JAX_TEST_FAULTS=1 $(BIN)/python -m pytest tests/test_faults.py tests/test_bucket.py tests/test_launch_e2e.py tests/test_launch.py::test_real_gcloud_accepts_the_arguments
+	$(BIN)/python -m pytest -m faults
 
 # Opens the report of a small run in headless Chromium (`apt-get install chromium`).
 test-browser: $(VENV)/.installed
@@ -56,7 +57,7 @@ mechanisms: $(VENV)/.installed
 	$(BIN)/python benchmarks/mechanisms.py --data=$(DATA)
 	$(BIN)/python benchmarks/mechanisms.py --data=$(DATA) --ablations
 
-# The table in docs/tpu.md: compiles every ImageNet recipe for five TPUs, minutes each. Can be stopped; goes on.
+# The table in docs/tpu.md: compiles every ImageNet recipe for five TPUs, minutes each. Resumable.
 tpu-table: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[compile-check]'
 	$(BIN)/python benchmarks/tpu_table.py

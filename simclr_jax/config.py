@@ -82,9 +82,8 @@ def from_dict(
   Raises:
     ConfigError: as `load`, or a file of the user's own that the recipe names has changed since.
   """
-  config = _finish(ml_collections.ConfigDict(values), overrides)
-  check_code(values.get('code', ()), flatten(config))
-  return config
+  check_code(values.get('code', ()), flatten(values))  # before any of these files is executed
+  return _finish(ml_collections.ConfigDict(values), overrides)
 
 
 def _finish(config, overrides):

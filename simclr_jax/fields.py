@@ -50,11 +50,11 @@ TABLE: dict[str, Field] = {
   'batch_size': Field(256, 'images per step, over all devices', Range(2)),
   'image_size': Field(224, 'side of the views in pixels', Range(8), inherited=True),
   'dtype': Field(
-    'auto', 'of the convolutions; auto: bfloat16 on TPU and GPU, float32 on CPU',
+    'auto', 'dtype of the convolutions; auto: bfloat16 on TPU and GPU, float32 on CPU',
     Choices('auto', 'float32', 'bfloat16'), inherited=True,
   ),
   'data.source': Field(
-    'tfds', 'the kind of data set: a file of simclr_jax/data/',
+    'tfds', 'kind of data set',
     Choices('arrays', 'digits', 'folder', 'tfds'), inherited=True,
   ),
   'data.name': Field('', 'TFDS name of the data set', inherited=True),
@@ -112,7 +112,7 @@ TABLE: dict[str, Field] = {
     Choices('imagenet', 'strided', 'cifar'), inherited=True,
   ),
   'model.variant': Field(
-    'simclr', 'whose ResNet: padding, projection shortcuts, initialisation, BatchNorm variance',
+    'simclr', 'simclr, or torchvision as in MoCo: padding, projection shortcuts, initialisation, BatchNorm variance',
     Choices('simclr', 'torchvision'), inherited=True,
   ),
   'model.sk_ratio': Field(
@@ -172,7 +172,7 @@ TABLE: dict[str, Field] = {
   'weight_decay_on': Field(
     'kernels', 'all: BatchNorm parameters and biases, too', Choices('kernels', 'all')
   ),
-  'momentum': Field(0.9, 'of the optimizer', Range(0.0, 1.0)),
+  'momentum': Field(0.9, 'momentum of the optimizer', Range(0.0, 1.0)),
   'first_loss': Field(
     (0.0, 0.0), 'range in which the loss of the first step should be; 0, 0: unknown', resumable=True
   ),
@@ -181,7 +181,7 @@ TABLE: dict[str, Field] = {
     0, 'steps between two checkpoints; 0: once per epoch, but at least 20 steps', Range(0),
     resumable=True,
   ),
-  'keep_checkpoints': Field(2, 'the newest ones that are kept', Range(1), resumable=True),
+  'keep_checkpoints': Field(2, 'number of newest checkpoints to keep', Range(1), resumable=True),
   'knn_every_epochs': Field(10, 'epochs between online kNN evaluations; 0: never', Range(0), resumable=True),
   'knn_images': Field(
     10_000, 'images in the bank of the online kNN, a fifth as many queries; 0: all', Range(0),
@@ -189,7 +189,7 @@ TABLE: dict[str, Field] = {
   ),
   'tensorboard': Field(True, 'write TensorBoard files', FLAG, resumable=True),
   'watchdog_seconds': Field(
-    1800.0, 'the process exits if no step finishes for so long; 0: never', Range(0.0), resumable=True
+    1800.0, 'the process exits if no step finishes for this time; 0: never', Range(0.0), resumable=True
   ),
   'profile_steps': Field((), 'FIRST,LAST: trace these steps to WORKDIR/profile', resumable=True),
 }  # fmt: skip

@@ -1,9 +1,6 @@
 """What tests share that their subprocesses need, too: nothing here touches JAX."""
 
 import json
-import os
-
-ALL = 'SIMCLR_JAX_TEST_ALL' in os.environ  # make test-all: what is left out otherwise, to save time
 
 
 def records(workdir) -> list[dict]:

@@ -101,6 +101,20 @@ def test_imports_go_down():
   assert not up, up
 
 
+def test_the_document_lists_the_imports():
+  """Breaks if the column 'may import' of docs/architecture.md lacks an import that exists."""
+  edges, above = imports(), []
+  for line in DOC.read_text().splitlines():
+    if not line.startswith('| `'):
+      continue
+    (room,), cell = re.findall(r'`([\w./]+)`', line.split('|')[1]), line.split('|')[3]
+    room, named = room.removesuffix('.py').rstrip('/'), set(re.findall(r'`(\w+)`', cell))
+    allowed = set(above) - named if 'all rows above' in cell else named
+    imported = {b for a, b in edges if a == room}
+    assert imported <= allowed, (room, imported - allowed)
+    above.append(room)
+
+
 @pytest.mark.parametrize('folder', ['data', 'evaluate', 'methods', 'models', 'compile_check'])
 def test_no_circle_of_files_inside_a_folder(folder):
   """Breaks if two files of one folder need each other."""

@@ -17,10 +17,9 @@ import common
 import pytest
 from conftest import TINY
 
-if 'SIMCLR_JAX_TEST_FAULTS' not in os.environ:
-  pytest.skip('takes minutes: make test-faults', allow_module_level=True)
-pytest.importorskip('gcp_storage_emulator')
-pytest.importorskip('gcsfs')
+pytest.importorskip('gcp_storage_emulator', reason="pip install '.[dev]'")
+pytest.importorskip('gcsfs', reason="pip install '.[dev]'")
+pytestmark = pytest.mark.faults
 
 STEPS = 6
 

@@ -132,6 +132,14 @@ def test_help(name, capsys):
     assert '--workdir' in text
 
 
+def test_the_table_of_exit_codes():
+  """Breaks if the documented exit codes are not those of the program."""
+  text = (README.parent / 'docs/reliability.md').read_text()
+  table = text.split('## Exit codes')[1].split('\n## ')[0]
+  rows = dict(re.findall(r'^\| (\d+) \| (.+?) \|', table, re.MULTILINE))
+  assert rows == {str(int(code)): code.meaning for code in ExitCode}
+
+
 def test_version(capsys):
   """Breaks if a bug report cannot name its version."""
   with pytest.raises(SystemExit) as stop:
@@ -281,7 +289,7 @@ def test_embed_errors(run, tmp_path, capsys):
   np.save(tmp_path / 'empty.npy', np.zeros((0, 32, 32, 3), np.uint8))
   np.save(tmp_path / 'floats.npy', np.zeros((2, 32, 32, 3)))
   for images, out, expected in (
-    ('x.npy', 'f.npy', 'cannot be read'), ('empty.npy', 'f.npy', 'holds no images'),
+    ('x.npy', 'f.npy', 'cannot be read'), ('empty.npy', 'f.npy', 'contains no images'),
     ('missing.npy', 'f.npy', 'no such folder or file'), ('floats.npy', 'f.npy', 'must be uint8'),
     ('x.npy', 'f.txt', 'must end in .npz, .npy, .csv'), ('x.npy', 'no/f.npy', 'does not exist'),
   ):  # fmt: skip
@@ -333,7 +341,7 @@ def test_readme_python_snippet(run):
   assert len([line for line in snippet.splitlines() if line.strip()]) <= 12
   small = ', '.join(f'{k!r}: {v!r}' for k, v in SMALL.items())
   program = snippet.replace("'runs/demo'", repr(str(run))).replace(
-    "config.load('simclr_digits')", f"config.load('simclr_digits', {{{small}}})"
+    "sj.load_recipe('simclr_digits')", f"sj.load_recipe('simclr_digits', {{{small}}})"
   )
   scope = {}
   exec(compile(program, 'README', 'exec'), scope)

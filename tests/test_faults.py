@@ -19,9 +19,7 @@ import pytest
 from common import records
 from conftest import TINY
 
-pytestmark = pytest.mark.skipif(
-  'SIMCLR_JAX_TEST_FAULTS' not in os.environ, reason='takes minutes: make test-faults'
-)
+pytestmark = pytest.mark.faults
 FAULTY = pathlib.Path(__file__).with_name('faulty.py')
 STEPS = 12
 SETTINGS = {**TINY, 'steps': str(STEPS), 'checkpoint_every_steps': '4', 'keep_checkpoints': '9',

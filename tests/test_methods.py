@@ -18,9 +18,9 @@ import tempfile
 import jax
 import numpy as np
 import pytest
-from common import ALL, records
+from common import records
 
-from simclr_jax import config as recipes, data, methods, runs, sharding, train, train_state
+from simclr_jax import config as recipes, data, fields, methods, runs, sharding, train, train_state
 from simclr_jax.models import network
 
 STEPS = 10
@@ -78,13 +78,17 @@ def teacher():
   return str(folder)
 
 
+def slow(*specs):
+  return [pytest.param(spec, marks=pytest.mark.slow) for spec in specs]
+
+
 def cases():
   """One recipe for every method, and the memory of SimCLR v2."""
   first = {recipes.load(spec).method: spec for spec in reversed(SPECS)}
-  assert set(first) == set(methods.names()), 'every method needs a recipe'
-  if not ALL:
-    return [first[name] for name in ('simclr', 'moco', 'memory_bank')]
-  return [*first.values(), 'simclr_imagenet:v2', 'moco_cifar10:symmetric']
+  assert set(first) == set(fields.method_names()), 'every method needs a recipe'
+  quick = [first[name] for name in ('simclr', 'moco', 'memory_bank')]
+  others = [spec for spec in first.values() if spec not in quick]
+  return [*quick, *slow(*others, 'simclr_imagenet:v2', 'moco_cifar10:symmetric')]
 
 
 def ten_steps(spec, devices):
@@ -107,15 +111,19 @@ def eight(spec):
 
 
 @pytest.fixture(scope='module')
-def two_processes(tmp_path_factory):
-  """The losses of most cases on two processes with four devices each."""
+def two_processes(request, tmp_path_factory):
+  """The losses of all selected cases on two processes with four devices each."""
+  selected = {item.callspec.params['spec'] for item in request.session.items
+              if item.originalname == 'test_one_result_whatever_the_hardware'}  # fmt: skip
   with socket.socket() as s:
     s.bind(('localhost', 0))
     address = f'localhost:{s.getsockname()[1]}'
   env = {**os.environ, 'JAX_NUM_CPU_DEVICES': '4', 'JAX_PLATFORMS': 'cpu', 'TEACHER': teacher()}
   files = [(tmp_path_factory.mktemp('process') / str(i)).open('w+') for i in range(2)]
   processes = [
-    subprocess.Popen([sys.executable, __file__, str(i), address], env=env, stdout=f, stderr=f)
+    subprocess.Popen(
+      [sys.executable, __file__, str(i), address, *sorted(selected)], env=env, stdout=f, stderr=f
+    )
     for i, f in enumerate(files)
   ]
   codes = [p.wait(timeout=900) for p in processes]
@@ -136,8 +144,7 @@ def test_one_result_whatever_the_hardware(spec, two_processes):
   many, many_state, _ = eight(spec)
   assert len(set(one)) == STEPS
   np.testing.assert_allclose(many, one, rtol=1e-5)
-  if spec in two_processes:  # one recipe for each method, to save time
-    np.testing.assert_allclose(two_processes[spec], one, rtol=1e-5)
+  np.testing.assert_allclose(two_processes[spec], one, rtol=1e-5)
   for a, b in zip(jax.tree.leaves(one_state.state), jax.tree.leaves(many_state.state)):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
@@ -269,7 +276,7 @@ def test_bfloat16_stays_inside(spec):
     assert getattr(x, 'dtype', np.float32) != jax.numpy.bfloat16, name
 
 
-@pytest.mark.parametrize('spec', SPECS if ALL else SHORT)
+@pytest.mark.parametrize('spec', [*SHORT, *slow(*(spec for spec in SPECS if spec not in SHORT))])
 def test_every_recipe_steps(spec):
   """Breaks if a built-in recipe cannot be built, or its own augmentation or loss gives a NaN."""
   own = recipes.load(spec)
@@ -290,14 +297,10 @@ def test_every_recipe_steps(spec):
   assert np.mean(jax.tree.leaves(changed)) > 0.8
 
 
-def _on_two():
-  return cases()[:-1] if ALL else cases()
-
-
 def main():
   jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=int(sys.argv[1]))
   assert jax.process_count() == 2 and jax.device_count() == 8
-  print(json.dumps({spec: ten_steps(spec, jax.devices())[0] for spec in _on_two()}))
+  print(json.dumps({spec: ten_steps(spec, jax.devices())[0] for spec in sys.argv[3:]}))
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from common import ALL
 
 from simclr_jax import (
   config as recipes,
@@ -199,7 +198,7 @@ def test_five_steps_against_numpy(symmetric, layout, unbiased, devices):
   its own BatchNorm statistics, the order of the keys in the queue and where the ring wraps.
   """
   c = small_recipe(symmetric=symmetric)
-  method = moco.from_tower(small_tower(layout=layout, unbiased=unbiased), c)
+  method = moco.from_network(small_tower(layout=layout, unbiased=unbiased), c)
   params, state = used(method)
   optimizer = optim.build(c, optim.schedule(c, N))
   slots = optimizer.init(params)
@@ -260,7 +259,7 @@ def test_starts_from_one_network():
     params, stats = net.init(rng, x)
     return {**params, 'probe': {'kernel': jnp.ones((2, 2))}}, stats
 
-  method = moco.from_tower(net._replace(init=init), small_recipe())
+  method = moco.from_network(net._replace(init=init), small_recipe())
   params, state = method.init(jax.random.key(3), {'views': draw_views(3)})
   network = {k: v for k, v in params.items() if k != 'probe'}
   jax.tree.map(np.testing.assert_array_equal, state['key']['params'], network)
@@ -273,7 +272,7 @@ def test_starts_from_one_network():
 def test_no_gradient_reaches_the_keys(symmetric):
   """Breaks if a gradient passes into the key encoder, the queue, or through the moving average."""
   net = small_tower()
-  method = moco.from_tower(net, small_recipe(symmetric=symmetric))
+  method = moco.from_network(net, small_recipe(symmetric=symmetric))
   params, state = used(method)
   batch = {'views': draw_views(4)}
 
@@ -301,7 +300,7 @@ def test_key_encoder_follows_before_the_update():
   parameters being those before the update; or if BatchNorm statistics are averaged with the query's.
   """
   net, c = small_tower(), small_recipe(shuffle='none')
-  method = moco.from_tower(net, c)
+  method = moco.from_network(net, c)
   params, state = used(method)
   batch = {'views': draw_views(5)}
   _, (new, metrics) = method.loss(params, state, batch, jax.random.key(0))
@@ -325,7 +324,7 @@ def test_key_encoder_follows_before_the_update():
 def test_negatives_are_keys_of_earlier_steps(symmetric):
   """Breaks if a step's keys enter the queue before its loss, in whole or between its two halves."""
   c = small_recipe(symmetric=symmetric, queue_size=16)  # as many as two views of a batch
-  method = moco.from_tower(small_tower(), c)
+  method = moco.from_network(small_tower(), c)
   params, state = used(method)
   batch = {'views': draw_views(6)}
   before = state['queue']['rows']
@@ -335,7 +334,7 @@ def test_negatives_are_keys_of_earlier_steps(symmetric):
   own, _ = losses.info_nce(q, k, new['queue']['rows'], T)
   assert abs(own - first) > 0.1
   if symmetric:
-    swapped = moco.from_tower(small_tower(), small_recipe(queue_size=16))
+    swapped = moco.from_network(small_tower(), small_recipe(queue_size=16))
     flipped = {'views': batch['views'][:, ::-1]}
     rng = jax.random.key(0)
     flipped['permutation'] = momentum.draw_permutation('permute', batch, rng, 1)[None]
@@ -449,7 +448,7 @@ def test_queue_in_a_training(trainings):
 def test_loss_rises_while_the_queue_fills():
   """Breaks if keys do not replace the noise of the queue, or it says that they have when not."""
   c = small_recipe(queue_size=32, learning_rate=0.0)
-  method = moco.from_tower(small_tower(), c)
+  method = moco.from_network(small_tower(), c)
   params, state = method.init(jax.random.key(8), {'views': draw_views(8)})
   step = jax.jit(method.loss)
   seen = []
@@ -513,7 +512,7 @@ def test_shuffle_changes_who_shares_statistics(kind, layout):
   One image is made bright; whose keys change tells who shares statistics with it.
   """
   net = small_tower(layout=layout)
-  method = moco.from_tower(net, small_recipe(shuffle=kind))
+  method = moco.from_network(net, small_recipe(shuffle=kind))
   params, state = used(method)
   permutation = np.array([[3, 1, 6, 0, 2, 5, 7, 4]], np.int32)
 
@@ -548,7 +547,8 @@ def photographs(test_data):
   return np.stack([ops.fit(image.open(f).convert('RGB'), (256, 256)) for f in chosen])
 
 
-@pytest.mark.parametrize('variant', ['v1', 'v2'] if ALL else ['v2'])
+@pytest.mark.slow
+@pytest.mark.parametrize('variant', ['v1', 'v2'])
 def test_first_loss_of_the_published_recipes(variant, photographs):
   """Breaks if the temperature, queue or initialisation of a recipe shifts its first loss.
 
@@ -561,7 +561,7 @@ def test_first_loss_of_the_published_recipes(variant, photographs):
   low, high = c.first_loss
   assert (low, high) == {'v1': (0, 0.5), 'v2': (6.2, 6.7)}[variant]
   net = network.build(c)
-  method = moco.from_tower(net._replace(apply=jax.jit(net.apply)), c)  # one program for q and k
+  method = moco.from_network(net._replace(apply=jax.jit(net.apply)), c)  # one program for q and k
   params, state = method.init(jax.random.key(0), {'views': jnp.zeros((2, 2, 32, 32, 3))})
   assert state['queue']['rows'].shape == (65536, 128)
   index = np.arange(16)

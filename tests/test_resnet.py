@@ -1,5 +1,7 @@
 """ResNets against a second one in plain numpy, in double precision, and against torchvision's."""
 
+import importlib.util
+import subprocess
 import sys
 
 import jax
@@ -214,8 +216,8 @@ def test_selective_kernels_have_at_least_32_channels(ratio, channels):
   assert params['group1_block1']['sk']['reduce']['kernel'].shape == (1, 1, 64, channels)
 
 
-def from_torchvision(net):
-  """torchvision's parameters and statistics under our names."""
+def from_torchvision(state):
+  """A state_dict of torchvision, in numpy, under our names."""
   variables = {'params': {}, 'batch_stats': {}}
   leaves = {
     'weight': ('params', 'scale'),
@@ -223,7 +225,7 @@ def from_torchvision(net):
     'running_mean': ('batch_stats', 'mean'),
     'running_var': ('batch_stats', 'var'),
   }
-  for name, value in net.state_dict().items():
+  for name, value in state.items():
     *module, leaf = name.split('.')
     if module[0] == 'fc' or leaf == 'num_batches_tracked':
       continue
@@ -233,7 +235,6 @@ def from_torchvision(net):
       path = [block, layer]
     else:
       path = [{'conv1': 'stem_conv', 'bn1': 'stem_bn'}[module[0]]]
-    value = value.numpy().copy()
     kind, ours = leaves[leaf]
     if value.ndim == 4:
       ours, value = 'kernel', value.transpose(2, 3, 1, 0)
@@ -244,34 +245,49 @@ def from_torchvision(net):
   return variables
 
 
+# In a process of its own: importing torch beside TensorFlow may crash.
+TORCHVISION = """
+import sys
+import numpy as np, torch, torchvision
+
+torch.manual_seed(0)
+net = getattr(torchvision.models, 'resnet' + sys.argv[1])(weights=None)
+net.fc = torch.nn.Identity()
+for name, value in net.state_dict().items():
+  if name.endswith('running_mean') or ('bn' in name and name.endswith('bias')):
+    value.normal_(0, 0.1)
+  elif name.endswith('running_var') or ('bn' in name and name.endswith('weight')):
+    value.uniform_(0.5, 1.5)
+before = {name: value.numpy().copy() for name, value in net.state_dict().items()}
+images = torch.from_numpy(np.load(sys.argv[2]).transpose(0, 3, 1, 2).copy())
+with torch.no_grad():
+  h_eval, h_train = net.eval()(images).numpy(), net.train()(images).numpy()
+after = {name + ' after': value.numpy() for name, value in net.state_dict().items()}
+np.savez(sys.argv[3], h_eval=h_eval, h_train=h_train, **before, **after)
+"""
+
+
 @pytest.mark.parametrize('depth', [18, 50])
-def test_torchvision(depth):
+def test_torchvision(depth, tmp_path):
   """Breaks if the torchvision variant computes other features, or other running statistics, than
   torchvision with the same weights.
   """
-  if 'tensorflow' in sys.modules:
-    pytest.skip('beside TensorFlow, importing torch may crash')
-  torchvision = pytest.importorskip('torchvision')
-  import torch
-
-  torch.manual_seed(0)
-  theirs = getattr(torchvision.models, f'resnet{depth}')(weights=None)
-  theirs.fc = torch.nn.Identity()
-  for name, value in theirs.state_dict().items():
-    if name.endswith('running_mean') or ('bn' in name and name.endswith('bias')):
-      value.normal_(0, 0.1)
-    elif name.endswith('running_var') or ('bn' in name and name.endswith('weight')):
-      value.uniform_(0.5, 1.5)
-  net = ResNet(depth, variant='torchvision')
+  if not importlib.util.find_spec('torchvision'):
+    pytest.skip('torchvision is not installed: pip install torch torchvision')
   x = random_images((4, 56, 56, 3))  # then 28, 14, 14, 7, 4, 2
-  before = from_torchvision(theirs)
+  np.save(tmp_path / 'images.npy', x)
+  arguments = [str(depth), tmp_path / 'images.npy', tmp_path / 'torch.npz']
+  subprocess.run([sys.executable, '-c', TORCHVISION, *arguments], check=True)
+  theirs = dict(np.load(tmp_path / 'torch.npz'))
+  h_eval, h_train = theirs.pop('h_eval'), theirs.pop('h_train')
+  before = from_torchvision({k: v for k, v in theirs.items() if not k.endswith(' after')})
+  after = from_torchvision(
+    {k.removesuffix(' after'): v for k, v in theirs.items() if k.endswith(' after')}
+  )
+  net = ResNet(depth, variant='torchvision')
   expected = jax.eval_shape(lambda: net.init(jax.random.key(0), x, train=False))
   assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, expected)
   evaluated, trained, stats = apply_both_ways(net, before, x)
-
-  images = torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
-  with torch.no_grad():
-    h_eval, h_train = theirs.eval()(images).numpy(), theirs.train()(images).numpy()
 
   def agree(ours, torch, tolerance):
     np.testing.assert_allclose(ours, torch, rtol=0, atol=tolerance * abs(torch).max())
@@ -280,4 +296,4 @@ def test_torchvision(depth):
   agree(evaluated, h_eval, 1e-5)
   # Statistics of 16 values amplify rounding: torch itself is 1e-4 off its own double precision.
   agree(trained, h_train, 5e-4)
-  jax.tree.map(lambda a, b: agree(a, b, 2e-4), stats, from_torchvision(theirs)['batch_stats'])
+  jax.tree.map(lambda a, b: agree(a, b, 2e-4), stats, after['batch_stats'])

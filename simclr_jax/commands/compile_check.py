@@ -6,7 +6,7 @@ Examples:
   simclr-jax compile-check --config=simclr_imagenet:v1 --topology=v5e-64 --find-batch
 
 The TPU compiler (pip install .[compile-check]) compiles the training step as a run would, which
-takes minutes. The output has memory, operations, every collective and its purpose, and
+takes minutes. The output lists memory, operations, every collective and its purpose, and
 the bottleneck (roofline: compute, HBM or interconnect). The exit code is 1 if the step does not fit, if negatives or
 BatchNorm do not reach all devices, or if images move between devices. Fields are set as in pretrain.
 """
@@ -39,7 +39,7 @@ def add_arguments(parser):
 
 
 def run(args) -> int:
-  """Compiles and prints what was found."""
+  """Compiles and prints the result."""
   from simclr_jax import config as recipes
 
   recipe = recipes.load(args.config, args.overrides)

@@ -16,7 +16,7 @@ def add_arguments(parser):
   """Declares the arguments."""
   options.workdir(parser, 'a run, or an exported encoder')
   options.data(parser, required=False)
-  parser.add_argument('--split', choices=('train', 'test'), default='train', help='which images')
+  parser.add_argument('--split', choices=('train', 'test'), default='train', help='split of the data')
   parser.add_argument(
     '--out',
     required=True,
@@ -43,7 +43,7 @@ def run(args) -> int:
     recipe = common.recipe_of_run(args.workdir, args.overrides)
   dataset = distributed.run_on_all(lambda: data.load(recipe.data, args.split))
   if not len(dataset):
-    raise ConfigError(f'--data={args.data} holds no images')
+    raise ConfigError(f'the {args.split} split contains no images')
   data.check_same({'the images': dataset})
   embed.embed(encoder, dataset, args.out)
   return 0

@@ -10,8 +10,8 @@ from simclr_jax.commands import options
 def add_arguments(parser):
   """Declares the arguments."""
   options.workdir(parser)
-  parser.add_argument('--to', choices=('orbax',), default='orbax', help='the format')
-  parser.add_argument('--out', required=True, type=options.path, metavar='DIR', help='a new folder')
+  parser.add_argument('--to', choices=('orbax',), default='orbax', help='export format')
+  parser.add_argument('--out', required=True, type=options.path, metavar='DIR', help='output folder, new or empty')
 
 
 def run(args) -> int:

@@ -16,7 +16,7 @@ def add_arguments(parser):
     '--k', type=options.positive, default=200, help='number of nearest neighbours'
   )
   parser.add_argument(
-    '--temperature', type=options.above_zero, default=0.1, help='of the weights of the votes'
+    '--temperature', type=options.above_zero, default=0.1, help='temperature of the neighbour weights'
   )
   options.baselines(parser, 'also evaluate raw pixels and the untrained encoder')
 

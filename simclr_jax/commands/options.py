@@ -8,11 +8,11 @@ from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import paths
 
 DATA_OVERRIDE = (
-  'The data is read from where the run read it; --config.data.dir=DIR names another folder.'
+  'The data is read from where the run read it; --config.data.dir=DIR sets another folder.'
 )
 
 
-def workdir(parser: argparse.ArgumentParser, help: str = 'the run') -> None:
+def workdir(parser: argparse.ArgumentParser, help: str = 'run directory') -> None:
   """Adds --workdir."""
   parser.add_argument('--workdir', required=True, type=path, metavar='RUN', help=help)
 

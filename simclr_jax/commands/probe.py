@@ -18,18 +18,18 @@ def add_arguments(parser):
   """Declares the arguments."""
   options.workdir(parser)
   parser.add_argument(
-    '--protocol', choices=('simclr', 'moco', 'logistic'), default='simclr', help='the protocol'
+    '--protocol', choices=('simclr', 'moco', 'logistic'), default='simclr', help='evaluation protocol'
   )
   parser.add_argument('--epochs', type=options.positive, help='simclr, moco: epochs (default: 100)')
   parser.add_argument(
-    '--batch-size', type=options.positive, help='simclr, moco: batch size (default: 512, 256)'
+    '--batch-size', type=options.positive, help='simclr, moco: batch size (default: 512 for simclr, 256 for moco)'
   )
   parser.add_argument(
     '--learning-rate',
     type=options.above_zero_list,
     default=(),
     metavar='R,R,...',
-    help='simclr, moco: base learning rate, scaled by batch_size/256 (default: 0.1, 30)',
+    help='simclr, moco: base learning rate, scaled by batch_size/256 (default: 0.1 for simclr, 30 for moco)',
   )
   parser.add_argument(
     '--cached', action='store_true', help='simclr, moco: no augmentation, features computed once'

@@ -22,6 +22,6 @@ def run(args) -> int:
     return 0
   for name in recipes.names():
     print(f'{name:22}{recipes.description(name)}')
-    for variant, text in recipes.variants(name).items():
-      print(f'  :{variant:19}{text}')
+    for i, (variant, text) in enumerate(recipes.variants(name).items()):
+      print(f'  :{variant:19}{text}{"" if i else " (default)"}')
   return 0

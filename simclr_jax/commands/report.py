@@ -12,7 +12,7 @@ DETAILS = options.DATA_OVERRIDE
 def add_arguments(parser):
   """Declares the arguments."""
   options.workdir(parser)
-  parser.add_argument('--out', type=options.path, metavar='FILE', help='(default: RUN/report.html)')
+  parser.add_argument('--out', type=options.path, metavar='FILE', help='output file (default: RUN/report.html)')
 
 
 def run(args) -> int:

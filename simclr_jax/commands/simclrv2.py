@@ -26,13 +26,13 @@ def add_arguments(parser):
     '--distill', default='distill_small', metavar='RECIPE', help='recipe of the distillation'
   )
   parser.add_argument(
-    '--student-depth', type=options.positive, help="layers (default: the teacher's)"
+    '--student-depth', type=options.positive, help="layers of the student (default: the teacher's)"
   )
   parser.add_argument(
-    '--student-width', type=options.above_zero, help="width multiplier (default: the teacher's)"
+    '--student-width', type=options.above_zero, help="width multiplier of the student (default: the teacher's)"
   )
   parser.add_argument(
-    '--seeds', type=options.positive, default=1, help='random seeds of the last two stages'
+    '--seeds', type=options.positive, default=1, help='number of random seeds for fine-tuning and distillation'
   )
 
 

@@ -17,7 +17,7 @@ from simclr_jax.models import classifier, encoders
 FIELDS = {
   **of_method('supervised'),
   'teacher': Field('', 'the run whose classifier is the teacher', compiled=False),
-  'temperature': Field(1.0, 'of both softmaxes', Range(1e-3)),
+  'temperature': Field(1.0, 'temperature of both softmaxes', Range(1e-3)),
   'alpha': Field(1.0, 'weight of the teacher; the labels have 1 - alpha', Range(0.0, 1.0)),
   'hard_labels': Field(
     False, "the teacher's best class instead of its probabilities", Choices(False, True)
