@@ -1,11 +1,11 @@
-"""Eight simulated devices, a compilation cache for all tests, and what test modules share."""
+"""Eight simulated devices, a compilation cache for all tests, and shared helpers and fixtures."""
 
 import os
 import pathlib
 import tempfile
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
-# Compiling takes most of the time; without LLVM's optimisations it takes less than half.
+# Most of the time is compilation; without LLVM's optimisations it takes less than half as long.
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
 
 import jax
@@ -16,14 +16,14 @@ from simclr_jax import cli
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_platforms', 'cpu')
-# Programs that several tests share are compiled once, also in the processes that tests start.
+# Each program is compiled once for all tests and for the subprocesses that they start.
 _cache = tempfile.TemporaryDirectory(prefix='simclr_jax_test_cache')
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
 jax.config.update('jax_compilation_cache_dir', _cache.name)
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
 
-# The smallest recipe that still has every part: set with `config.load('simclr_digits', TINY)`.
+# The smallest run that uses every part of the recipe: `config.load('simclr_digits', TINY)`.
 TINY = {
   'model.width_multiplier': '0.125',
   'model.head_dim': '16',
@@ -35,26 +35,26 @@ TINY = {
   'log_every_steps': '1',
   'tensorboard': 'false',
 }
-# The same with everything that a run can write.
+# The same with all outputs of a run: online kNN and TensorBoard.
 SMALL = {**TINY, 'steps': '4', 'knn_every_epochs': '1', 'tensorboard': 'true'}
 
 
 def fails(capsys, *argv, code=2) -> str:
-  """What a command prints on stderr that must fail with this exit code, and without a traceback."""
+  """Runs a command that must fail with this exit code and no traceback; returns its stderr."""
   try:
-    result = cli.main([str(a) for a in argv])
-  except SystemExit as stop:  # argparse
-    result = stop.code
-  error = capsys.readouterr().err
-  assert result == code, error
-  assert 'Traceback' not in error
-  return error
+    exit_code = cli.main([str(a) for a in argv])
+  except SystemExit as exit_request:  # argparse
+    exit_code = exit_request.code
+  stderr = capsys.readouterr().err
+  assert exit_code == code, stderr
+  assert 'Traceback' not in stderr
+  return stderr
 
 
 @pytest.fixture
 def test_data() -> pathlib.Path:
-  """The folder of real data sets that some tests read."""
+  """The folder of real data sets, which some tests need."""
   folder = os.environ.get('SIMCLR_JAX_TEST_DATA')
   if not folder:
-    pytest.skip('SIMCLR_JAX_TEST_DATA names no folder with CIFAR-10 and photographs')
+    pytest.skip('set SIMCLR_JAX_TEST_DATA to a folder with CIFAR-10 and photographs')
   return pathlib.Path(folder)

@@ -1,6 +1,6 @@
-"""The command line with a fault in one of its processes: python faulty.py PROCESS STEP FAULT WORDS...
+"""The command line with a fault injected into one process: python faulty.py PROCESS STEP FAULT ARGUMENT...
 
-The fault comes when that process has the batch of that step: hang, raise, or exit.
+The fault (hang, raise or exit) happens when that process has received the batch of that step.
 """
 
 import os
@@ -9,19 +9,19 @@ import time
 
 from simclr_jax import cli, train_state
 
-process, at, fault = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+process, fault_step, fault = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 build = train_state.build
 
 
-def faulty(*args, **kwargs):
+def build_faulty(*args, **kwargs):
   state, step = build(*args, **kwargs)
 
   def run(state, i):
-    if i == at and int(os.environ['JAX_PROCESS_ID']) == process:
+    if i == fault_step and int(os.environ['JAX_PROCESS_ID']) == process:
       if fault == 'hang':
         time.sleep(3600)
       if fault == 'raise':
-        raise RuntimeError('out of order')
+        raise RuntimeError('injected fault')
       os._exit(9)
     return step(state, i)
 
@@ -29,5 +29,5 @@ def faulty(*args, **kwargs):
   return state, run
 
 
-train_state.build = faulty
+train_state.build = build_faulty
 sys.exit(cli.main(sys.argv[4:]))

@@ -1,7 +1,7 @@
-"""A run whose workdir is in a bucket, against an emulator of Google Cloud Storage. `make test-faults`.
+"""A run with its workdir in a bucket, on an emulator of Google Cloud Storage. `make test-faults`.
 
-Orbax and TensorStore speak the real protocol over HTTP. So do the other files of the run, through gcsfs; where
-TensorFlow is, epath would take its file system, which cannot be sent to an emulator.
+Orbax and TensorStore use the real protocol over HTTP. So does epath, for the other files of the run, through gcsfs:
+the test disables its TensorFlow backend, which cannot connect to an emulator.
 """
 
 import json
@@ -26,14 +26,14 @@ STEPS = 6
 
 @pytest.fixture(scope='module')
 def bucket():
-  """The address of an emulator with the bucket `runs`."""
+  """The address of an emulator that has the bucket `runs`."""
   with socket.socket() as s:
     s.bind(('localhost', 0))
     port = s.getsockname()[1]
-  program = [sys.executable, '-m', 'gcp_storage_emulator', 'start', '--host=localhost']
-  program += [f'--port={port}', '--in-memory', '--default-bucket=runs', '--quiet']
+  command = [sys.executable, '-m', 'gcp_storage_emulator', 'start', '--host=localhost']
+  command += [f'--port={port}', '--in-memory', '--default-bucket=runs', '--quiet']
   address = f'http://localhost:{port}'
-  with subprocess.Popen(program) as emulator:
+  with subprocess.Popen(command) as emulator:
     try:
       for _ in range(100):
         try:
@@ -47,18 +47,20 @@ def bucket():
 
 
 def objects(address):
-  """Names of all objects in the bucket."""
-  with urllib.request.urlopen(f'{address}/storage/v1/b/runs/o?maxResults=1000') as answer:
-    return [item['name'] for item in json.load(answer).get('items', [])]
+  """The names of all objects in the bucket."""
+  with urllib.request.urlopen(f'{address}/storage/v1/b/runs/o?maxResults=1000') as response:
+    return [item['name'] for item in json.load(response).get('items', [])]
 
 
 def records(address):
+  """The records in metrics.jsonl of the run in the bucket."""
   url = f'{address}/download/storage/v1/b/runs/o/run%2Fmetrics.jsonl?alt=media'
-  with urllib.request.urlopen(url) as answer:
-    return [json.loads(line) for line in answer.read().decode().splitlines()]
+  with urllib.request.urlopen(url) as response:
+    return [json.loads(line) for line in response.read().decode().splitlines()]
 
 
-def start(address, *words):
+def start(address, *arguments):
+  """Starts the command with these arguments; returns the process."""
   env = {
     **os.environ,
     'JAX_PLATFORMS': 'cpu',
@@ -69,7 +71,7 @@ def start(address, *words):
     'EPATH_USE_TF': '0',
   }
   return subprocess.Popen(
-    [sys.executable, '-m', 'simclr_jax', *words],
+    [sys.executable, '-m', 'simclr_jax', *arguments],
     env=env,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -78,24 +80,27 @@ def start(address, *words):
 
 
 def pretrain(workdir):
+  """The arguments of a short training."""
   settings = {**TINY, 'steps': str(STEPS), 'checkpoint_every_steps': '1', 'log_every_steps': '1'}
   fields = [f'--config.{k}={v}' for k, v in settings.items()]
   return ['pretrain', '--config=simclr_digits', f'--workdir={workdir}', *fields]
 
 
-def half_saved(address):
-  """Steps that have been begun in the bucket, without the mark that they are whole."""
+def incomplete_checkpoints(address):
+  """The steps whose checkpoints in the bucket have no commit marker yet."""
   names = objects(address)
-  begun = {n.split('/')[2] for n in names if n.startswith('run/checkpoints/')}
-  return [s for s in begun if f'run/checkpoints/{s}/commit_success.txt' not in names]
+  steps = {n.split('/')[2] for n in names if n.startswith('run/checkpoints/')}
+  return [s for s in steps if f'run/checkpoints/{s}/commit_success.txt' not in names]
 
 
 def test_killed_while_saving_in_a_bucket(bucket, tmp_path):
-  """Breaks if half a checkpoint passes for a whole one, even the first; records are lost; or numbers are others."""
+  """Breaks if an incomplete checkpoint is restored, even the first one; if records are lost; or if
+  losses differ from a local run.
+  """
   for first in (True, False):
     job = start(bucket, *pretrain('gs://runs/run'))
     deadline = time.monotonic() + 240
-    while not (half := half_saved(bucket)) or (half == ['1']) != first:
+    while not (incomplete := incomplete_checkpoints(bucket)) or (incomplete == ['1']) != first:
       assert time.monotonic() < deadline and job.poll() is None, job.communicate()[0][-3000:]
       time.sleep(0.05)
     job.send_signal(signal.SIGKILL)
@@ -105,9 +110,9 @@ def test_killed_while_saving_in_a_bucket(bucket, tmp_path):
   output = job.communicate(timeout=240)[0]
   assert job.returncode == 0, output[-3000:]
   assert 'resuming gs://runs/run from step' in output
-  assert not half_saved(bucket)
-  found = records(bucket)
-  events = [r['event'] for r in found if 'event' in r and r['event'] != 'killed']
+  assert not incomplete_checkpoints(bucket)
+  run_records = records(bucket)
+  events = [r['event'] for r in run_records if 'event' in r and r['event'] != 'killed']
   assert events == ['start'] * 3 + ['complete']
 
   local = start(bucket, *pretrain(tmp_path / 'run'))
@@ -115,7 +120,7 @@ def test_killed_while_saving_in_a_bucket(bucket, tmp_path):
   assert local.returncode == 0, output[-3000:]
   expected = {r['step']: r['loss'] for r in common.records(tmp_path / 'run') if 'loss' in r}
   assert len(expected) == STEPS
-  assert {r['step']: r['loss'] for r in found if 'loss' in r} == expected
+  assert {r['step']: r['loss'] for r in run_records if 'loss' in r} == expected
 
   knn = start(bucket, 'knn', '--workdir=gs://runs/run')
   output = knn.communicate(timeout=240)[0]
