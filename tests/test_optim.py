@@ -187,3 +187,25 @@ def test_lars_leaves_a_classifier_out_but_decays_it():
   updates, _ = optimizer.update(grads, optimizer.init(params), params)
   np.testing.assert_allclose(updates['classifier']['kernel'], -1.3, rtol=1e-6)
   np.testing.assert_allclose(updates['encoder']['kernel'], -0.003, rtol=1e-5)  # 0.001 |w| / |g| g
+
+
+def test_optimizer_groups_have_learning_rates_of_their_own():
+  """Breaks if a predictor's rate is not its factor times that of the recipe, or decays where it is constant."""
+  values = {'optimizer': 'sgd', 'momentum': 0.0, 'weight_decay': 0.0, 'schedule': 'cosine',
+            'learning_rate': 0.2, 'learning_rate_scaling': 'linear', 'batch_size': 512}  # fmt: skip
+  c = recipe(**values, warmup_epochs=0.0, steps=10)
+  rate = optim.schedule(c, 50_000)
+  groups = {
+    'predictor': optim.Group(constant_rate=True),
+    'fast': optim.Group(rate_factor=10.0),
+    'both': optim.Group(0.5, constant_rate=True),
+  }
+  optimizer = optim.build(c, rate, groups)
+  params = {k: {'kernel': jnp.ones((2, 2))} for k in ('encoder', *groups)}
+  slots, grads = optimizer.init(params), jax.tree.map(jnp.ones_like, params)
+  for step in range(10):
+    updates, slots = optimizer.update(grads, slots, params)
+    now = 0.4 * 0.5 * (1 + np.cos(np.pi * step / 10))
+    expected = {'encoder': now, 'predictor': 0.4, 'fast': 10 * now, 'both': 0.2}
+    for key, value in expected.items():
+      np.testing.assert_allclose(updates[key]['kernel'], -value, rtol=1e-5, err_msg=key)
