@@ -1,4 +1,4 @@
-"""The pretraining loop: recipe -> mesh -> data -> method -> restore -> steps."""
+"""The training loop: sets a run up, restores its newest checkpoint, trains, saves and evaluates."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import pathlib
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -35,7 +34,7 @@ from simclr_jax.evaluate import knn
 from simclr_jax.runtime import checkpoint, distributed, environment, files, goodput, logs, paths
 from simclr_jax.runtime.preemption import GracefulStop, Watchdog
 
-MIN_SAVE_STEPS = 20  # steps between two checkpoints, where an epoch is shorter
+MIN_SAVE_STEPS = 20  # fewest steps between two checkpoints that are saved once per epoch
 
 
 def pretrain(
@@ -45,68 +44,71 @@ def pretrain(
   train: Dataset | None = None,
   quiet: bool = False,
 ) -> int:
-  """Trains to the end of the recipe, from the newest checkpoint in `workdir` if there is one.
+  """Trains to the end of the recipe; resumes from the newest checkpoint in `workdir` if there is one.
 
   Args:
     config: a recipe (`config.load`).
-    workdir: gets `config.json`, `checkpoints/`, `metrics.jsonl` and `metrics/` (TensorBoard).
-    command: recorded, for the report.
-    train: the training set, if it is loaded already.
+    workdir: the run directory; gets `config.json`, `checkpoints/`, `metrics.jsonl` and `metrics/` (TensorBoard).
+    command: the command line, recorded for the report.
+    train: the training set, if it is already loaded.
     quiet: do not print the configuration at the start.
 
   Returns:
-    0 when the training is complete; 75 or 130 when a signal stopped it after saving.
+    The exit code: 0 when the training is complete, 75 or 130 when a signal stopped it after saving.
 
   Raises:
     ConfigError: the recipe does not fit the data, the devices or the workdir.
     CheckpointError: no checkpoint can be read, or one cannot be written.
-    NotFinite: the loss became NaN or infinite; the last checkpoint is from before.
+    NotFinite: the loss or its gradient became NaN or infinite; the last checkpoint is from an earlier step.
   """
   workdir = paths.path(workdir)
-  with (
-    GracefulStop() as stop,
-    Watchdog(config.watchdog_seconds) as watchdog,
-    contextlib.ExitStack() as cleanup,
-  ):
+  with contextlib.ExitStack() as cleanup:
+    stop = cleanup.enter_context(GracefulStop())
+    watchdog = cleanup.enter_context(Watchdog(config.watchdog_seconds))
     clock = goodput.Clock()
     setup = _set_up(config, workdir, train, cleanup)
     watchdog.heartbeat(compiling=True)
     state, step_fn = _restore(setup, workdir, cleanup, quiet)
     watchdog.heartbeat(compiling=True)
-    first, steps = int(state.step), setup.steps
-    if first >= steps:
+    first = int(state.step)
+    if first >= setup.steps:
       print(f'{workdir} is complete: {first} steps', flush=True)
       return stop.exit_code
     if distributed.is_main_process():
       _write_config(setup.config, workdir, command)
 
-    run = _Recorder(setup, workdir, first, clock, cleanup)
-    trace = _Trace(setup.config.profile_steps, steps, workdir / 'profile')
-    stopped = False
-    for i in range(first, steps):
+    recorder = _Recorder(setup, workdir, first, clock, cleanup)
+    trace = _Trace(setup.config.profile_steps, setup.steps, workdir / 'profile', recorder.log)
+    for i in range(first, setup.steps):
       with clock.measure('data'):
         step_fn.loader.wait(i)
-      trace.before(i + 1)
+      trace.before_step(i + 1)
       state, metrics = step_fn(state, i)
       done = i + 1
-      run.metrics.push(done, metrics)
+      recorder.metrics.push(done, metrics)
       watchdog.heartbeat()
-      if done == first + 1:
+      if i == first:
         jax.block_until_ready(metrics)
         clock.first_step_done()
-      if trace.ends(done):
-        jax.block_until_ready(metrics)
-        run.log.info(trace.stop())
-      stopped = run.after_step(done, state, stop, idle=not step_fn.loader.ready(done))
+      trace.after_step(done, metrics)
+      stopped = recorder.after_step(done, state, stop, idle=not step_fn.loader.ready(done))
       if stopped:
         break
-    run.finish(done, state, stop, stopped)
+    recorder.finish(done, state, stop, stopped)
     return stop.exit_code
 
 
 @dataclasses.dataclass(frozen=True)
 class _Setup:
-  """A run before its first step: `config` has `data.examples`; `test` has labels, or there is none."""
+  """What a run needs before its first step.
+
+  Attributes:
+    config: the recipe, with `data.examples`.
+    train: the training images.
+    test: the labelled images for the online kNN; None: no online kNN.
+    steps: length of the training.
+    mesh: the devices.
+  """
 
   config: ml_collections.ConfigDict
   train: Dataset
@@ -139,8 +141,10 @@ def _set_up(config, workdir, train, cleanup) -> _Setup:
   return setup
 
 
-def _restore(setup, workdir, cleanup, quiet):
-  """The state of the newest checkpoint, or the initial one, and the function of a step."""
+def _restore(
+  setup: _Setup, workdir: pathlib.Path, cleanup: contextlib.ExitStack, quiet: bool
+) -> tuple[train_state.TrainState, train_state.Step]:
+  """The state of the newest checkpoint, or else the initial one, and the step."""
   config, folder = setup.config, workdir / 'checkpoints'
   resuming = checkpoint.exists(folder)
   state, step_fn = train_state.build(
@@ -151,7 +155,7 @@ def _restore(setup, workdir, cleanup, quiet):
     teacher=runs.load_teacher(config),
     resuming=resuming,
   )
-  cleanup.callback(lambda: step_fn.loader.close())
+  cleanup.callback(step_fn.loader.close)
   if not quiet:
     _describe(setup, state)
   restored = checkpoint.restore(folder, checkpoint.abstract(state), quarantine=True)
@@ -162,13 +166,22 @@ def _restore(setup, workdir, cleanup, quiet):
 
 
 class _Recorder:
-  """What happens after a step: metrics, checkpoints, online kNN, and the end of the run.
+  """Logs, saves and evaluates after each step, and at the end of the run.
 
   Attributes:
-    log, metrics: of the run.
+    log: the log of the run.
+    metrics: the metrics of the last step, which are logged during the next one.
   """
 
-  def __init__(self, setup, workdir, first, clock, cleanup):
+  def __init__(
+    self,
+    setup: _Setup,
+    workdir: pathlib.Path,
+    first: int,
+    clock: goodput.Clock,
+    cleanup: contextlib.ExitStack,
+  ):
+    """`first`: the step from which the run starts or resumes."""
     config, steps = setup.config, setup.steps
     self._workdir, self._clock, self._steps = workdir, clock, steps
     self._saver = cleanup.enter_context(
@@ -188,26 +201,31 @@ class _Recorder:
   def after_step(
     self, done: int, state: train_state.TrainState, stop: GracefulStop, idle: bool
   ) -> bool:
-    """Saves and evaluates when due; returns whether to stop.
+    """Saves and evaluates when due.
 
     Args:
-      done: steps that are done.
-      state: after them.
-      stop: whether a signal asks to stop.
-      idle: the device has nothing to compute until the next batch arrives.
+      done: number of finished steps.
+      state: the state after them.
+      stop: knows whether a signal has arrived.
+      idle: whether the next batch is not loaded yet, so that the devices have to wait anyway.
+
+    Returns:
+      Whether to stop.
     """
     last = done == self._steps
     stopped = stop.requested()
     save = last or done % self._save_every == 0
-    evaluate = not stopped and self._evaluate and (last or done % self._evaluate_every == 0)
+    evaluate = None if stopped else self._evaluate
+    if evaluate and not last and done % self._evaluate_every:
+      evaluate = None  # not due
     if save or evaluate or stopped or idle:
-      self.metrics.flush()  # nothing is saved before its loss is known to be finite
+      self.metrics.flush()  # raises if the loss is not finite, before the state is saved
     if save:
       self._save(done, state)
     if evaluate:
       try:
         with self._clock.measure('evaluation'):
-          accuracy = self._evaluate(state)
+          accuracy = evaluate(state)
         self.log.write(done, {'knn_acc': accuracy} | self._clock.fields())
         self.log.info(f'step {done}/{self._steps}  online kNN {accuracy:.1%}')
       except Stopped:
@@ -226,8 +244,9 @@ class _Recorder:
       self._saver.wait()
     self.log.event(done, 'stopped' if stopped else 'complete', self._clock.fields())
     if stopped:
-      name = signal.Signals(stop.signal).name
-      self.log.info(f'{name}: saved step {done} of {self._steps}; rerun the same command to resume')
+      self.log.info(
+        f'{stop.signal_name}: saved step {done} of {self._steps}; rerun the same command to resume'
+      )
     else:
       self.log.info(f'complete: {self._steps} steps, in {self._workdir}')
 
@@ -242,7 +261,7 @@ class _Metrics:
   """The metrics of the steps, fetched while the next step runs on the device."""
 
   def __init__(self, config, workdir, log, clock, first, steps, examples):
-    self._pending: tuple[int, Any] | None = None
+    self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._config, self._workdir, self._log, self._clock = config, workdir, log, clock
     self._steps, self._examples = steps, examples
     self._records = [r for r in logs.read(workdir) if 'loss' in r]
@@ -250,20 +269,20 @@ class _Metrics:
     self.restart_clock(first)
 
   def restart_clock(self, done: int) -> None:
-    """Speeds are measured from here."""
+    """Starts the interval over which the speed is measured; `done`: number of finished steps."""
     self._since, self._since_step = time.monotonic(), done
     self._waited = self._clock.seconds['data']
 
   def push(self, done: int, metrics: dict[str, jax.Array]) -> None:
-    """Takes the metrics of a step that has just been started, and records those of the step before."""
+    """Records the metrics of the previous step, and keeps those of the step that was just dispatched."""
     self.flush()
     self._pending = (done, metrics)
 
   def flush(self) -> None:
-    """Waits for the step whose metrics are pending, and records them when due.
+    """Waits for the last dispatched step, and records its metrics if it is to be logged.
 
     Raises:
-      NotFinite: its loss or gradient is not finite.
+      NotFinite: the loss or the gradient of this step is not finite.
     """
     if not self._pending:
       return
@@ -300,27 +319,26 @@ class _Metrics:
 
 
 class _Trace:
-  """A profiler trace of the steps `profile_steps`, if there are any."""
+  """A profiler trace of the steps FIRST to LAST of `profile_steps`, counted from 1; () traces nothing."""
 
-  def __init__(self, profile_steps: Sequence[int], steps: int, folder: pathlib.Path):
+  def __init__(self, profile_steps: Sequence[int], steps: int, folder: pathlib.Path, log: logs.Log):
     self._first, last = profile_steps or (0, 0)
-    self._last, self._folder, self._on = min(last, steps), folder, False
+    self._last, self._folder, self._log = min(last, steps), folder, log
+    self._running = False
 
-  def before(self, step: int) -> None:
-    """Starts the trace before its first step."""
+  def before_step(self, step: int) -> None:
+    """Starts the trace if this is its first step."""
     if step == self._first:
       jax.profiler.start_trace(str(self._folder))
-      self._on = True
+      self._running = True
 
-  def ends(self, done: int) -> bool:
-    """Whether its last step is done."""
-    return self._on and done >= self._last
-
-  def stop(self) -> str:
-    """Writes the trace; returns a sentence about it."""
-    jax.profiler.stop_trace()
-    self._on = False
-    return f'wrote a trace of steps {self._first} to {self._last}: {self._folder}'
+  def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    """Waits for the metrics of this step and writes the trace, if this is its last step."""
+    if self._running and step >= self._last:
+      jax.block_until_ready(metrics)
+      jax.profiler.stop_trace()
+      self._running = False
+      self._log.info(f'wrote a trace of steps {self._first} to {self._last}: {self._folder}')
 
 
 @contextlib.contextmanager
@@ -343,18 +361,21 @@ def _locked(workdir) -> Iterator[None]:
 
 
 def _check_workdir(config, workdir):
+  """Refuses to resume a run with another recipe, or one whose recipe is missing."""
   if not checkpoint.exists(workdir / 'checkpoints'):
-    return  # nothing has been trained yet
+    return  # no run to resume
   if not (workdir / 'config.json').exists():
-    raise ConfigError(f'{workdir} has checkpoints, but its config.json is missing')
+    raise ConfigError(
+      f'{workdir} has checkpoints, but its config.json is missing: restore the file or choose a new --workdir'
+    )
   recipes.check_unchanged(recipes.read_run(workdir), config, str(workdir))
 
 
 def _identity(config) -> dict[str, Any]:
-  """What must be equal in all processes of a run."""
+  """What must be equal in all processes of a run: the recipe without its local fields, and versions."""
   table = fields.of_recipe(config.method)
   flat = {k: v for k, v in recipes.flatten(config).items() if k not in table or not table[k].local}
-  # As it is after the transfer to other processes: JSON has no tuples.
+  # Tuples become lists, as in the values that other processes send as JSON.
   return json.loads(json.dumps(flat | environment.versions()))
 
 
@@ -367,7 +388,7 @@ def _write_config(config, workdir, command):
 
 
 def _describe(setup, state):
-  """Prints what a log needs at its top to be understood later."""
+  """Prints recipe, versions, devices, data set and parameters at the top of the log."""
   config, mesh, train = setup.config, setup.mesh, setup.train
   print(config)
   print('\n'.join(f'{name} {version}' for name, version in environment.versions().items()))
@@ -375,19 +396,22 @@ def _describe(setup, state):
   print(f'{mesh.size} device(s): {", ".join(kinds)}; mesh {dict(mesh.shape)}')
   kind = list(train.images.shape[1:]) if isinstance(train, data.Arrays) else 'read from files'
   print(f'{len(train):,} images, {kind}; {setup.steps:,} steps of {config.batch_size}')
-  whole = jax.process_count() == 1  # statistics need all of the parameters in one process
-  print(parameter_overview.get_parameter_overview(state.params, include_stats=whole), flush=True)
+  statistics = jax.process_count() == 1  # other processes may hold parts of the parameters
+  print(
+    parameter_overview.get_parameter_overview(state.params, include_stats=statistics), flush=True
+  )
 
 
 def _warn(config, train):
+  """Logs the problems of a recipe that are known before the first step."""
   for sentence in diagnostics.findings(config, []).values():
     logging.warning('%s', sentence)
   if config.data.num_classes and not train.labelled and not config.data.labels:
-    logging.warning('the data has no labels: ignore probe_acc')
+    logging.warning('the training images have no labels: ignore probe_acc')
 
 
 def _test_images(config, train) -> Dataset | None:
-  """The labelled images for the online kNN, or None if there are none."""
+  """The labelled test images for the online kNN, or None if there are none."""
   if not train.labelled:
     return None
   try:
@@ -402,7 +426,7 @@ def _test_images(config, train) -> Dataset | None:
 
 
 def _online_knn(config, train, test) -> Callable[[train_state.TrainState], float]:
-  """A function: state -> kNN accuracy on the test split."""
+  """A function from a `TrainState` to the kNN accuracy of its encoder on test images."""
   method = methods.build(config)
   bank = train.sample(config.knn_images or len(train))
   queries = test.sample(-(-config.knn_images // 5) or len(test))

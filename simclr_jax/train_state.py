@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -15,19 +14,21 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from simclr_jax import config as recipes, fields, health, methods, optim, sharding
 from simclr_jax.data import Dataset, augment, loader
+from simclr_jax.data.loader import DeviceBatch, Loader
 from simclr_jax.errors import ConfigError
 
 PyTree = Any
+Metrics = dict[str, jax.Array]
 
 
 @flax.struct.dataclass
 class TrainState:
-  """Everything that a step changes, and so everything that a checkpoint holds.
+  """Everything that a step changes, and so everything that a checkpoint contains.
 
   Attributes:
-    step: int32 `[]`, steps taken.
-    params: learned by gradient.
-    state: what else the method keeps: BatchNorm statistics, EMA parameters, queues.
+    step: int32 `[]`, number of finished steps.
+    params: parameters that are learned by gradient.
+    state: the rest of the method's state: BatchNorm statistics, EMA parameters, queues.
     opt_state: the optimizer state.
   """
 
@@ -43,7 +44,13 @@ def create(
   seed: int | jax.Array,
   image_size: int,
 ) -> TrainState:
-  """The initial state; a function of `seed` alone. Call it inside jit."""
+  """The initial state. It depends on the recipe and `seed` only. Call this function inside jit.
+
+  Args:
+    method, optimizer: of the recipe.
+    seed: integer, may be traced.
+    image_size: side of the views in pixels.
+  """
   batch = {'views': jnp.zeros((2, method.views, image_size, image_size, 3))}
   params, state = method.init(jax.random.key(seed), batch)
   return TrainState(jnp.zeros((), jnp.int32), params, state, optimizer.init(params))
@@ -57,53 +64,33 @@ def train_step(
   ts: TrainState,
   seed: jax.Array,
   teacher: methods.Teacher | None,
-  constants: dict[str, jax.Array],
-  rows: dict[str, jax.Array],
-) -> tuple[TrainState, dict[str, jax.Array]]:
-  """One update.
+  constants: DeviceBatch,
+  rows: DeviceBatch,
+) -> tuple[TrainState, Metrics]:
+  """One update of the parameters.
 
   Args:
-    method, optimizer, rate, config: what is trained, and how; not traced.
-    ts: the state before.
-    seed: of the run, uint32 `[]`. An argument, so that runs with other seeds share the compiled program.
+    method, optimizer, rate, config: the method, its optimizer, learning rate and recipe; not traced.
+    ts: the state before the step.
+    seed: the seed of the run, uint32 `[]`. It is traced, so that runs with other seeds share the compiled program.
     teacher: for methods with `needs_teacher`.
     constants, rows: the batch, as `data.loader.for_training` returns it.
 
   Returns:
-    The state after, and scalar metrics: the method's, `learning_rate`, `grad_norm`, `param_norm`,
-    `health.embedding_metrics` in steps that are logged, and `batch_hash`, a uint32 checksum of the
-    views, which changes with every pixel and with the order.
+    The state after the step, and scalar metrics: those of the method; `learning_rate`, `grad_norm`,
+    `param_norm`, float32; `health.embedding_metrics`, NaN except in steps that are logged; and `batch_hash`, a
+    uint32 checksum of the views that depends on every pixel and on the order.
   """
-  # The base key is never advanced, so a resumed run draws what the uninterrupted one would have.
+  # The base key is never advanced, so a resumed run draws the same numbers as an uninterrupted one.
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), ts.step)
-
   steps = optim.train_steps(config, config.data.examples)
 
   def objective(params, state, rows, key):
-    if config.sharding == 'fsdp':  # gathered here, layer by layer as the compiler sees fit
-      params = jax.tree.map(sharding.replicate, params)
-      ema = {k: state[k] for k in method.ema_state if k in state}
-      state = {**state, **jax.tree.map(sharding.replicate, ema)}
-    batch = loader.with_images(constants, rows)
-    views = augment.views(
-      batch['images'],
-      batch['epoch'],
-      batch['position'],
-      augment.pipelines(config.augment, method.views),
-      seed,
-      config.image_size,
-      batch.get('crops'),
-    )
-    batch = {
-      'views': views,
-      'label': batch['label'],
-      'index': batch['index'],
-      'step': ts.step,
-      'steps': jnp.int32(steps),
-      'teacher': teacher,
-    }
+    params, state = _gathered(config, method, params, state)
+    batch = _augmented(config, method, loader.with_images(constants, rows), seed)
+    batch |= {'step': ts.step, 'steps': jnp.int32(steps), 'teacher': teacher}
     loss, (state, metrics) = method.loss(params, state, batch, key)
-    return loss, (state, metrics | {'batch_hash': _hash(views)})
+    return loss, (state, metrics | {'batch_hash': _hash(batch['views'])})
 
   gradient = jax.grad(objective, has_aux=True)
   if config.accumulate_steps == 1:
@@ -117,19 +104,41 @@ def train_step(
   metrics['learning_rate'] = rate(ts.step)
   metrics['grad_norm'] = optax.tree.norm(grads)
   metrics['param_norm'] = optax.tree.norm(ts.params)
-  new = TrainState(ts.step + 1, optax.apply_updates(ts.params, updates), state, opt_state)
-  return new, metrics
+  return TrainState(done, optax.apply_updates(ts.params, updates), state, opt_state), metrics
+
+
+def _gathered(config, method, params, state):
+  """Parameters and EMA parameters, replicated if they are sharded; XLA may gather them layer by layer."""
+  if config.sharding != 'fsdp':
+    return params, state
+  ema = {k: state[k] for k in method.ema_state if k in state}
+  params, ema = jax.tree.map(sharding.replicate, (params, ema))
+  return params, {**state, **ema}
+
+
+def _augmented(config, method, batch, seed):
+  """The part of a method's batch that depends on the images: `views`, `label`, `index`."""
+  views = augment.views(
+    batch['images'],
+    batch['epoch'],
+    batch['position'],
+    augment.pipelines(config.augment, method.views),
+    seed,
+    config.image_size,
+    batch.get('crops'),
+  )
+  return {'views': views, 'label': batch['label'], 'index': batch['index']}
 
 
 def _accumulated(gradient, parts, ts, rows, key):
-  """`gradient` over the parts of a batch, one after the other: the mean, the last state, the metrics.
+  """Accumulates `gradient` over micro-batches: the mean gradient, the last state, the metrics.
 
-  Of p parts, the first has the rows 0, p, 2 p, ...: each device has as many rows of every part.
+  Micro-batch j of p has the rows j, j + p, j + 2p, ..., so that every device has equally many of its rows.
   """
 
-  def add(carry, part):
+  def add(carry, micro_batch):
     total, state = carry
-    i, rows = part
+    i, rows = micro_batch
     rows = jax.tree.map(sharding.shard_rows, rows)
     grads, (state, metrics) = gradient(ts.params, state, rows, jax.random.fold_in(key, i))
     return (jax.tree.map(jnp.add, total, grads), state), metrics
@@ -150,9 +159,48 @@ def _embedding_metrics(z, due):
 
 
 def _hash(views):
+  """A checksum, uint32 `[]`, of views `[n, v, h, w, 3]`."""
   bits = jax.lax.bitcast_convert_type(views, jnp.uint32)
   rows = jnp.sum(bits, axis=range(1, bits.ndim), dtype=jnp.uint32)  # [n], modulo 2^32
   return jnp.sum(rows * np.arange(1, 2 * len(views), 2, dtype=np.uint32), dtype=jnp.uint32)
+
+
+class Step:
+  """The training step of a run: `step(state, i)` -> the next state and the metrics, see `train_step`.
+
+  `i` selects the batch: step i of the run, from 0. The buffers of `state` are donated: it cannot be used again.
+
+  Attributes:
+    loader: the batches of the run; close it at the end.
+  """
+
+  def __init__(
+    self,
+    program: jax.stages.Wrapped,
+    loader: Loader,
+    seed: np.uint32,
+    teacher: methods.Teacher | None,
+    mesh: jax.sharding.Mesh,
+  ):
+    """`program`: the jitted step of `programs`."""
+    self.loader = loader
+    self._program, self._seed, self._teacher, self._mesh = program, seed, teacher, mesh
+
+  def __call__(self, state: TrainState, i: int) -> tuple[TrainState, Metrics]:
+    """Trains on batch i.
+
+    Raises:
+      ConfigError: an image cannot be read.
+    """
+    rows = self.loader(i)
+    with jax.set_mesh(self._mesh):
+      return self._program(state, self._seed, self._teacher, self.loader.constants, rows)
+
+  def lower(self, state: TrainState, i: int) -> jax.stages.Lowered:
+    """The program for batch i, lowered for inspection: `step.lower(state, 0).compile()`."""
+    rows = self.loader(i)
+    with jax.set_mesh(self._mesh):
+      return self._program.lower(state, self._seed, self._teacher, self.loader.constants, rows)
 
 
 def build(
@@ -162,37 +210,29 @@ def build(
   pretrained: PyTree | None = None,
   teacher: methods.Teacher | None = None,
   resuming: bool = False,
-) -> tuple[TrainState, Callable[[TrainState, int], tuple[TrainState, dict[str, jax.Array]]]]:
-  """A recipe and its images -> the initial state and `step(state, i) -> (state, metrics)`.
-
-  `i` selects the batch: step `i` of the run that `config` describes. The state passed to `step` is used
-  up (its buffers are donated). `step.loader` is where the batches come from; close it when done.
+) -> tuple[TrainState, Step]:
+  """The initial state and the step of a recipe.
 
   Args:
     config: a recipe; `data.examples` is filled in.
     dataset: the training images.
-    mesh: the devices; all of them by default.
-    pretrained: the weights that the recipe starts from (`init_from`), as `runs.load_pretrained` returns them.
+    mesh: the devices (default: all).
+    pretrained: the weights of `init_from`, as `runs.load_pretrained` returns them.
     teacher: for distillation, as `runs.load_teacher` returns it.
     resuming: a checkpoint will replace the initial state, so that `pretrained` is not needed.
 
   Raises:
-    ConfigError: the method cannot use these images, needs another recipe, or its weights are missing.
+    ConfigError: the method cannot use these images or this recipe, or its weights are missing.
   """
   mesh = mesh or sharding.make_mesh()
   recipes.check(config)
   config = recipes.with_examples(config, len(dataset))
   method = methods.build(config)
-  if method.needs_labels and not dataset.labelled:
-    raise ConfigError(f'method={config.method} needs labels, and not all training images have one')
-  if method.views == 1 and config.augment.view2:
-    raise ConfigError(f'augment.view2 is set, but method={config.method} uses view1 only')
-  if method.needs_teacher and teacher is None:
-    raise ConfigError(f'method={config.method} needs a teacher: pass runs.load_teacher(config)')
+  _check_inputs(config, method, dataset, teacher)
   if method.load_pretrained and pretrained is None and not resuming:
     raise ConfigError('init_from is set: pass its weights, runs.load_pretrained(config)')
   seed = np.uint32(config.seed)
-  init, compiled = programs(config, mesh)
+  init, program = programs(config, mesh)
   with jax.set_mesh(mesh):
     ts = init(seed)
   if method.load_pretrained and not resuming:
@@ -207,41 +247,43 @@ def build(
   )
   if teacher is not None:
     teacher = sharding.put_replicated(mesh, teacher)
-
-  def step(ts, i, call=compiled):
-    rows = batches(i)
-    with jax.set_mesh(mesh):
-      return call(ts, seed, teacher, batches.constants, rows)
-
-  step.loader = batches
-  step.lower = functools.partial(step, call=compiled.lower)  # to inspect the compiled program
-  return ts, step
+  return ts, Step(program, batches, seed, teacher, mesh)
 
 
-def programs(config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-  """What a run compiles, jitted for a mesh, whose devices may also be only described.
+def _check_inputs(config, method, dataset, teacher):
+  if method.needs_labels and not dataset.labelled:
+    raise ConfigError(f'method={config.method} needs labels, and not all training images have one')
+  if method.views == 1 and config.augment.view2:
+    raise ConfigError(f'augment.view2 is set, but method={config.method} uses view1 only')
+  if method.needs_teacher and teacher is None:
+    raise ConfigError(f'method={config.method} needs a teacher: pass runs.load_teacher(config)')
+
+
+def programs(
+  config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[jax.stages.Wrapped, jax.stages.Wrapped]:
+  """The jitted programs of a run; recipes that compile to the same programs share them.
 
   Args:
     config: a recipe with `data.examples`.
-    mesh: to be set (`jax.set_mesh`) when either is called or lowered.
+    mesh: the devices, which may be descriptions without hardware. Call and lower the programs under
+      `jax.set_mesh(mesh)`.
 
   Returns:
-    `init(seed) -> state` and `step(state, seed, teacher, constants, rows) -> (state, metrics)`, see
+    `init(seed) -> state` and `step(state, seed, teacher, constants, rows) -> (state, metrics)`, see `create` and
     `train_step`.
   """
   return _programs(_CompileKey(config), mesh)
 
 
 class _CompileKey:
-  """A recipe that equals another one if the compiled programs are the same."""
+  """A recipe as key of the cache of programs: equal to another recipe if its programs are the same."""
 
   def __init__(self, config):
     self.config = config
     table = fields.of_recipe(config.method)
-    flat = recipes.flatten(config)
-    self.text = repr(
-      [(k, v) for k, v in sorted(flat.items()) if k not in table or table[k].compiled]
-    )
+    flat = sorted(recipes.flatten(config).items())
+    self.text = repr([(k, v) for k, v in flat if k not in table or table[k].compiled])
 
   def __eq__(self, other):
     return self.text == other.text
@@ -259,7 +301,10 @@ def _programs(key, mesh):
   replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
 
   def step(ts, seed, teacher, constants, rows):
-    return train_step(method, optimizer, rate, config, ts, seed, teacher, constants, rows)
+    return train_step(
+      method, optimizer, rate, config, ts,
+      seed=seed, teacher=teacher, constants=constants, rows=rows,
+    )  # fmt: skip
 
   def init(seed):
     return create(method, optimizer, seed, config.image_size)
@@ -267,6 +312,7 @@ def _programs(key, mesh):
   shapes = jax.eval_shape(init, np.uint32(0))
 
   def place(path, leaf):
+    """The sharding of a leaf; `part` is a field of `TrainState`, `key` the key below it."""
     part, key = path[0].name, getattr(path[-1] if len(path) < 2 else path[1], 'key', None)
     if part == 'state' and key in method.sharded_state:
       return by_row
@@ -274,17 +320,18 @@ def _programs(key, mesh):
       return sharding.split(mesh, leaf.shape)
     return replicated
 
-  places = jax.tree_util.tree_map_with_path(place, shapes)
-  compiled = jax.jit(
+  shardings = jax.tree_util.tree_map_with_path(place, shapes)
+  program = jax.jit(
     step,
     donate_argnums=0,
-    in_shardings=(places, replicated, replicated, replicated, by_row),
-    out_shardings=(places, replicated),
+    in_shardings=(shardings, replicated, replicated, replicated, by_row),
+    out_shardings=(shardings, replicated),
   )
-  return jax.jit(init, out_shardings=places), compiled
+  return jax.jit(init, out_shardings=shardings), program
 
 
 def _with_pretrained(method, ts, pretrained):
+  """The initial state with pretrained weights, on the same devices."""
   params, state = method.load_pretrained(ts.params, ts.state, pretrained)
   new, old = (
     {jax.tree_util.keystr(k[1:]): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
@@ -294,13 +341,13 @@ def _with_pretrained(method, ts, pretrained):
     if new.get(leaf) != old.get(leaf):
       raise ConfigError(
         f'init_from is of another network: {leaf} is {new.get(leaf)} there and {old.get(leaf)} in this '
-        'recipe; its model fields must be those of the pretraining'
+        'recipe; set the model.* fields to those of the pretraining'
       )
 
   def put(x, initial):
     if x is initial:
       return x
-    # A copy: the step is going to reuse the buffers.
+    # A copy, because the step donates its buffers.
     return sharding.put(np.array(jax.device_get(x)), initial.sharding)
 
   params, state = jax.tree.map(put, (params, state), (ts.params, ts.state))

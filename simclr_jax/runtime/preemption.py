@@ -1,36 +1,47 @@
-"""Signals that stop a run between two steps, in all processes at the same step; and steps that hang.
+"""Stops a run between two steps after a signal, in all processes at the same step; ends a process that hangs.
 
-`GracefulStop` and `Watchdog` are contexts. Long loops call `check` once per iteration; it serves those that are open.
+`GracefulStop` and `Watchdog` are context managers. Long loops call `check` once per iteration, which serves the
+innermost open `GracefulStop` and `Watchdog`.
 """
 
 import faulthandler
 import os
 import signal
-import sys
 import threading
 import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
 
 from simclr_jax.errors import ExitCode, Stopped
 
+STDERR = (
+  2  # file descriptor; writing to it is safe in signal handlers and while other threads are blocked
+)
+
 
 class GracefulStop:
-  """Turns SIGTERM and the first Ctrl-C into a request that loops grant between two steps.
+  """Turns SIGTERM and the first Ctrl-C into a request to stop, which loops check between two steps.
 
-  A second Ctrl-C stops at once. In a multi-process run, a signal to one process stops all of them, at the same
-  call of `requested`: JAX's own handler of SIGTERM stays in place and notifies the others.
+  A second Ctrl-C stops at once. In a multi-process run, a signal to one process stops all processes, at the same
+  call of `requested`: JAX's own handler of SIGTERM stays installed and notifies the other processes.
+
+  Attributes:
+    current: the innermost open `GracefulStop`.
+    signal: number of the signal that arrived; None: no signal.
   """
 
   current: 'GracefulStop | None' = None
 
   def __init__(self):
     self.signal: int | None = None
-    self._previous: dict[int, object] = {}
+    self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
     self._distributed = jax.distributed.is_initialized()
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     for number in (signal.SIGINT,) if self._distributed else (signal.SIGTERM, signal.SIGINT):
       self._previous[number] = signal.signal(number, self._handle)
     self._outer, GracefulStop.current = GracefulStop.current, self
@@ -41,17 +52,17 @@ class GracefulStop:
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
-  def _handle(self, number, frame):
+  def _handle(self, number, _frame):
     if self._distributed:
       os.kill(os.getpid(), signal.SIGTERM)
     else:
       self.signal = number
     if number == signal.SIGINT:
       signal.signal(number, signal.default_int_handler)
-      os.write(2, b'\nCtrl-C: saving after this step; press again to stop at once\n')
+      os.write(STDERR, b'\nCtrl-C: saving after this step; press again to stop at once\n')
 
   def requested(self) -> bool:
-    """Whether to stop here. All processes call it equally often."""
+    """Whether to stop here. All processes must call this method equally often."""
     if self._distributed and self.signal is None and _sync_point_reached():
       self.signal = signal.SIGTERM
     return self.signal is not None
@@ -59,30 +70,36 @@ class GracefulStop:
   @property
   def exit_code(self) -> int:
     """The exit code of the process: 75 after SIGTERM, 130 after Ctrl-C, 0 without a signal."""
-    codes = {signal.SIGTERM: ExitCode.PREEMPTED, signal.SIGINT: ExitCode.INTERRUPTED}
-    return codes.get(self.signal, ExitCode.SUCCESS)
+    if self.signal is None:
+      return ExitCode.SUCCESS
+    return ExitCode.PREEMPTED if self.signal == signal.SIGTERM else ExitCode.INTERRUPTED
+
+  @property
+  def signal_name(self) -> str:
+    """The name of the signal that arrived, such as 'SIGTERM'; empty without a signal."""
+    return '' if self.signal is None else signal.Signals(self.signal).name
 
 
 _calls = 0
 
 
 def _sync_point_reached():
-  """Whether all processes stop at this call, the same one for all of them."""
+  """Whether JAX has chosen this call for all processes to stop at."""
   global _calls
   _calls += 1
   return multihost_utils.reached_preemption_sync_point(_calls)
 
 
 def heartbeat() -> None:
-  """Tells the watchdog that work goes on; for loops that only some of the processes run."""
+  """Resets the watchdog; for loops that only some of the processes run."""
   if Watchdog.current:
     Watchdog.current.heartbeat(compiling=True)
 
 
 def check() -> None:
-  """Gives the watchdog a heartbeat and raises after a signal; long loops call it once per iteration.
+  """Resets the watchdog, and raises after a signal. Long loops call this function once per iteration.
 
-  All processes call it equally often.
+  All processes must call it equally often.
 
   Raises:
     Stopped: a signal arrived; outside a `GracefulStop`, only SIGTERM in a multi-process run.
@@ -96,23 +113,27 @@ def check() -> None:
 
 
 class Watchdog:
-  """Ends the process when the work gives no heartbeat, for instance because another host hangs.
+  """Ends the process if there is no heartbeat for too long, for instance because another host hangs.
 
   The stacks of all threads are printed on stderr, the exit code is 4. A thread checks the time; if that thread is
-  blocked as well, faulthandler ends the process ten seconds later, with code 1. Of nested watchdogs, only
-  the inner one counts.
+  blocked as well, faulthandler ends the process ten seconds later, with exit code 1. While a nested watchdog is
+  open, the outer one is paused.
+
+  Attributes:
+    FIRST: the limit in seconds for a heartbeat that may have to wait for the compiler, if larger than the usual one.
+    current: the innermost open `Watchdog`.
   """
 
-  FIRST = 3600  # seconds, at least, for a heartbeat that may have to wait for the compiler
+  FIRST = 3600
   current: 'Watchdog | None' = None
 
   def __init__(self, seconds: float):
-    """`seconds`: the longest time between two heartbeats; 0: unlimited."""
+    """`seconds`: the longest time between two heartbeats; 0: no limit."""
     self._seconds = seconds
     self._deadline = float('inf')
     self._done = threading.Event()
 
-  def __enter__(self):
+  def __enter__(self) -> Self:
     self._outer, Watchdog.current = Watchdog.current, self
     if self._outer:
       self._outer._pause()
@@ -133,17 +154,17 @@ class Watchdog:
     faulthandler.cancel_dump_traceback_later()
 
   def heartbeat(self, compiling: bool = False) -> None:
-    """Restarts the time. `compiling`: something may be compiled before the next heartbeat."""
+    """Restarts the timer. `compiling`: the next heartbeat may have to wait for the compiler."""
     if not self._seconds:
       return
     seconds = max(self._seconds, self.FIRST) if compiling else self._seconds
     self._deadline, self._limit = time.monotonic() + seconds, seconds
-    faulthandler.dump_traceback_later(seconds + 10, exit=True, file=sys.__stderr__)
+    faulthandler.dump_traceback_later(seconds + 10, exit=True, file=STDERR)
 
   def _watch(self):
     while not self._done.wait(min(1.0, self._seconds / 4)):
       if time.monotonic() > self._deadline:
-        os.write(2, f'no step finished in {self._limit:g} s: stopping\n'.encode())
-        faulthandler.dump_traceback(sys.__stderr__)
-        time.sleep(3)  # the other processes, which wait for this one, print their stacks, too
+        os.write(STDERR, f'no step finished in {self._limit:g} s: stopping\n'.encode())
+        faulthandler.dump_traceback(STDERR)
+        time.sleep(3)  # meanwhile the other processes, which wait for this one, print their stacks
         os._exit(ExitCode.HUNG)
