@@ -1,4 +1,4 @@
-"""The command line as a new user meets it: every command, every mistake, and the snippets of the README."""
+"""The command line for a new user: every command, its error messages, and the snippets of the README."""
 
 import csv
 import json
@@ -23,7 +23,7 @@ README = pathlib.Path(__file__).parents[1] / 'README.md'
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """A finished small run."""
+  """The workdir of a finished small run."""
   workdir = tmp_path_factory.mktemp('cli') / 'run'
   fields = [f'--config.{k}={v}' for k, v in SMALL.items()]
   assert cli.main(['pretrain', '--config=simclr_digits', f'--workdir={workdir}', *fields]) == 0
@@ -32,6 +32,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def exported(run, tmp_path_factory):
+  """The encoder of the run, exported."""
   out = tmp_path_factory.mktemp('cli') / 'encoder'
   assert cli.main(['export', f'--workdir={run}', '--to=orbax', f'--out={out}']) == 0
   return out
@@ -75,8 +76,8 @@ def exported(run, tmp_path_factory):
     ('data.train_split=validation', 'the digits have the splits train and test'),
   ],
 )
-def test_a_wrong_field_is_one_sentence(capsys, tmp_path, override, expected):
-  """Breaks if a bad value passes, gives a traceback, or touches the disk with a checkpoint."""
+def test_an_invalid_field_is_a_one_line_error(capsys, tmp_path, override, expected):
+  """Breaks if an invalid value is accepted, gives a traceback, or leaves files in the workdir."""
   workdir = tmp_path / 'run'
   error = fails(
     capsys, 'pretrain', '--config=simclr_digits', f'--workdir={workdir}', f'--config.{override}'
@@ -109,8 +110,8 @@ def test_a_wrong_field_is_one_sentence(capsys, tmp_path, override, expected):
     (['pretrain', '--config=simclr_digits:v2', '--workdir=x'], 'cannot be built'),
   ],
 )
-def test_wrong_arguments_are_one_sentence(capsys, monkeypatch, tmp_path, argv, expected):
-  """Breaks if a typing error is ignored or gives a traceback."""
+def test_invalid_arguments_are_one_line_errors(capsys, monkeypatch, tmp_path, argv, expected):
+  """Breaks if a misspelt argument is ignored or gives a traceback."""
   monkeypatch.chdir(tmp_path)
   assert expected in fails(capsys, *argv)
   assert not list(tmp_path.iterdir())
@@ -118,13 +119,13 @@ def test_wrong_arguments_are_one_sentence(capsys, monkeypatch, tmp_path, argv, e
 
 @pytest.mark.parametrize('name', ['', *commands.NAMES])
 def test_help(name, capsys):
-  """Breaks if a command has no help with a summary, its arguments and their defaults."""
-  with pytest.raises(SystemExit) as stop:
+  """Breaks if the help of a command lacks its summary, its arguments or their defaults."""
+  with pytest.raises(SystemExit) as exit_request:
     cli.main([*([name] if name else []), '--help'])
   text = capsys.readouterr().out
-  assert stop.value.code == 0 and len(text) > 300
+  assert exit_request.value.code == 0 and len(text) > 300
   if not name:
-    assert all(f'  {n} ' in text or f'  {n}\n' in text for n in commands.NAMES)
+    assert all(f'  {command} ' in text or f'  {command}\n' in text for command in commands.NAMES)
     assert all(f'{int(code):<5}{code.meaning}' in text for code in ExitCode)
   if name == 'knn':
     assert 'number of nearest neighbours (default: 200)' in text
@@ -141,24 +142,26 @@ def test_the_table_of_exit_codes():
 
 
 def test_version(capsys):
-  """Breaks if a bug report cannot name its version."""
-  with pytest.raises(SystemExit) as stop:
+  """Breaks if --version does not print the version, so that bug reports cannot name it."""
+  with pytest.raises(SystemExit) as exit_request:
     cli.main(['--version'])
-  assert stop.value.code == 0 and capsys.readouterr().out == f'simclr_jax {__version__}\n'
+  assert exit_request.value.code == 0 and capsys.readouterr().out == f'simclr_jax {__version__}\n'
 
 
 @pytest.mark.parametrize(
   'argv',
   [
     *(['--help'], ['--version'], ['fields'], ['recipes'], ['knn'], ['pretrain', '--help']),
-    *(['pretrain', '--config=simclr_digits', '--workdir=x', f'--config.{wrong}']
-      for wrong in ('epoch=3', 'epochs=-1', 'epochs=x', 'temperature=0', 'model.depth=19')),
+    *(['pretrain', '--config=simclr_digits', '--workdir=x', f'--config.{override}']
+      for override in ('epoch=3', 'epochs=-1', 'epochs=x', 'temperature=0', 'model.depth=19')),
     ['pretrain', '--config=simclr_digit', '--workdir=x'],
     ['finetune', '--workdir=x', '--config.stepz=3'],
   ],
 )  # fmt: skip
-def test_quick_answers_import_no_jax(argv, tmp_path):
-  """Breaks if help, or an error about arguments and fields, takes the seconds that importing JAX or TensorFlow takes."""
+def test_help_and_errors_do_not_import_jax(argv, tmp_path):
+  """Breaks if --help or an error about arguments and fields takes seconds, because it imports JAX
+  or TensorFlow.
+  """
   program = (
     'import sys\nfrom simclr_jax import cli\ntry:\n  cli.main(sys.argv[1:])\nexcept SystemExit:\n  pass\n'
     "heavy = {'jax', 'flax', 'optax', 'tensorflow', 'matplotlib', 'sklearn'} & set(sys.modules)\n"
@@ -168,28 +171,29 @@ def test_quick_answers_import_no_jax(argv, tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_workdir_of_a_run(run):
-  """Breaks if a run leaves out its recipe, metrics, or the records that the report needs."""
-  about = json.loads((run / 'config.json').read_text())
-  assert about['config']['batch_size'] == 32 and about['command'].startswith('simclr-jax pretrain')
-  assert about['versions']['jax']
+def test_files_of_a_run(run):
+  """Breaks if a run does not write its recipe, its metrics, or the records that the report needs."""
+  metadata = json.loads((run / 'config.json').read_text())
+  assert metadata['config']['batch_size'] == 32
+  assert metadata['command'].startswith('simclr-jax pretrain')
+  assert metadata['versions']['jax']
   lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
   assert [r['event'] for r in lines if 'event' in r] == ['start', 'complete']
   records = [r for r in lines if 'event' not in r]
   assert [r['step'] for r in records if 'loss' in r] == [1, 2, 3, 4]
-  wanted = {'loss', 'contrastive_acc', 'contrastive_acc_n', 'probe_acc', 'learning_rate', 'grad_norm',
-            'examples_per_second', 'data_wait', 'epoch', 'batch_hash', 'chance_loss', 'z_std', 'rank', 'alignment', 'uniformity', 'param_norm'}  # fmt: skip
-  assert wanted <= set(records[0])
+  expected = {'loss', 'contrastive_acc', 'contrastive_acc_n', 'probe_acc', 'learning_rate', 'grad_norm',
+              'examples_per_second', 'data_wait', 'epoch', 'batch_hash', 'chance_loss', 'z_std', 'rank', 'alignment', 'uniformity', 'param_norm'}  # fmt: skip
+  assert expected <= set(records[0])
   assert 0 <= records[-1]['knn_acc'] <= 1
 
 
 def test_tensorboard_files(run):
-  """Breaks if clu's writer stops writing where TensorBoard looks."""
+  """Breaks if the TensorBoard files are not written to WORKDIR/metrics."""
   assert list((run / 'metrics').glob('events.out.tfevents*'))
 
 
 def test_evaluations_and_report(run, tmp_path, capsys):
-  """Breaks if a verb fails, a result is not kept, or the page needs anything from outside."""
+  """Breaks if a command fails, a result is not saved, or the report refers to external files."""
   assert cli.main(['knn', f'--workdir={run}', '--k=20', '--baselines']) == 0
   logistic = [
     'probe',
@@ -203,24 +207,26 @@ def test_evaluations_and_report(run, tmp_path, capsys):
   assert cli.main(['probe', f'--workdir={run}', '--cached', '--epochs=1']) == 0
   printed = capsys.readouterr().out
   assert 'raw pixels' in printed and 'untrained' in printed and '±' in printed
-  kept = json.loads((run / 'evaluation.json').read_text())
-  assert set(kept) == {'knn', 'label_efficiency', 'linear_simclr_cached'}
-  assert 0 <= kept['knn']['rows']['pretrained'][0][0] <= 100
+  results = json.loads((run / 'evaluation.json').read_text())
+  assert set(results) == {'knn', 'label_efficiency', 'linear_simclr_cached'}
+  assert 0 <= results['knn']['rows']['pretrained'][0][0] <= 100
 
-  page = tmp_path / 'page.html'
-  assert cli.main(['report', f'--workdir={run}', f'--out={page}']) == 0
-  text = page.read_text()
-  pictures = re.findall(r'<img[^>]+alt="([^"]+)" src="data:image/', text)
-  assert pictures.count('Embedding map') == 2 and pictures.count('Neighbour') == 6 * 9
-  assert {'Accuracy against labels', 'loss, nats', 'norms', 'Augmented views'} <= set(pictures)
-  assert 'Is it healthy?' in text and 'effective rank of the embeddings' in text
-  assert not re.search(r'(src|href)="(?!data:)', text) and '<script' not in text
-  for word in ('raw pixels', 'simclr-jax pretrain', '&quot;batch_size&quot;: 32', 'jaxlib'):
-    assert word in text
+  report = tmp_path / 'page.html'
+  assert cli.main(['report', f'--workdir={run}', f'--out={report}']) == 0
+  page = report.read_text()
+  images = re.findall(r'<img[^>]+alt="([^"]+)" src="data:image/', page)
+  assert images.count('Embedding map') == 2 and images.count('Neighbour') == 6 * 9
+  assert {'Accuracy by number of labels', 'loss, nats', 'norms', 'Augmented views'} <= set(images)
+  assert '<h2>Diagnostics</h2>' in page and 'effective rank of the embeddings' in page
+  assert not re.search(r'(src|href)="(?!data:)', page) and '<script' not in page
+  for content in ('raw pixels', 'simclr-jax pretrain', '&quot;batch_size&quot;: 32', 'jaxlib'):
+    assert content in page
 
 
 def test_embed(run, exported, tmp_path):
-  """Breaks if features from a run, an export, and files of images differ, or formats change."""
+  """Breaks if a run, its export and a file of images give different features, or the file formats
+  change.
+  """
   images = data.load(config.load('simclr_digits').data, 'test').images
   assert cli.main(['embed', f'--workdir={run}', '--split=test', f'--out={tmp_path}/a.npz']) == 0
   np.save(tmp_path / 'images.npy', images)
@@ -237,55 +243,55 @@ def test_embed(run, exported, tmp_path):
   assert list(a['names']) == [str(i) for i in range(1188)]
 
 
-def test_embed_goes_on_where_it_stopped(run, tmp_path, monkeypatch):
-  """Breaks if a part is lost, taken from other images, or rows and names do not belong together."""
+def test_embed_resumes_after_an_interruption(run, tmp_path, monkeypatch):
+  """Breaks if a part is lost or computed from the wrong images, or rows and names do not match."""
   monkeypatch.setattr(embed, 'PART', 7)
   encoder = load_encoder(run)
   images = data.load(config.load('simclr_digits').data, 'test').images[:40]
   (tmp_path / 'folder' / 'a b').mkdir(parents=True)
-  called = [f'{"a b/" if i % 2 else ""}{i:02d}.png' for i in range(40)]
-  for name, image in zip(called, images):
+  names = [f'{"a b/" if i % 2 else ""}{i:02d}.png' for i in range(40)]
+  for name, image in zip(names, images):
     Image.fromarray(image).save(tmp_path / 'folder' / name)
   dataset = data.load(
     config.load('simclr_digits', {'data.source': 'folder', 'data.dir': str(tmp_path / 'folder'),
                                   'data.train_split': '.'}).data, 'train')  # fmt: skip
-  looked_at = []
-  whole = Encoder.embed
+  part_sizes = []
+  embed_part = Encoder.embed
 
-  def counted(self, part, **options):
-    if len(looked_at) == 3:
+  def interrupted(self, part, **options):
+    if len(part_sizes) == 3:
       raise KeyboardInterrupt
-    looked_at.append(len(part))
-    return whole(self, part, **options)
+    part_sizes.append(len(part))
+    return embed_part(self, part, **options)
 
-  monkeypatch.setattr(Encoder, 'embed', counted)
+  monkeypatch.setattr(Encoder, 'embed', interrupted)
   with pytest.raises(KeyboardInterrupt):
     embed.embed(encoder, dataset, tmp_path / 'f.csv')
   assert not (tmp_path / 'f.csv').exists()
-  looked_at[:] = []
+  part_sizes[:] = []
   monkeypatch.setattr(
-    Encoder, 'embed', lambda s, p, **o: looked_at.append(len(p)) or whole(s, p, **o)
+    Encoder, 'embed', lambda s, p, **o: part_sizes.append(len(p)) or embed_part(s, p, **o)
   )
   embed.embed(encoder, dataset, tmp_path / 'f.csv')
-  assert looked_at == [7, 7, 5] and {p.name for p in tmp_path.iterdir()} == {'folder', 'f.csv'}
+  assert part_sizes == [7, 7, 5] and {p.name for p in tmp_path.iterdir()} == {'folder', 'f.csv'}
   with (tmp_path / 'f.csv').open() as file:
     header, *rows = csv.reader(file)
-  assert header[:3] == ['name', 'label', 'f0'] and [r[0] for r in rows] == sorted(called)
-  expected = whole(encoder, data.Arrays(images, np.zeros(40, np.int32)))[0]
-  found = np.array([r[2:] for r in sorted(rows, key=lambda r: r[0][-6:])], np.float32)
-  np.testing.assert_allclose(found, expected, atol=1e-6)
+  assert header[:3] == ['name', 'label', 'f0'] and [r[0] for r in rows] == sorted(names)
+  expected = embed_part(encoder, data.Arrays(images, np.zeros(40, np.int32)))[0]
+  features = np.array([r[2:] for r in sorted(rows, key=lambda r: r[0][-6:])], np.float32)
+  np.testing.assert_allclose(features, expected, atol=1e-6)
   parquet = pytest.importorskip('pyarrow.parquet')
   embed.embed(encoder, dataset, tmp_path / 'f.parquet')
   table = parquet.read_table(tmp_path / 'f.parquet')
-  assert table['name'].to_pylist() == sorted(called) and table['label'].null_count == 40
+  assert table['name'].to_pylist() == sorted(names) and table['label'].null_count == 40
   np.testing.assert_allclose(
     np.array(table['features'].to_pylist()), np.array([r[2:] for r in rows], float), atol=1e-6
   )
 
 
 def test_embed_errors(run, tmp_path, capsys):
-  """Breaks if a wrong output or a file that is no array gives a traceback."""
-  (tmp_path / 'x.npy').write_bytes(b'no array')
+  """Breaks if an invalid output path or a file without an array gives a traceback."""
+  (tmp_path / 'x.npy').write_bytes(b'not an array')
   np.save(tmp_path / 'empty.npy', np.zeros((0, 32, 32, 3), np.uint8))
   np.save(tmp_path / 'floats.npy', np.zeros((2, 32, 32, 3)))
   for images, out, expected in (
@@ -298,28 +304,33 @@ def test_embed_errors(run, tmp_path, capsys):
 
 
 def test_export_and_load(run, exported, tmp_path, capsys):
-  """Breaks if an exported encoder differs from the run's, or overwrites something."""
+  """Breaks if an exported encoder differs from that of the run, or an existing export is
+  overwritten.
+  """
   a, b = load_encoder(run), load_encoder(exported)
   assert a.digest() == b.digest() and b.architecture == a.architecture
   assert b.provenance['step'] == 4 and b.provenance['config']['temperature'] == 0.2
-  card = json.loads((exported / 'encoder.json').read_text())
-  assert card['preprocessing']['size'] == [32, 32]
+  metadata = json.loads((exported / 'encoder.json').read_text())
+  assert metadata['preprocessing']['size'] == [32, 32]
   assert 'exists already' in fails(capsys, 'export', f'--workdir={run}', f'--out={exported}')
   with pytest.raises(ConfigError, match='neither'):
     load_encoder(tmp_path)
 
 
-def test_other_fields_of_a_run_cannot_be_set(run, capsys):
-  """Breaks if an evaluation pretends to evaluate another recipe."""
+def test_evaluations_override_only_data_fields(run, capsys):
+  """Breaks if an evaluation accepts fields that are fixed by the run, and reports results for a
+  recipe that was not trained.
+  """
   assert 'only data.*' in fails(capsys, 'knn', f'--workdir={run}', '--config.temperature=1')
 
 
 def snippets():
+  """The Python snippets of the README."""
   return re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
 
 
 def test_readme_plain_orbax_snippet(exported):
-  """Breaks if the README's way to read an export without this package stops working."""
+  """Breaks if the README's snippet that loads an export without this package fails."""
   snippet = next(s for s in snippets() if 'from orbax.checkpoint' in s)
   assert 'simclr_jax' not in snippet
   images = data.load(config.load('simclr_digits').data, 'test').images[:8]
@@ -336,7 +347,7 @@ def test_readme_plain_orbax_snippet(exported):
 
 
 def test_readme_python_snippet(run):
-  """Breaks if the README's ten lines of Python API stop working."""
+  """Breaks if the README's example of the Python API fails or becomes longer."""
   snippet = next(s for s in snippets() if 'train_state' in s)
   assert len([line for line in snippet.splitlines() if line.strip()]) <= 12
   small = ', '.join(f'{k!r}: {v!r}' for k, v in SMALL.items())
@@ -353,22 +364,24 @@ def test_readme_python_snippet(run):
   [
     ('import nowhere', "fails: ModuleNotFoundError: No module named 'nowhere'"),
     ('x = 1', 'has no function get_config()'),
-    ('def get_config():\n  c = shipped()\n  del c.seed\n  return c', "lacks the field 'seed'"),
-    ('def get_config():\n  c = shipped()\n  c.momentum = None\n  return c', 'is not a number'),
+    ('def get_config():\n  c = built_in()\n  del c.seed\n  return c', "lacks the field 'seed'"),
+    ('def get_config():\n  c = built_in()\n  c.momentum = None\n  return c', 'is not a number'),
   ],
 )
-def test_a_broken_recipe_is_one_sentence(capsys, tmp_path, body, expected):
-  """Breaks if a user's own recipe gives a traceback."""
+def test_an_invalid_recipe_is_a_one_line_error(capsys, tmp_path, body, expected):
+  """Breaks if an error in a user's own recipe gives a traceback."""
   path = tmp_path / 'mine.py'
   path.write_text(
-    'from simclr_jax import config\n\ndef shipped():\n'
+    'from simclr_jax import config\n\ndef built_in():\n'
     "  c = config.load('simclr_digits')\n  c.unlock()\n  return c\n\n" + body
   )
   assert expected in fails(capsys, 'pretrain', f'--config={path}', f'--workdir={tmp_path / "run"}')
 
 
 def test_without_a_test_split(capsys, tmp_path):
-  """Breaks if images alone, labelled or not, cannot be pretrained, evaluated or reported on."""
+  """Breaks if a data set without a test split, labelled or not, cannot be pretrained on, evaluated
+  or reported.
+  """
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (40, 24, 32, 3), dtype=np.uint8)  # not square
   for name, labels in (('none', None), ('some', np.arange(40) % 4)):
@@ -392,8 +405,8 @@ def test_without_a_test_split(capsys, tmp_path):
     assert expected in fails(capsys, 'knn', f'--workdir={run}')
 
 
-def test_recipes_load():
-  """Breaks if a shipped recipe fails its own checks or lacks its header."""
+def test_built_in_recipes_load():
+  """Breaks if a built-in recipe fails its own checks or has no description."""
   assert set(config.names()) >= {'simclr_digits', 'simclr_cifar10'}
   for name in config.names():
     assert config.load(name).method

@@ -1,4 +1,4 @@
-"""Evaluations against scikit-learn and numpy; the encoder stays frozen."""
+"""Evaluations compared with scikit-learn and numpy; the encoder stays frozen."""
 
 import dataclasses
 
@@ -32,7 +32,7 @@ def data():
 
 
 def blobs(n, seed):
-  """Features of 10 overlapping classes."""
+  """Features and labels of 10 overlapping classes."""
   centres = np.random.default_rng(0).normal(size=(10, 24))
   rng = np.random.default_rng(seed)
   labels = rng.integers(0, 10, n)
@@ -41,7 +41,7 @@ def blobs(n, seed):
 
 @pytest.mark.parametrize('k', [1, 20, 200, 5000])
 def test_knn_equals_scikit_learn(k):
-  """Breaks if similarity, weights, ties in k, or the blocks of queries change a vote."""
+  """Breaks if the similarity, the weights, k, or the blocks of queries change a prediction."""
   bank, labels = blobs(900, 1)
   queries, _ = blobs(333, 2)
   near = NearestNeighbors(n_neighbors=min(k, 900), metric='cosine').fit(bank.astype(np.float64))
@@ -55,8 +55,10 @@ def test_knn_equals_scikit_learn(k):
   )
 
 
-def test_neighbours_are_the_nearest_in_order(monkeypatch):
-  """Breaks if a block, a device or a row that only fills up loses a neighbour, or ties change places."""
+def test_neighbours_are_sorted_by_similarity(monkeypatch):
+  """Breaks if a block, a device or a padding row hides a neighbour, or ties are not in the order of
+  the bank.
+  """
   bank, _ = blobs(301, 1)
   bank[200] = bank[17]  # on another device
   queries, _ = blobs(33, 2)
@@ -96,39 +98,41 @@ def test_logistic_equals_scikit_learn_and_is_balanced():
     logistic.label_efficiency(train, labels, test, test_labels, [500])
 
 
-def test_logistic_in_the_span_of_few_examples():
-  """Breaks if the short cut for fewer examples than features changes the fit."""
+def test_logistic_with_fewer_examples_than_features():
+  """Breaks if projecting the features on the span of the examples, to save time, changes the fit."""
   rng = np.random.default_rng(0)
   labels, test_labels = rng.integers(0, 3, 40), rng.integers(0, 3, 300)
   centres = rng.normal(size=(3, 100))
   x, test = (0.4 * centres[y] + rng.normal(size=(len(y), 100)) for y in (labels, test_labels))
-  plain = LogisticRegression(max_iter=1000).fit(x, labels).score(test, test_labels)
-  found = logistic.accuracy(x, labels, test, test_labels, 1 / 100)
-  assert abs(found - plain) < 0.01
+  expected = LogisticRegression(max_iter=1000).fit(x, labels).score(test, test_labels)
+  accuracy = logistic.accuracy(x, labels, test, test_labels, 1 / 100)
+  assert abs(accuracy - expected) < 0.01
 
 
-def test_features_do_not_depend_on_the_batch(encoder, data):
-  """Breaks if padding, the batch size or the eight devices reach a feature."""
+def test_features_do_not_depend_on_the_batch_size(encoder, data):
+  """Breaks if padding, the batch size or the number of devices changes a feature."""
   images = data[0].images[:37]
-  whole = encoder(images, batch_size=64)
-  assert whole.shape == (37, 32) and whole.dtype == np.float32
-  np.testing.assert_allclose(encoder(images, batch_size=5), whole, atol=1e-6)
+  features = encoder(images, batch_size=64)
+  assert features.shape == (37, 32) and features.dtype == np.float32
+  np.testing.assert_allclose(encoder(images, batch_size=5), features, atol=1e-6)
   forward = classifier.forward(ARCHITECTURE)
-  plain = forward(encoder.variables, jnp.asarray(images, jnp.float32) / 255)
-  np.testing.assert_allclose(whole, plain, atol=1e-5)
+  expected = forward(encoder.variables, jnp.asarray(images, jnp.float32) / 255)
+  np.testing.assert_allclose(features, expected, atol=1e-5)
   with pytest.raises(ValueError, match='no images'):
     encoder(images[:0])
 
 
 def test_features_of_another_image_size(encoder):
-  """Breaks if images of another size than the recipe's fail."""
+  """Breaks if images of another size than the recipe's are refused."""
   assert encoder(np.zeros((3, 50, 41, 3), np.uint8)).shape == (3, 32)
 
 
 @pytest.mark.parametrize('cached', [True, False])
 @pytest.mark.parametrize('protocol', ['simclr', 'moco'])
 def test_linear_probe(encoder, data, protocol, cached):
-  """Breaks if the probe does not learn, or the weights or statistics of the encoder change."""
+  """Breaks if the probe does not learn, or the weights or BatchNorm statistics of the encoder
+  change.
+  """
   before = jax.tree.map(np.array, encoder.variables)
   steps, rate = [], {'simclr': 0.05, 'moco': 5.0}[protocol]
 
@@ -138,30 +142,30 @@ def test_linear_probe(encoder, data, protocol, cached):
 
   result = run((rate,), progress=lambda step, total, loss: steps.append((step, total, loss)))
   jax.tree.map(np.testing.assert_array_equal, encoder.variables, before)
-  assert steps[0][2] == pytest.approx(np.log(10), rel=0.02)  # hardly more than zeros: chance
+  assert steps[0][2] == pytest.approx(np.log(10), rel=0.02)  # chance: it starts close to zero
   assert steps[-1][:2] == (25, 25) and steps[-1][2] < steps[0][2]  # 96, a multiple of 8 devices
   assert 0 <= result['top1'] <= result['top5'] <= 1 and result['images'] == 200
   if cached:
     assert run((rate,)) == result
-    several = run((1e-4, rate, 1e30))  # the last one gives NaN
-    scores = several['held_out']
-    assert several['train_images'] == 540 and len(set(scores.values())) > 1
-    assert scores[str(several['learning_rate'])] == max(scores.values())
+    swept = run((1e-4, rate, 1e30))  # the last one gives NaN
+    scores = swept['held_out']
+    assert swept['train_images'] == 540 and len(set(scores.values())) > 1
+    assert scores[str(swept['learning_rate'])] == max(scores.values())
 
 
 @pytest.mark.parametrize('devices', [1, 8])
-def test_an_uncached_probe_sees_the_frozen_features(encoder, data, devices):
+def test_uncached_probe_trains_on_frozen_features(encoder, data, devices):
   """Breaks if the encoder is not in evaluation mode while a probe trains on augmented images.
 
-  The first gradient must be that of features which `Encoder` computes for the same crops, in float64. The statistics
-  of BatchNorm are made unlike those of any batch, so that training mode gives other features.
+  The first gradient is compared, in float64, with that of the features which `Encoder` computes for the same crops. The
+  BatchNorm statistics are unlike those of any batch, so that training mode gives other features.
   """
   rng = np.random.default_rng(0)
   stats = jax.tree.map(lambda x: rng.uniform(0.5, 2, x.shape), encoder.variables['batch_stats'])
   frozen = dataclasses.replace(encoder, variables={**encoder.variables, 'batch_stats': stats})
   flipped = dataclasses.replace(probe.PROTOCOLS['simclr'], pipeline='resize | flip(p=1)')
   settings, mesh = probe.Settings(seed=3), sharding.make_mesh(jax.devices()[:devices])
-  n, rates = 64, (256.0 / 64, 2 * 256.0 / 64)  # so that a step is the gradient, and twice that
+  n, rates = 64, (256.0 / 64, 2 * 256.0 / 64)  # the steps are the gradient, and twice the gradient
   step = probe.training_step(frozen, flipped, optax.sgd(1.0), rates, n, settings, mesh)
   kernel = np.float32(rng.normal(size=(2, 32, 10)))
   heads = {'kernel': kernel, 'bias': jnp.zeros((2, 10))}
@@ -184,39 +188,41 @@ def test_an_uncached_probe_sees_the_frozen_features(encoder, data, devices):
 
 @pytest.mark.parametrize('name', ['simclr', 'moco'])
 def test_linear_probe_follows_its_protocol(encoder, data, name):
-  """Breaks if the rate, its schedule, the momentum or the average over the batch is another."""
+  """Breaks if the learning rate, its schedule, the momentum or the mean over the batch differs from
+  the protocol.
+  """
   train, test = data
   protocol = probe.PROTOCOLS[name]
   rate = protocol.learning_rate / 10
   settings = probe.Settings(3, 64, (rate,), cached=True, seed=5)
-  found = probe.train_linear(encoder, train, test, protocol, settings)
+  result = probe.train_linear(encoder, train, test, protocol, settings)
   h, labels = (np.float64(x) for x in encoder.embed(train))
   kernel = protocol.kernel_std * np.float64(jax.random.normal(jax.random.key(5), (32, 10)))
   head = np.concatenate([kernel, np.zeros((1, 10))])
-  trace, steps = np.zeros_like(head), 3 * 600 // 64
+  velocity, steps = np.zeros_like(head), 3 * 600 // 64
   for i in range(steps):
     index = order.rows(5, i, 64, 600)['index']
     x, y = np.c_[h[index], np.ones(64)], np.eye(10)[labels[index].astype(int)]
     z = x @ head
     p = np.exp(z - z.max(1, keepdims=True))
     gradient = x.T @ (p / p.sum(1, keepdims=True) - y) / 64
-    now = rate * 64 / 256
+    step_rate = rate * 64 / 256
     if name == 'simclr':
-      now *= 0.5 * (1 + np.cos(np.pi * i / steps))
+      step_rate *= 0.5 * (1 + np.cos(np.pi * i / steps))
     else:
-      now *= 0.1 ** ((i >= round(0.6 * steps)) + (i >= round(0.8 * steps)))
-    trace = gradient + 0.9 * trace
-    head -= now * (gradient + 0.9 * trace if name == 'simclr' else trace)
+      step_rate *= 0.1 ** ((i >= round(0.6 * steps)) + (i >= round(0.8 * steps)))
+    velocity = gradient + 0.9 * velocity
+    head -= step_rate * (gradient + 0.9 * velocity if name == 'simclr' else velocity)
   test_h, test_labels = encoder.embed(test)
   logits = np.c_[test_h, np.ones(len(test_h))] @ head
-  assert found['top1'] == pytest.approx(metrics.top_k(logits, test_labels), abs=0.011)
-  assert found['calibration_error'] == pytest.approx(
+  assert result['top1'] == pytest.approx(metrics.top_k(logits, test_labels), abs=0.011)
+  assert result['calibration_error'] == pytest.approx(
     metrics.calibration_error(logits, test_labels), abs=0.02
   )
 
 
 def test_cross_entropy():
-  """Breaks if rows without a label count, in the loss or in the accuracy."""
+  """Breaks if rows without a label contribute to the loss or the accuracy."""
   x, labels = blobs(500, 3)
   head = linear.init(24, 10)
   loss, accuracy = losses.cross_entropy(linear.logits(head, x), labels)
@@ -233,8 +239,8 @@ def test_cross_entropy():
   np.testing.assert_allclose(accuracy, (z.argmax(1) == labels[100:]).mean(), rtol=1e-6)
 
 
-def test_online_probe_leaves_the_encoder_alone():
-  """Breaks if the probe's gradient reaches the features."""
+def test_online_probe_sends_no_gradient_to_the_encoder():
+  """Breaks if the gradient of the probe reaches the features."""
   head = {'kernel': jnp.ones((24, 10)), 'bias': jnp.arange(10.0)}
   x, labels = blobs(50, 4)
   gradient = jax.grad(lambda h: linear.online_loss(head, h, labels)[0])(jnp.asarray(x))

@@ -1,4 +1,4 @@
-"""Learning with few labels: which labels, what is trained and what is not, and the verbs."""
+"""Fine-tuning with few labels and distillation: label subsets, frozen layers, losses, the commands."""
 
 import json
 
@@ -32,7 +32,9 @@ TINY = {
 
 
 def test_subsets_are_balanced_nested_and_seeded():
-  """Breaks if a class gets more labels than another, or 10 % do not contain the 1 %."""
+  """Breaks if classes have different numbers of labels, or the 10 % subset does not contain the 1 %
+  subset.
+  """
   labels = np.random.default_rng(0).integers(0, 5, 1000)
   labels[:300] = 3  # many of one class
   few, more = subsets.balanced_subset(labels, 4, 7), subsets.balanced_subset(labels, 40, 7)
@@ -48,32 +50,34 @@ def test_subsets_are_balanced_nested_and_seeded():
 @pytest.mark.parametrize(
   'text, count', [('1%', 6), ('10%', 60), ('0.5%', 3), ('.5 %', 3), ('100%', 600), ('25', 25)]
 )
-def test_shares_and_numbers(text, count):
-  """Breaks if a share is taken of something else than all images, in equal parts a class."""
+def test_label_fractions_and_counts(text, count):
+  """Breaks if a fraction is not taken of all images, or not divided equally among the classes."""
   assert subsets.per_class(text, 6000, 10) == count
 
 
 @pytest.mark.parametrize('text', ['', '1pct', '-1', '1.5', '101%', '0.01%', '0', '%', '1%2'])
-def test_bad_shares_are_one_sentence(text):
-  """Breaks if a typing error becomes another number of labels, or none."""
+def test_invalid_label_counts_are_refused(text):
+  """Breaks if a misspelt number of labels is read as another number, or as 0."""
   with pytest.raises(ConfigError, match='data.labels='):
     subsets.per_class(text, 6000, 10)
 
 
-def test_kept_and_dropped():
-  """Breaks if an image of which the label is hidden shows it, or is missing where it is wanted."""
+def test_unlabelled_images_are_kept_or_dropped():
+  """Breaks if a hidden label is visible, or an image without a label is dropped when it must be
+  kept.
+  """
   c = recipes.load('simclr_digits').data
-  whole = data.load(c, 'train')
+  complete = data.load(c, 'train')
   with c.unlocked():
     c.labels, c.label_seed = '1%', 3
-  kept = data.load(c, 'train')
+  hidden = data.load(c, 'train')
   with c.unlocked():
     c.unlabelled = 'drop'
   dropped = data.load(c, 'train')
-  known = kept.labels >= 0
-  assert len(kept) == 6000 and known.sum() == len(dropped) == 60 and not kept.labelled
-  np.testing.assert_array_equal(kept.labels[known], whole.labels[known])
-  np.testing.assert_array_equal(dropped.images, whole.images[known])
+  labelled = hidden.labels >= 0
+  assert len(hidden) == 6000 and labelled.sum() == len(dropped) == 60 and not hidden.labelled
+  np.testing.assert_array_equal(hidden.labels[labelled], complete.labels[labelled])
+  np.testing.assert_array_equal(dropped.images, complete.images[labelled])
   assert len(data.load(c, 'test')) == 1188
   with c.unlocked():
     c.labels = '601'
@@ -81,12 +85,12 @@ def test_kept_and_dropped():
     data.load(c, 'train')
 
 
-# What is trained.
+# Fine-tuning.
 
 
 @pytest.fixture(scope='module')
 def pretrained(tmp_path_factory):
-  """A run of SimCLR, hardly trained, but with statistics of its own."""
+  """The workdir of a short SimCLR run, whose BatchNorm statistics are not the initial ones."""
   folder = tmp_path_factory.mktemp('runs') / 'pretrained'
   recipe = recipes.load(
     'simclr_digits', {**TINY, 'steps': '3', 'batch_size': '32', 'warmup_epochs': '0'}
@@ -95,8 +99,8 @@ def pretrained(tmp_path_factory):
   return folder
 
 
-def tuned(pretrained, steps=3, **fields):
-  """The state before and after some steps of fine-tuning, and its method."""
+def fine_tune(pretrained, steps=3, **fields):
+  """Some steps of fine-tuning: (params, state) before and after, the method, the last metrics."""
   values = {'data.labels': '1%', 'data.num_classes': '10', 'batch_size': '32', 'weight_decay': '0.1',
             'init_from': str(pretrained), **fields}  # fmt: skip
   recipe = recipes.load('finetune_small', {**TINY, **values})
@@ -111,20 +115,23 @@ def tuned(pretrained, steps=3, **fields):
 
 
 def leaves(tree):
+  """The leaves of a tree by path."""
   return {jax.tree_util.keystr(k): x for k, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def test_it_begins_with_the_pretrained_weights(pretrained):
-  """Breaks if a layer or a statistic begins elsewhere, or the classifier not at 0."""
+def test_fine_tuning_starts_from_the_pretrained_weights(pretrained):
+  """Breaks if a layer or a BatchNorm statistic is not the pretrained one, or the classifier is not
+  zero-initialised.
+  """
   recipe = recipes.load('finetune_small', {**TINY, 'init_from': str(pretrained), 'head_layer': 1})
   pretrained_weights = leaves(runs.load_pretrained(recipe))
-  before, _, method, _ = tuned(pretrained, 1, head_layer='1')
-  found = leaves(jax.device_get(method.classifier(*before)))
-  for name, value in found.items():
+  before, _, method, _ = fine_tune(pretrained, 1, head_layer='1')
+  initial = leaves(jax.device_get(method.classifier(*before)))
+  for name, value in initial.items():
     expected = 0 if 'classifier' in name else pretrained_weights[name]
     np.testing.assert_array_equal(value, expected, name)
-  assert "['params']['head']['dense1']['kernel']" in found
-  assert not any('dense2' in name or 'bn2' in name and 'head' in name for name in found)
+  assert "['params']['head']['dense1']['kernel']" in initial
+  assert not any('dense2' in name or 'bn2' in name and 'head' in name for name in initial)
 
 
 @pytest.mark.parametrize(
@@ -138,21 +145,25 @@ def test_it_begins_with_the_pretrained_weights(pretrained):
     ('adamw', 1, ('stem', 'group1')),
   ],
 )
-def test_what_is_frozen_does_not_move_and_all_else_does(pretrained, block, frozen, optimizer):
-  """Breaks if weight decay, momentum or BatchNorm's averages change a frozen layer, by one bit."""
-  before, after, method, _ = tuned(
+def test_only_frozen_layers_stay_unchanged(pretrained, block, frozen, optimizer):
+  """Breaks if weight decay, momentum or BatchNorm statistics change a frozen layer by one bit, or
+  another layer is not trained.
+  """
+  before, after, method, _ = fine_tune(
     pretrained, fine_tune_after_block=str(block), optimizer=optimizer
   )
   before, after = (leaves(jax.device_get(method.classifier(*x))) for x in (before, after))
   assert before.keys() == after.keys()
   for name in before:
-    still = any(f"['encoder']['{part}" in name for part in frozen)
-    assert (before[name] == after[name]).all() == still, name
+    is_frozen = any(f"['encoder']['{part}" in name for part in frozen)
+    assert (before[name] == after[name]).all() == is_frozen, name
 
 
-def test_a_frozen_encoder_trains_as_its_features(pretrained):
-  """Breaks if a frozen BatchNorm normalises with the batch: then this is not a linear classifier."""
-  _, after, method, found = tuned(
+def test_frozen_encoder_is_a_linear_classifier_on_its_features(pretrained):
+  """Breaks if a frozen BatchNorm normalises with batch statistics: only with running statistics is
+  this a linear probe.
+  """
+  _, after, method, step_metrics = fine_tune(
     pretrained,
     1,
     fine_tune_after_block='4',
@@ -161,30 +172,30 @@ def test_a_frozen_encoder_trains_as_its_features(pretrained):
     **{'augment.view1': 'center_crop(1)'},
   )
   recipe = recipes.load('finetune_small', {**TINY, 'data.labels': '1%'})
-  few = data.load(recipe.data, 'train')
+  labelled = data.load(recipe.data, 'train')
   encoder = runs.load_encoder(pretrained)
-  h = encoder(few.images)
+  h = encoder(labelled.images)
   from simclr_jax.data import order
 
   index = order.rows(0, 0, 32, 60)['index']
-  one_hot = np.eye(10)[few.labels[index]]
-  gradient = h[index].T @ (0.1 - one_hot) / 32  # the classifier is 0: all classes are alike
+  one_hot = np.eye(10)[labelled.labels[index]]
+  gradient = h[index].T @ (0.1 - one_hot) / 32  # zero classifier: all classes have probability 0.1
   expected = -0.02 * (1 + 0.9) * gradient  # Nesterov's first step, momentum 0.9
   np.testing.assert_allclose(after[0]['classifier']['kernel'], expected, atol=1e-6)
-  np.testing.assert_allclose(found['loss'], np.log(10), atol=1e-6)
+  np.testing.assert_allclose(step_metrics['loss'], np.log(10), atol=1e-6)
 
 
-def test_another_network_is_refused(pretrained):
-  """Breaks if weights of another shape are loaded in part, or the sentence does not say which."""
+def test_pretrained_weights_of_another_network_are_refused(pretrained):
+  """Breaks if weights of another shape are loaded in part, or the error does not name the field."""
   for field, value in {
     'model.width_multiplier': '0.25',
     'model.depth': '18',
     'head_layer': '3',
   }.items():
     with pytest.raises(ConfigError, match='init_from is of another network|head_layer=3'):
-      tuned(pretrained, **{field: value})
-  with pytest.raises(ConfigError, match='is not a run directory|neither'):
-    tuned('/nowhere')
+      fine_tune(pretrained, **{field: value})
+  with pytest.raises(ConfigError, match='/nowhere is not a run directory'):
+    fine_tune('/nowhere')
 
 
 # Distillation.
@@ -197,7 +208,7 @@ def softmax(x):
 
 @pytest.mark.parametrize('temperature', [0.1, 1.0, 4.0])
 def test_distillation_loss(temperature):
-  """Breaks if a temperature is forgotten on one side, or the teacher gets a gradient."""
+  """Breaks if one side ignores the temperature, or the teacher gets a gradient."""
   rng = np.random.default_rng(0)
   student, teacher = 2 * rng.normal(size=(2, 33, 10))
   p, q = softmax(teacher / temperature), softmax(student / temperature)
@@ -208,16 +219,18 @@ def test_distillation_loss(temperature):
 
   student32, teacher32 = np.float32(student), np.float32(teacher)
   np.testing.assert_allclose(loss(student32, teacher32), expected, rtol=1e-5)
-  by_student, by_teacher = jax.grad(loss, (0, 1))(student32, teacher32)
-  np.testing.assert_allclose(by_student, temperature * (q - p) / 33, atol=1e-6)
-  assert (by_teacher == 0).all()
-  best = -(temperature**2) * np.mean(np.log(q)[np.arange(33), teacher.argmax(1)])
-  np.testing.assert_allclose(loss(student32, teacher32, True), best, rtol=1e-5)
+  student_gradient, teacher_gradient = jax.grad(loss, (0, 1))(student32, teacher32)
+  np.testing.assert_allclose(student_gradient, temperature * (q - p) / 33, atol=1e-6)
+  assert (teacher_gradient == 0).all()
+  hard_expected = -(temperature**2) * np.mean(np.log(q)[np.arange(33), teacher.argmax(1)])
+  np.testing.assert_allclose(loss(student32, teacher32, True), hard_expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize('alpha', [1.0, 0.3])
-def test_teacher_and_labels_are_weighted(pretrained, tmp_path, alpha):
-  """Breaks if hidden labels count, alpha weighs the wrong part, or the teacher is in training mode."""
+def test_alpha_weights_teacher_and_labels(pretrained, tmp_path, alpha):
+  """Breaks if hidden labels contribute, alpha weights the wrong term, or the teacher is in training
+  mode.
+  """
   teacher = tmp_path / 'teacher'
   values = {**TINY, 'data.labels': '10%', 'data.num_classes': '10', 'batch_size': '32'}
   recipe = recipes.load(
@@ -237,79 +250,81 @@ def test_teacher_and_labels_are_weighted(pretrained, tmp_path, alpha):
   }
   params, state = method.init(jax.random.key(0), batch)
   params['classifier']['kernel'] = jax.random.normal(jax.random.key(1), (64 // 2, 10))
-  value, (new, found) = jax.jit(method.loss)(params, state, batch, jax.random.key(0))
+  value, (new, step_metrics) = jax.jit(method.loss)(params, state, batch, jax.random.key(0))
 
-  answers = np.float64(runs.load_classifier(teacher)(dataset.images[:32]))
-  # The student is in training mode: its own logits come from the batch's statistics.
+  teacher_logits = np.float64(runs.load_classifier(teacher)(dataset.images[:32]))
+  # The student is in training mode: its logits depend on the batch statistics.
   net = classifier.build(recipe.model, 10, recipe.head_layer)
   _, logits, _ = net.apply(method.classifier(params, state), images, True)
   logits = np.float64(logits)
-  distilled = -4 * np.mean(np.sum(softmax(answers / 2) * np.log(softmax(logits / 2)), 1))
-  known = dataset.labels[:32] >= 0
-  assert 0 < known.sum() < 32
-  entropy = -np.log(softmax(logits)[np.arange(32), dataset.labels[:32]])[known].mean()
+  distilled = -4 * np.mean(np.sum(softmax(teacher_logits / 2) * np.log(softmax(logits / 2)), 1))
+  labelled = dataset.labels[:32] >= 0
+  assert 0 < labelled.sum() < 32
+  entropy = -np.log(softmax(logits)[np.arange(32), dataset.labels[:32]])[labelled].mean()
   expected = alpha * distilled + (1 - alpha) * entropy
   np.testing.assert_allclose(value, expected, rtol=1e-4)
-  assert ('train_acc' in found) == (alpha < 1)
+  assert ('train_acc' in step_metrics) == (alpha < 1)
 
 
 # Evaluations.
 
 
-def test_a_remainder_is_counted_once_on_any_number_of_devices(pretrained, tmp_path):
-  """Breaks if rows that fill up the last batch are scored, or an image is lost."""
+def test_each_test_image_is_evaluated_once(pretrained, tmp_path):
+  """Breaks if padding rows of the last batch are evaluated, or an image is not."""
   recipe = recipes.load('finetune_small', {**TINY, 'data.labels': '5', 'data.num_classes': '10',
                                            'init_from': str(pretrained), 'steps': '4', 'batch_size': '32'})  # fmt: skip
   assert train.pretrain(recipe, tmp_path, quiet=True) == 0
   test = data.load(recipe.data, 'test').subset(np.arange(77))
-  found, tuned = downstream.test(tmp_path, test), runs.load_classifier(tmp_path)
-  assert found['images'] == 77 and np.sum(found['confusion']) == 77
-  forward = classifier.forward(tuned.architecture)
-  logits = np.asarray(forward(tuned.variables, np.float32(test.images) / 255))
-  assert found['top1'] == pytest.approx(metrics.top_k(logits, test.labels))
-  several, _ = tuned.embed(test, batch_size=16)
-  np.testing.assert_allclose(several, logits, atol=1e-4)
+  result, fine_tuned = downstream.test(tmp_path, test), runs.load_classifier(tmp_path)
+  assert result['images'] == 77 and np.sum(result['confusion']) == 77
+  forward = classifier.forward(fine_tuned.architecture)
+  logits = np.asarray(forward(fine_tuned.variables, np.float32(test.images) / 255))
+  assert result['top1'] == pytest.approx(metrics.top_k(logits, test.labels))
+  batched, _ = fine_tuned.embed(test, batch_size=16)
+  np.testing.assert_allclose(batched, logits, atol=1e-4)
 
 
-def test_verbs(pretrained, tmp_path, capsys):
-  """Breaks if a verb fails, its table lacks a row, or the same words do not go on where they stopped."""
-  words = ['finetune', f'--workdir={pretrained}', '--labels=1%', '--seeds=2', '--baselines',
-           '--config.steps=2', '--config.head_layer=1']  # fmt: skip
-  assert cli.main(words) == 0
-  kept = json.loads((pretrained / 'evaluation.json').read_text())['finetune']
-  assert kept['columns'] == ['1% (6 per class)']
-  assert set(kept['rows']) == {'from scratch', 'fine-tuned', 'raw pixels'}
-  assert all(std is not None for cells in kept['rows'].values() for _, std in cells)
+def test_finetune_and_distill_commands(pretrained, tmp_path, capsys):
+  """Breaks if a command fails, its table lacks a row, or running it again trains finished runs
+  again.
+  """
+  command = ['finetune', f'--workdir={pretrained}', '--labels=1%', '--seeds=2', '--baselines',
+             '--config.steps=2', '--config.head_layer=1']  # fmt: skip
+  assert cli.main(command) == 0
+  result = json.loads((pretrained / 'evaluation.json').read_text())['finetune']
+  assert result['columns'] == ['1% (6 per class)']
+  assert set(result['rows']) == {'from scratch', 'fine-tuned', 'raw pixels'}
+  assert all(std is not None for cells in result['rows'].values() for _, std in cells)
   folders = {p.name for p in (pretrained / 'finetune').iterdir()}
-  assert folders == {f'1pct-seed{s}{y}' for s in (0, 1) for y in ('', '-scratch')}  # fmt: skip
+  assert folders == {f'1pct-seed{seed}{y}' for seed in (0, 1) for y in ('', '-scratch')}  # fmt: skip
   subset = [
-    json.loads((pretrained / 'finetune' / f'1pct-seed{s}' / 'config.json').read_text())['config']
-    for s in (0, 1)
+    json.loads((pretrained / 'finetune' / f'1pct-seed{seed}' / 'config.json').read_text())['config']
+    for seed in (0, 1)
   ]
   assert [c['data']['label_seed'] for c in subset] == [0, 1]
   capsys.readouterr()
-  assert cli.main(words) == 0
-  again = capsys.readouterr().out
-  assert again.count('is complete') == 4
-  assert json.loads((pretrained / 'evaluation.json').read_text())['finetune'] == kept
+  assert cli.main(command) == 0
+  output = capsys.readouterr().out
+  assert output.count('is complete') == 4
+  assert json.loads((pretrained / 'evaluation.json').read_text())['finetune'] == result
 
-  teachers = ','.join(str(pretrained / 'finetune' / f'1pct-seed{s}') for s in (0, 1))
-  words = ['distill', f'--teacher={teachers}', f'--workdir={tmp_path / "students"}',
-           '--config.steps=2', '--config.model.width_multiplier=0.0625']  # fmt: skip
-  assert cli.main(words) == 0
-  kept = json.loads((tmp_path / 'students' / 'evaluation.json').read_text())['distillation']
-  assert list(kept['rows']) == ['teacher', 'student']
-  assert kept['rows']['student'][1][0] < kept['rows']['teacher'][1][0]
-  assert [len(kept['runs'][who]) for who in ('teacher', 'student')] == [2, 2]
-  assert np.sum(kept['runs']['student'][0]['confusion']) == kept['settings']['test_images']
+  teachers = ','.join(str(pretrained / 'finetune' / f'1pct-seed{seed}') for seed in (0, 1))
+  command = ['distill', f'--teacher={teachers}', f'--workdir={tmp_path / "students"}',
+             '--config.steps=2', '--config.model.width_multiplier=0.0625']  # fmt: skip
+  assert cli.main(command) == 0
+  result = json.loads((tmp_path / 'students' / 'evaluation.json').read_text())['distillation']
+  assert list(result['rows']) == ['teacher', 'student']
+  assert result['rows']['student'][1][0] < result['rows']['teacher'][1][0]
+  assert [len(result['runs'][name]) for name in ('teacher', 'student')] == [2, 2]
+  assert np.sum(result['runs']['student'][0]['confusion']) == result['settings']['test_images']
   capsys.readouterr()
-  for wrong in (
+  for arguments in (
     ['--labels=1pct'],
     ['--labels=9999'],
     ['--config.steps=x'],
     ['--config=finetun_small'],
   ):
-    assert cli.main(['finetune', f'--workdir={pretrained}', *wrong]) == 2  # fmt: skip
+    assert cli.main(['finetune', f'--workdir={pretrained}', *arguments]) == 2  # fmt: skip
     assert capsys.readouterr().err.count('error') == 1
   assert cli.main(['distill', f'--teacher={pretrained}', f'--workdir={tmp_path / "x"}']) == 2
   assert 'has no classifier' in capsys.readouterr().err

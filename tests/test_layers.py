@@ -1,4 +1,4 @@
-"""Layers against flax's, and the gradients of kernels against sums in float64."""
+"""Layers compared with flax's, and kernel gradients compared with sums in float64."""
 
 import re
 
@@ -11,15 +11,15 @@ import pytest
 from simclr_jax.models.layers import Conv, Dense, kernel_gradient
 
 
-def by_hand(x, dy, size, stride, low):
-  """The gradient of a kernel: every place of it, every output, in float64."""
-  x = np.pad(np.float64(x), ((0, 0), (low, size), (low, size), (0, 0)))
+def loop_kernel_gradient(x, dy, size, stride, padding):
+  """The gradient of a kernel as a sum over its positions, in float64."""
+  x = np.pad(np.float64(x), ((0, 0), (padding, size), (padding, size), (0, 0)))
   rows, columns = dy.shape[1:3]
   grad = np.zeros((size, size, x.shape[-1], dy.shape[-1]))
   for i in range(size):
     for j in range(size):
-      seen = x[:, i : i + stride * rows : stride, j : j + stride * columns : stride]
-      grad[i, j] = np.einsum('nhwc,nhwd->cd', seen, np.float64(dy))
+      patch = x[:, i : i + stride * rows : stride, j : j + stride * columns : stride]
+      grad[i, j] = np.einsum('nhwc,nhwd->cd', patch, np.float64(dy))
   return grad
 
 
@@ -27,30 +27,34 @@ def by_hand(x, dy, size, stride, low):
   'size, stride, sides', [(3, 1, (8, 6)), (3, 2, (7, 8)), (1, 2, (6, 5)), (7, 2, (9, 10))]
 )
 def test_kernel_gradient(size, stride, sides):
-  """Breaks if the product that TPUs take is another one, or rounds to bfloat16."""
+  """Breaks if the matrix product that TPUs use differs from the kernel gradient, or rounds to
+  bfloat16.
+  """
   rng = np.random.default_rng(0)
   layer = Conv(5, size, stride, dtype=jnp.bfloat16)
   x = jnp.asarray(rng.normal(size=(4, *sides, 3)), jnp.bfloat16)
   variables = layer.init(jax.random.key(0), x)
-  y, back = jax.vjp(lambda v: layer.apply(v, x), variables)
+  y, vjp = jax.vjp(lambda v: layer.apply(v, x), variables)
   dy = jnp.asarray(rng.normal(size=y.shape), jnp.bfloat16)
-  expected = by_hand(x, dy, size, stride, (size - 1) // 2)
-  grad = back(dy)[0]['params']['kernel']
+  expected = loop_kernel_gradient(x, dy, size, stride, (size - 1) // 2)
+  grad = vjp(dy)[0]['params']['kernel']
   assert grad.dtype == kernel_gradient(x, dy, size, stride).dtype == jnp.float32
   np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('platform, dtype', [('tpu', 'f32'), ('cpu', 'f32'), ('cuda', 'bf16')])
-def test_what_each_platform_is_asked_for(platform, dtype):
-  """Breaks if TPUs round the gradients of kernels and biases, or GPUs are asked for what cuDNN does not have."""
+def test_dtype_of_gradients_on_each_platform(platform, dtype):
+  """Breaks if TPUs round the gradients of kernels and biases, or GPUs get a convolution that cuDNN
+  does not support.
+  """
   layer = Conv(5, 3, use_bias=True, dtype=jnp.bfloat16)
   x = jnp.zeros((4, 8, 8, 3), jnp.bfloat16)
   gradient = jax.jit(jax.grad(lambda v: layer.apply(v, x).astype(jnp.float32).sum()))
   traced = gradient.trace(layer.init(jax.random.key(0), x))
-  text = traced.lower(lowering_platforms=(platform,)).as_text()
-  results = re.findall(r'stablehlo.convolution.* -> tensor<3x3x3x5x(\w+)>', text)
+  program = traced.lower(lowering_platforms=(platform,)).as_text()
+  results = re.findall(r'stablehlo.convolution.* -> tensor<3x3x3x5x(\w+)>', program)
   assert results == [dtype]
-  assert set(re.findall(r'stablehlo.reduce.* -> tensor<5x(\w+)>', text)) == {'f32'}
+  assert set(re.findall(r'stablehlo.reduce.* -> tensor<5x(\w+)>', program)) == {'f32'}
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
@@ -63,14 +67,14 @@ def test_what_each_platform_is_asked_for(platform, dtype):
   (Dense(6), nn.Dense(6), (8, 4)),
 ])  # fmt: skip
 def test_against_flax(ours, theirs, shape, dtype):
-  """Breaks if parameters start otherwise, or outputs and gradients are others."""
+  """Breaks if initial parameters, outputs or gradients differ."""
   ours, theirs = ours.clone(dtype=dtype), theirs.clone(dtype=dtype)
   x = jax.random.normal(jax.random.key(1), shape, dtype)
 
   def run(layer):
     variables = layer.init(jax.random.key(0), x)
-    y, back = jax.vjp(layer.apply, variables, x)
-    return variables, y, back(jnp.cos(y))
+    y, vjp = jax.vjp(layer.apply, variables, x)
+    return variables, y, vjp(jnp.cos(y))
 
   for x, y in zip(jax.tree.leaves(run(ours)), jax.tree.leaves(run(theirs)), strict=True):
     assert x.dtype == y.dtype
@@ -78,12 +82,12 @@ def test_against_flax(ours, theirs, shape, dtype):
     np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=tolerance, atol=tolerance)
 
 
-def test_dense_kernel_is_not_rounded():
-  """Breaks if the gradient of a dense kernel is a bfloat16 number."""
+def test_dense_kernel_gradient_is_float32():
+  """Breaks if the gradient of a dense kernel is rounded to bfloat16."""
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.normal(size=(64, 7)), jnp.bfloat16)
   dy = jnp.asarray(rng.normal(size=(64, 5)), jnp.bfloat16)
   layer = Dense(5, use_bias=False, dtype=jnp.bfloat16)
-  _, back = jax.vjp(lambda v: layer.apply(v, x), layer.init(jax.random.key(0), x))
+  _, vjp = jax.vjp(lambda v: layer.apply(v, x), layer.init(jax.random.key(0), x))
   expected = np.float64(x).T @ np.float64(dy)
-  np.testing.assert_allclose(back(dy)[0]['params']['kernel'], expected, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(vjp(dy)[0]['params']['kernel'], expected, rtol=1e-5, atol=1e-5)

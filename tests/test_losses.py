@@ -1,4 +1,4 @@
-"""The objectives against their definitions, written as loops in float64."""
+"""The losses compared with their definitions, written as loops in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from simclr_jax import losses
 
 
 def loop_nt_xent(z, temperature, normalize):
-  """Equation 1 of the paper, one anchor and one candidate at a time."""
+  """Equation 1 of the SimCLR paper, one anchor and one candidate at a time."""
   z = np.asarray(z, np.float64)
   if normalize:
     z = z / np.linalg.norm(z, axis=1, keepdims=True)
@@ -26,24 +26,26 @@ def loop_nt_xent(z, temperature, normalize):
 
 
 def loop_gradient(z, temperature, normalize, h=1e-5):
-  """Central differences, fourth order."""
+  """The gradient by fourth-order central differences."""
   z = np.asarray(z, np.float64)
   gradient = np.zeros_like(z)
-  for at in np.ndindex(*z.shape):
+  for index in np.ndindex(*z.shape):
 
-    def shifted(s, at=at):
-      moved = z.copy()
-      moved[at] += s * h
-      return loop_nt_xent(moved, temperature, normalize)
+    def shifted(s, index=index):
+      shifted_z = z.copy()
+      shifted_z[index] += s * h
+      return loop_nt_xent(shifted_z, temperature, normalize)
 
-    gradient[at] = (8 * (shifted(1) - shifted(-1)) - (shifted(2) - shifted(-2))) / (12 * h)
+    gradient[index] = (8 * (shifted(1) - shifted(-1)) - (shifted(2) - shifted(-2))) / (12 * h)
   return gradient
 
 
 @pytest.mark.parametrize('normalize', [True, False])
 @pytest.mark.parametrize('temperature', [0.05, 0.1, 0.5, 1.0])
-def test_value_and_gradient_equal_the_definition(temperature, normalize):
-  """Breaks if a negative is lost, the positive misplaced, or the scale is not the mean over 2n."""
+def test_nt_xent_against_its_definition(temperature, normalize):
+  """Breaks if a negative is missing, the positive is the wrong row, or the loss is not the mean
+  over the 2n anchors.
+  """
   z = np.random.default_rng(0).normal(size=(12, 5)).astype(np.float32)
   if not normalize:
     z *= 0.3
@@ -54,60 +56,64 @@ def test_value_and_gradient_equal_the_definition(temperature, normalize):
   assert error < 1e-5, error
 
 
-def test_equals_optax():
-  """Breaks if rows 2i and 2i + 1 stop being the pair: optax takes pairs by label."""
+def test_nt_xent_against_optax():
+  """Breaks if rows 2i and 2i + 1 are not the positive pair; optax finds pairs by label."""
   z = jax.random.normal(jax.random.key(0), (64, 16))
   labels = np.arange(64) // 2
   ours = losses.nt_xent(z, 0.2)[0]
   np.testing.assert_allclose(ours, optax.losses.ntxent(z, labels, temperature=0.2), rtol=1e-5)
 
 
-def test_finite_at_low_temperature_and_large_batch():
-  """Breaks if the softmax overflows at temperature 0.05 with 2n = 8192, or [2n, 2n, d] appears."""
+def test_nt_xent_at_low_temperature_and_large_batch():
+  """Breaks if the softmax overflows at temperature 0.05 with 2n = 8192, or an array [2n, 2n, d] is
+  allocated.
+  """
   z = jax.ShapeDtypeStruct((8192, 128), jnp.float32)
   compiled = jax.jit(jax.grad(lambda z: losses.nt_xent(z, 0.05)[0])).lower(z).compile()
   matrix = 8192 * 8192 * 4
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * matrix
-  same = jnp.ones((8192, 128))  # all similarities at their maximum, 1 / 0.05
-  np.testing.assert_allclose(jax.jit(losses.nt_xent)(same, 0.05)[0], np.log(8191), rtol=1e-5)
+  identical = jnp.ones((8192, 128))  # all similarities at their maximum, 1 / 0.05
+  np.testing.assert_allclose(jax.jit(losses.nt_xent)(identical, 0.05)[0], np.log(8191), rtol=1e-5)
 
 
-def test_a_zero_row_is_finite():
-  """Breaks if a dead projection (all zeros) makes loss or gradient NaN."""
+def test_nt_xent_of_zero_rows_is_finite():
+  """Breaks if projections of all zeros make the loss or its gradient NaN."""
   z = jnp.zeros((8, 4)).at[0].set(1.0)
   value, gradient = jax.value_and_grad(lambda z: losses.nt_xent(z, 0.1)[0])(z)
   assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
-def test_bfloat16_is_computed_in_float32():
-  """Breaks if logits are formed in the encoder's bfloat16."""
+def test_nt_xent_of_bfloat16_is_float32():
+  """Breaks if the logits are computed in the bfloat16 of the encoder."""
   z = jax.random.normal(jax.random.key(0), (32, 16)).astype(jnp.bfloat16)
   value = losses.nt_xent(z, 0.1)[0]
   assert value.dtype == jnp.float32
   np.testing.assert_allclose(value, loop_nt_xent(z.astype(jnp.float32), 0.1, True), rtol=1e-5)
 
 
-def test_accuracies():
-  """Breaks if `contrastive_acc` leaves out same-view negatives or `contrastive_acc_n` counts them."""
-  # The two first views are nearest to each other; among second views each finds its own.
+def test_contrastive_accuracies():
+  """Breaks if `contrastive_acc` excludes negatives of the same view, or `contrastive_acc_n`
+  includes them.
+  """
+  # The two first views are nearest to each other; of the second views, the positive is the nearest.
   z = jnp.array([[1.0, 0], [0.9, -0.4], [1.0, 0.05], [0.9, 0.45]])
   metrics = losses.nt_xent(z, 0.1)[1]
   similarity = np.array(losses.l2_normalize(z) @ losses.l2_normalize(z).T)
   np.fill_diagonal(similarity, -np.inf)
-  everyone = np.mean(similarity.argmax(1) == np.array([1, 0, 3, 2]))
-  across = np.mean(similarity[0::2, 1::2].argmax(1) == np.arange(2))
-  np.testing.assert_allclose(metrics['contrastive_acc'], everyone)
-  np.testing.assert_allclose(metrics['contrastive_acc_n'], across)
-  assert (everyone, across) == (0.5, 1.0)
+  all_candidates = np.mean(similarity.argmax(1) == np.array([1, 0, 3, 2]))
+  other_view = np.mean(similarity[0::2, 1::2].argmax(1) == np.arange(2))
+  np.testing.assert_allclose(metrics['contrastive_acc'], all_candidates)
+  np.testing.assert_allclose(metrics['contrastive_acc_n'], other_view)
+  assert (all_candidates, other_view) == (0.5, 1.0)
 
 
-def test_odd_rows_are_refused():
-  """Breaks if a batch without pairs is accepted."""
+def test_odd_number_of_rows_is_refused():
+  """Breaks if a batch in which a row has no pair is accepted."""
   with pytest.raises(ValueError, match='2n'):
     losses.nt_xent(jnp.zeros((3, 2)), 0.1)
 
 
-# The other objectives, one anchor and one negative at a time in float64.
+# The other losses, one anchor and one negative at a time in float64.
 
 
 def unit(x):
@@ -119,14 +125,17 @@ def log_sigmoid(x):
   return -np.log1p(np.exp(-x))
 
 
-def loop_pairs(z, term, mine=None):
-  """Mean over the anchors of `term(positive, negatives)`; negatives are of the other view."""
+def loop_pairs(z, term, semi_hard=None):
+  """Mean over the anchors of `term(positive, negatives)`, of similarities.
+
+  The negatives are of the other view; with `semi_hard`, only the hardest that is easier than the positive.
+  """
   z = unit(z)
   total = 0.0
   for i in range(len(z)):
     positive = z[i] @ z[i ^ 1]
     negatives = [z[i] @ z[j] for j in range(len(z)) if (i + j) % 2 and j != i ^ 1]
-    if mine:
+    if semi_hard:
       below = [s for s in negatives if s < positive]
       negatives = [max(below)] if below else []
     total += term(positive, negatives)
@@ -149,17 +158,18 @@ def margin_term(p, negatives):
 
 
 def numeric_gradient(f, x, h=1e-5):
+  """The gradient by central differences."""
   x = np.asarray(x, np.float64)
   gradient = np.zeros_like(x)
-  for at in np.ndindex(*x.shape):
+  for index in np.ndindex(*x.shape):
     step = np.zeros_like(x)
-    step[at] = h
-    gradient[at] = (f(x + step) - f(x - step)) / (2 * h)
+    step[index] = h
+    gradient[index] = (f(x + step) - f(x - step)) / (2 * h)
   return gradient
 
 
 def assert_equals(ours, theirs, x):
-  """Value and gradient of a loss `ours(x)[0]` against float64 `theirs(x)`."""
+  """Compares value and gradient of a loss, `ours(x)[0]`, with `theirs(x)` in float64."""
   value, gradient = jax.value_and_grad(lambda x: ours(x)[0])(jnp.asarray(x, jnp.float32))
   np.testing.assert_allclose(value, theirs(x), rtol=1e-5)
   expected = numeric_gradient(theirs, x)
@@ -172,7 +182,9 @@ Z = np.random.default_rng(1).normal(size=(12, 4)).astype(np.float32)
 
 @pytest.mark.parametrize('semi_hard', [False, True])
 def test_nt_logistic(semi_hard):
-  """Breaks if a negative of the same view counts, or mining takes one harder than the positive."""
+  """Breaks if a negative is of the same view, or semi-hard mining takes one harder than the
+  positive.
+  """
   assert_equals(
     lambda z: losses.nt_logistic(z, 0.3, semi_hard),
     lambda z: loop_pairs(z, logistic_term, semi_hard),
@@ -182,7 +194,7 @@ def test_nt_logistic(semi_hard):
 
 @pytest.mark.parametrize('semi_hard', [False, True])
 def test_margin_triplet(semi_hard):
-  """Breaks if the hinge has the wrong sign, or mining leaves the margin."""
+  """Breaks if the hinge has the wrong sign, or semi-hard mining ignores the margin."""
   assert_equals(
     lambda z: losses.margin_triplet(z, 0.4, semi_hard),
     lambda z: loop_pairs(z, triplet_term, semi_hard),
@@ -191,36 +203,41 @@ def test_margin_triplet(semi_hard):
 
 
 def test_pairwise_margin():
-  """Breaks if similarities stand for distances, or a hinge is not squared."""
+  """Breaks if similarities are used as distances, or a hinge is not squared."""
   assert_equals(
     lambda z: losses.pairwise_margin(z, 1.2, 0.1), lambda z: loop_pairs(z, margin_term), Z
   )
 
 
-def test_semi_hard_without_a_candidate():
-  """Breaks if an anchor whose negatives are all harder than its positive gives NaN or -2."""
-  z = jnp.array([[1.0, 0], [-1.0, 0], [-1.0, 0.1], [1.0, 0.1]])  # views opposite, negatives close
+def test_semi_hard_mining_without_a_candidate():
+  """Breaks if an anchor without a semi-hard negative gives NaN, or a similarity of -2 as its
+  negative.
+  """
+  # Positives are opposite, negatives are close.
+  z = jnp.array([[1.0, 0], [-1.0, 0], [-1.0, 0.1], [1.0, 0.1]])
   triplet, logistic = losses.margin_triplet(z, 0.4, True)[0], losses.nt_logistic(z, 0.3, True)[0]
   np.testing.assert_allclose(triplet, 0.0)
   np.testing.assert_allclose(logistic, loop_pairs(z, logistic_term, True), rtol=1e-5)
 
 
-def test_coinciding_projections_have_finite_gradients():
-  """Breaks if the distance's square root has an infinite slope at 0."""
+def test_pairwise_margin_of_equal_projections_has_finite_gradients():
+  """Breaks if the gradient of the distance, a square root, is infinite at 0."""
   gradient = jax.grad(lambda z: losses.pairwise_margin(z, 1.0)[0])(jnp.ones((4, 3)))
   assert np.isfinite(gradient).all()
 
 
 def test_nt_xent_with_a_memory():
-  """Breaks if the memory's rows are not negatives of every anchor, or count in the chance level wrongly."""
+  """Breaks if the rows of the memory are not negatives of every anchor, or are not counted in the
+  chance level.
+  """
   memory = unit(np.random.default_rng(2).normal(size=(5, 4)))
 
   def loop(z):
     z = unit(z)
     total = 0.0
     for i in range(len(z)):
-      others = [z[i] @ z[j] for j in range(len(z)) if j != i] + [z[i] @ m for m in memory]
-      total += np.log(np.sum(np.exp(np.array(others) / 0.2))) - z[i] @ z[i ^ 1] / 0.2
+      candidates = [z[i] @ z[j] for j in range(len(z)) if j != i] + [z[i] @ m for m in memory]
+      total += np.log(np.sum(np.exp(np.array(candidates) / 0.2))) - z[i] @ z[i ^ 1] / 0.2
     return total / len(z)
 
   def ours(z):
@@ -234,7 +251,7 @@ def test_nt_xent_with_a_memory():
 
 @pytest.mark.parametrize('shape', [(7, 4), (3, 7, 4)])
 def test_info_nce(shape):
-  """Breaks if the positive is not among the candidates, or negatives of one query reach another."""
+  """Breaks if the positive is not a candidate, or the negatives of one query are used for another."""
   rng = np.random.default_rng(0)
   q, k, negatives = (unit(rng.normal(size=s)) for s in ((3, 4), (3, 4), shape))
 
@@ -256,9 +273,9 @@ def test_info_nce(shape):
 
 
 def test_info_nce_in_batch():
-  """Breaks if a query's own key is also its negative, or keys get no gradient."""
+  """Breaks if the positive of a query is also its negative, or keys get no gradient."""
   rng = np.random.default_rng(0)
-  both = rng.normal(size=(2, 5, 4))
+  queries_and_keys = rng.normal(size=(2, 5, 4))
 
   def loop(x):
     q, k = unit(x)
@@ -270,12 +287,12 @@ def test_info_nce_in_batch():
   def ours(x):
     return losses.info_nce_in_batch(*losses.l2_normalize(x), 0.2)
 
-  assert_equals(ours, loop, both)
-  np.testing.assert_allclose(ours(jnp.asarray(both))[1]['chance_loss'], np.log(5))
+  assert_equals(ours, loop, queries_and_keys)
+  np.testing.assert_allclose(ours(jnp.asarray(queries_and_keys))[1]['chance_loss'], np.log(5))
 
 
 def test_nce():
-  """Breaks if Z is not N times the first batch's mean, changes later, or carries a gradient."""
+  """Breaks if Z is not N times the mean of the first batch, changes later, or has a gradient."""
   rng = np.random.default_rng(0)
   v, bank = unit(rng.normal(size=(3, 4))), 0.9 * rng.normal(size=(20, 4))
   positives, negatives, N = bank[:3], bank[5:12], 20
@@ -298,10 +315,10 @@ def test_nce():
     return loss, (Z, metrics)
 
   assert_equals(lambda v: ours(v, 0.0), loop, v)
-  found, _ = ours(v, 0.0)[1]
-  np.testing.assert_allclose(found, Z, rtol=1e-5)
-  kept, metrics = ours(v + 0.1, jnp.float32(3.0))[1]
-  assert kept == 3.0
-  # All probabilities at 1 / N: what guessing costs.
-  even = losses.nce(0 * v, jnp.asarray(positives), jnp.asarray(negatives), 0.5, N, 0.0)
-  np.testing.assert_allclose(even[0], metrics['chance_loss'], rtol=1e-5)
+  first_Z, _ = ours(v, 0.0)[1]
+  np.testing.assert_allclose(first_Z, Z, rtol=1e-5)
+  later_Z, metrics = ours(v + 0.1, jnp.float32(3.0))[1]
+  assert later_Z == 3.0
+  # All probabilities are 1 / N: the chance level.
+  uniform = losses.nce(0 * v, jnp.asarray(positives), jnp.asarray(negatives), 0.5, N, 0.0)
+  np.testing.assert_allclose(uniform[0], metrics['chance_loss'], rtol=1e-5)
