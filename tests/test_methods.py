@@ -1,6 +1,6 @@
-"""What holds for every method: it is found by its file name, so that a new one is tested by being there.
+"""Tests of every method. Methods are found by their file names, so that a new one is tested, too.
 
-`python tests/test_methods.py PROCESS ADDRESS` is one of two processes with four devices each.
+`python tests/test_methods.py PROCESS ADDRESS RECIPE...` is one of two processes with four devices each.
 """
 
 import atexit
@@ -38,18 +38,18 @@ SMALL = {
   'steps': str(STEPS),
   'learning_rate_scaling': 'none',
   'warmup_epochs': '0',
-  'schedule_first_epoch': '0',  # 1 leaves a run of one epoch no learning rate
+  'schedule_first_epoch': '0',  # with 1, the learning rate of a run of one epoch is 0
   'log_every_steps': '1',
   'checkpoint_every_steps': '5',
   'keep_checkpoints': '3',
   'knn_every_epochs': '0',
   'tensorboard': 'false',
 }
-# Groups of 8 examples, a queue that 32 does not divide, few negatives.
+# A queue whose size is no multiple of the batch size, few negatives.
 SMALL_FIELDS = {'queue_size': '100', 'negatives': '64'}
-# Gentle: float rounding that flips a ReLU must stay below the tolerance for ten steps.
+# Small, so that differences from rounding stay below the tolerance for ten steps.
 SMALL_RATE = {'lars': '0.001', 'sgd': '0.0003', 'nesterov': '0.0003', 'adamw': '0.0001'}
-SMALL_GROUPS = {'model.bn_groups': '4'}
+SMALL_GROUPS = {'model.bn_groups': '4'}  # of 8 examples
 VARIANTS = {name: list(recipes.variants(name)) or [''] for name in recipes.names()}
 SPECS = [f'{name}:{v}'.rstrip(':') for name, variants in VARIANTS.items() for v in variants]
 SHORT = [f'{name}:{variants[0]}'.rstrip(':') for name, variants in VARIANTS.items()]
@@ -57,20 +57,20 @@ SHORT = [f'{name}:{variants[0]}'.rstrip(':') for name, variants in VARIANTS.item
 
 @functools.cache
 def small(spec, **changes):
-  """A built-in recipe, made small."""
+  """A built-in recipe with a small network and batch."""
   recipe = recipes.load(spec)
-  wanted = {k: v for k, v in SMALL_FIELDS.items() if recipe.get(k)}
+  sizes = {k: v for k, v in SMALL_FIELDS.items() if recipe.get(k)}
   if 'teacher' in recipe:
-    wanted['teacher'] = teacher()
+    sizes['teacher'] = teacher()
   groups = SMALL_GROUPS if recipe.model.bn_groups > 1 else {}
   rate = {'learning_rate': SMALL_RATE[recipe.optimizer]}
-  return recipes.load(spec, {**SMALL, **rate, **wanted, **groups, **changes})
+  return recipes.load(spec, {**SMALL, **rate, **sizes, **groups, **changes})
 
 
 @functools.cache
 def teacher():
-  """A run with a classifier."""
-  if 'TEACHER' in os.environ:  # of the process that started this one
+  """The workdir of a run with a classifier."""
+  if 'TEACHER' in os.environ:  # set by the process that started this one
     return os.environ['TEACHER']
   folder = pathlib.Path(tempfile.mkdtemp(prefix='simclr_jax_teacher'))
   atexit.register(shutil.rmtree, folder)
@@ -79,11 +79,12 @@ def teacher():
 
 
 def slow(*specs):
+  """Parameters that run only in `make test-all`."""
   return [pytest.param(spec, marks=pytest.mark.slow) for spec in specs]
 
 
 def cases():
-  """One recipe for every method, and the memory of SimCLR v2."""
+  """One recipe per method, SimCLR v2's memory, and the symmetric loss of MoCo."""
   first = {recipes.load(spec).method: spec for spec in reversed(SPECS)}
   assert set(first) == set(fields.method_names()), 'every method needs a recipe'
   quick = [first[name] for name in ('simclr', 'moco', 'memory_bank')]
@@ -92,7 +93,7 @@ def cases():
 
 
 def ten_steps(spec, devices):
-  """Losses of the first ten steps, and the state after them."""
+  """The losses of the first ten steps, the state after them, and the step function."""
   recipe = small(spec)
   mesh = sharding.make_mesh(devices)
   state, step = train_state.build(
@@ -106,15 +107,15 @@ def ten_steps(spec, devices):
 
 
 @functools.cache
-def eight(spec):
+def ten_steps_on_eight_devices(spec):
   return ten_steps(spec, jax.devices())
 
 
 @pytest.fixture(scope='module')
 def two_processes(request, tmp_path_factory):
-  """The losses of all selected cases on two processes with four devices each."""
+  """The losses of all selected recipes in two processes with four devices each."""
   selected = {item.callspec.params['spec'] for item in request.session.items
-              if item.originalname == 'test_one_result_whatever_the_hardware'}  # fmt: skip
+              if item.originalname == 'test_results_do_not_depend_on_devices_or_processes'}  # fmt: skip
   with socket.socket() as s:
     s.bind(('localhost', 0))
     address = f'localhost:{s.getsockname()[1]}'
@@ -132,64 +133,66 @@ def two_processes(request, tmp_path_factory):
     f.seek(0)
     texts.append(f.read())
   assert codes == [0, 0], texts[0][-3000:] + texts[1][-3000:]
-  found = [json.loads(t.splitlines()[-1]) for t in texts]
-  assert found[0] == found[1]
-  return found[0]
+  losses = [json.loads(t.splitlines()[-1]) for t in texts]
+  assert losses[0] == losses[1]
+  return losses[0]
 
 
 @pytest.mark.parametrize('spec', cases())
-def test_one_result_whatever_the_hardware(spec, two_processes):
-  """Breaks if a loss depends on how many devices or processes compute it."""
-  one, one_state, _ = ten_steps(spec, jax.devices()[:1])
-  many, many_state, _ = eight(spec)
-  assert len(set(one)) == STEPS
-  np.testing.assert_allclose(many, one, rtol=1e-5)
-  np.testing.assert_allclose(two_processes[spec], one, rtol=1e-5)
-  for a, b in zip(jax.tree.leaves(one_state.state), jax.tree.leaves(many_state.state)):
+def test_results_do_not_depend_on_devices_or_processes(spec, two_processes):
+  """Breaks if a loss depends on the number of devices or processes."""
+  losses, state, _ = ten_steps(spec, jax.devices()[:1])
+  eight_losses, eight_state, _ = ten_steps_on_eight_devices(spec)
+  assert len(set(losses)) == STEPS
+  np.testing.assert_allclose(eight_losses, losses, rtol=1e-5)
+  np.testing.assert_allclose(two_processes[spec], losses, rtol=1e-5)
+  for a, b in zip(jax.tree.leaves(state.state), jax.tree.leaves(eight_state.state)):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize('spec', cases())
 def test_resumed_equals_uninterrupted(spec, tmp_path):
-  """Breaks if queue, pointer, key encoder, bank or anything else is not in the checkpoint whole."""
+  """Breaks if a part of the state (queue, pointer, key encoder, bank) is missing in the checkpoint."""
   recipe = small(spec)
-  assert train.pretrain(recipe, tmp_path / 'whole') == 0
-  # What a run killed after step 5 leaves behind.
-  (tmp_path / 'killed').mkdir()
-  shutil.copy(tmp_path / 'whole/config.json', tmp_path / 'killed')
-  shutil.copytree(tmp_path / 'whole/checkpoints/5', tmp_path / 'killed/checkpoints/5')
-  assert train.pretrain(recipe, tmp_path / 'killed') == 0
-  whole, killed = (records(tmp_path / run) for run in ('whole', 'killed'))
-  assert [r['step'] for r in killed] == list(range(6, STEPS + 1))
-  assert killed == whole[5:]
-  crcs = [_crc32(tmp_path / run) for run in ('whole', 'killed')]
-  assert crcs[0] == crcs[1]
-  state = ''.join(crcs[0])
+  assert train.pretrain(recipe, tmp_path / 'uninterrupted') == 0
+  # The files of a run that was killed after step 5.
+  (tmp_path / 'resumed').mkdir()
+  shutil.copy(tmp_path / 'uninterrupted/config.json', tmp_path / 'resumed')
+  shutil.copytree(tmp_path / 'uninterrupted/checkpoints/5', tmp_path / 'resumed/checkpoints/5')
+  assert train.pretrain(recipe, tmp_path / 'resumed') == 0
+  uninterrupted, resumed = (records(tmp_path / run) for run in ('uninterrupted', 'resumed'))
+  assert [r['step'] for r in resumed] == list(range(6, STEPS + 1))
+  assert resumed == uninterrupted[5:]
+  checksums = [_checksums(tmp_path / run) for run in ('uninterrupted', 'resumed')]
+  assert checksums[0] == checksums[1]
+  state = ''.join(checksums[0])
   for part in {'moco': ('queue', 'pointer', 'key'), 'memory_bank': ('bank',)}.get(
     recipe.method, ()
   ):
     assert part in state
 
 
-def test_first_and_last_step_are_logged_with_all_figures(tmp_path):
-  """Breaks if the first loss is never seen, or the last record lacks the embeddings' figures."""
+def test_first_and_last_step_have_all_metrics(tmp_path):
+  """Breaks if the first loss is not logged, or the last record has no metrics of the embeddings."""
   recipe = small('supervised_imagenet', steps='3', log_every_steps='20')
   assert train.pretrain(recipe, tmp_path) == 0
-  found = records(tmp_path)
-  assert [r['step'] for r in found] == [1, 3]
-  assert all({'loss', 'z_std', 'rank'} <= set(r) for r in found)
+  steps = records(tmp_path)
+  assert [r['step'] for r in steps] == [1, 3]
+  assert all({'loss', 'z_std', 'rank'} <= set(r) for r in steps)
 
 
-def _crc32(workdir):
+def _checksums(workdir):
   path = workdir / 'checkpoints' / str(STEPS) / '_CHECKPOINT_METADATA'
   return json.loads(path.read_text())['custom_metadata']['crc32']
 
 
 @pytest.mark.parametrize('spec', cases())
-def test_images_stay_where_they_are(spec):
-  """Breaks if a method moves images between devices, other than for a shuffle, or the bank."""
+def test_images_are_not_moved_between_devices(spec):
+  """Breaks if a method moves images, other than for shuffling BatchNorm, or the memory bank between
+  devices.
+  """
   recipe = small(spec)
-  _, state, step = eight(spec)
+  _, state, step = ten_steps_on_eight_devices(spec)
   moved = [kind for shape, kind in collectives(step, state) if _holds_images(shape, recipe)]
   if recipe.method == 'memory_bank':
     rows = len(state.state['bank'])
@@ -200,7 +203,7 @@ def test_images_stay_where_they_are(spec):
 
 
 def test_transpose_shuffle_is_an_all_to_all():
-  """Breaks if the fast shuffle gathers all images on every device."""
+  """Breaks if shuffle=transpose gathers all images on every device."""
   recipe = small(
     'moco_cifar10', **{'shuffle': 'transpose', 'model.bn_groups': '8', 'batch_size': '64'}
   )
@@ -210,24 +213,24 @@ def test_transpose_shuffle_is_an_all_to_all():
   assert moved == {'all-to-all'}
 
 
-def test_aligned_groups_need_no_communication():
-  """Breaks if BatchNorm in as many groups as devices talks between devices to normalise."""
-  for groups, silent in (('8', True), ('1', False)):
+def test_batch_norm_groups_per_device_need_no_communication():
+  """Breaks if BatchNorm with one group per device communicates between devices."""
+  for groups, local in (('8', True), ('1', False)):
     recipe = small('moco_imagenet:v1', **{'model.bn_groups': groups})
     mesh = sharding.make_mesh()
     net = network.build(recipe)
     x = np.zeros((32, 32, 32, 3), np.float32)
     params, stats = jax.eval_shape(net.init, jax.random.key(0), x)
-    rows = jax.NamedSharding(mesh, jax.P('data'))
-    whole = jax.NamedSharding(mesh, jax.P())
+    by_row = jax.NamedSharding(mesh, jax.P('data'))
+    replicated = jax.NamedSharding(mesh, jax.P())
 
     def forward(params, stats, x, net=net):
       return net.apply(params, stats, x)[0][-1]
 
-    compiled = jax.jit(forward, in_shardings=(whole, whole, rows), out_shardings=rows)
+    compiled = jax.jit(forward, in_shardings=(replicated, replicated, by_row), out_shardings=by_row)
     with jax.set_mesh(mesh):
-      text = compiled.lower(params, stats, x).compile().as_text()
-    assert (KINDS.search(text) is None) == silent
+      program = compiled.lower(params, stats, x).compile().as_text()
+    assert (KINDS.search(program) is None) == local
 
 
 KINDS = re.compile(
@@ -236,9 +239,9 @@ KINDS = re.compile(
 
 
 def collectives(step, state):
-  """(shape, kind) of all collective operations of the compiled step."""
-  text = step.lower(state, 0).compile().as_text()
-  return re.findall(rf'= (\(?\w+\[[\d,]*\].*?) ({KINDS.pattern})(?:-start)?\(', text)
+  """(shape, kind) of every collective operation in the compiled step."""
+  program = step.lower(state, 0).compile().as_text()
+  return re.findall(rf'= (\(?\w+\[[\d,]*\].*?) ({KINDS.pattern})(?:-start)?\(', program)
 
 
 def _holds_images(shape, recipe):
@@ -247,19 +250,19 @@ def _holds_images(shape, recipe):
 
 
 @pytest.mark.parametrize('spec', cases())
-def test_sharded_state_is_split_and_the_rest_replicated(spec):
-  """Breaks if the bank is on every device, or anything else is not."""
-  _, state, _ = eight(spec)
-  rows = methods.build(recipes.with_examples(small(spec), 6000)).sharded_state
+def test_only_sharded_state_is_sharded(spec):
+  """Breaks if the memory bank is replicated on every device, or any other state is sharded."""
+  _, state, _ = ten_steps_on_eight_devices(spec)
+  sharded_state = methods.build(recipes.with_examples(small(spec), 6000)).sharded_state
   for key, part in state.state.items():
     for leaf in jax.tree.leaves(part):
-      assert leaf.sharding.is_fully_replicated == (key not in rows)
+      assert leaf.sharding.is_fully_replicated == (key not in sharded_state)
       assert len(leaf.sharding.device_set) == 8
 
 
 @pytest.mark.parametrize('spec', cases())
-def test_bfloat16_stays_inside(spec):
-  """Breaks if on accelerators keys, queue, bank, statistics or the loss are kept in bfloat16."""
+def test_state_and_loss_are_float32_with_bfloat16(spec):
+  """Breaks if keys, queue, bank, BatchNorm statistics or the loss are bfloat16 with dtype=bfloat16."""
   recipe = recipes.with_examples(small(spec, dtype='bfloat16'), 6000)
   method = methods.build(recipe)
   views = jax.ShapeDtypeStruct((32, method.views, 32, 32, 3), np.float32)
@@ -277,20 +280,21 @@ def test_bfloat16_stays_inside(spec):
 
 
 @pytest.mark.parametrize('spec', [*SHORT, *slow(*(spec for spec in SPECS if spec not in SHORT))])
-def test_every_recipe_steps(spec):
-  """Breaks if a built-in recipe cannot be built, or its own augmentation or loss gives a NaN."""
-  own = recipes.load(spec)
-  changes = {'augment.view1': own.augment.view1, 'batch_size': '16', 'image_size': '16'}
-  if own.optimizer == 'nesterov':  # a smaller step is lost in rounding
+def test_every_recipe_trains(spec):
+  """Breaks if a built-in recipe cannot be built, or its augmentation or loss gives a NaN."""
+  published = recipes.load(spec)
+  changes = {'augment.view1': published.augment.view1, 'batch_size': '16', 'image_size': '16'}
+  if published.optimizer == 'nesterov':  # a smaller update is lost in rounding
     changes['learning_rate'] = '0.01'
-  if own.model.sk_ratio:  # only bottlenecks have selective kernels
+  if published.model.sk_ratio:  # only bottlenecks have selective kernels
     changes |= {'model.depth': '50', 'model.width_multiplier': '0.0625'}
   recipe = small(spec, **changes)
   train_set = data.load(recipe.data, 'train')
   mesh = sharding.make_mesh(jax.devices()[:1])
   state, step = train_state.build(recipe, train_set, mesh, teacher=runs.load_teacher(recipe))
   before = jax.device_get(state.params)
-  for i in range(3):  # a classifier and a last gamma of 0 hold back what is below, a step each
+  # A zero-initialised classifier or gamma has no gradient for the layers below, for one step each.
+  for i in range(3):
     state, metrics = step(state, i)
   assert all(np.isfinite(float(v)) for k, v in metrics.items())
   changed = jax.tree.map(lambda a, b: bool((a != b).any()), before, jax.device_get(state.params))

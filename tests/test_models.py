@@ -1,4 +1,4 @@
-"""Networks and heads: published parameter counts, initial values, settings."""
+"""Encoders and heads: published parameter counts, initialisation, settings."""
 
 import functools
 
@@ -11,23 +11,25 @@ from simclr_jax.models import encoders, mlp, resnet
 from simclr_jax.models.mlp import MLP
 from simclr_jax.models.resnet import ResNet
 
-SK = 0.0625  # SimCLR v2's
+SK = 0.0625  # as in SimCLR v2
 
 
 def count(tree):
+  """The number of elements of all arrays."""
   return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(tree))
 
 
 @functools.cache
 def shapes(module, *shape):
+  """The variables of a module for an input of this shape, not computed."""
   return jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros(shape), train=False))
 
 
-def backbone(depth, width, sk, stem='imagenet', **settings):
+def encoder_shapes(depth, width, sk, stem='imagenet', **settings):
   return shapes(ResNet(depth, width, stem, sk_ratio=SK * sk, **settings), 1, 64, 64, 3)
 
 
-# Counted in the released code of SimCLR, without the statistics of BatchNorm.
+# Counted with the released code of SimCLR, without BatchNorm statistics.
 @pytest.mark.parametrize(
   'depth, width, sk, trainable, with_classifier, with_head',
   [
@@ -48,11 +50,11 @@ def backbone(depth, width, sk, stem='imagenet', **settings):
   ],
 )
 def test_trainable_parameters(depth, width, sk, trainable, with_classifier, with_head):
-  """Breaks if a layer, shortcut or width differs from SimCLR's networks, or if the 3-layer
-  projection head has a bias, or a gamma or beta too many.
+  """Breaks if a layer, shortcut or width differs from SimCLR's networks, or if the 3-layer projection
+  head has a bias, gamma or beta too many.
   """
   d = 2048 * width
-  params = count(backbone(depth, width, sk)['params'])
+  params = count(encoder_shapes(depth, width, sk)['params'])
   assert params == trainable
   assert params + d * 1000 + 1000 == with_classifier
   head = count(shapes(MLP(3, 128), 2, d)['params'])
@@ -71,46 +73,50 @@ def test_trainable_parameters(depth, width, sk, trainable, with_classifier, with
     (152, 3, True, 795.24),
   ],
 )
-def test_parameters_with_statistics(depth, width, sk, millions):
-  """Breaks if a BatchNorm is missing: SimCLR's README counts the statistics too."""
-  assert round(count(backbone(depth, width, sk)) / 1e6, 2) == millions
+def test_parameters_with_batch_norm_statistics(depth, width, sk, millions):
+  """Breaks if a BatchNorm is missing: the README of SimCLR counts the statistics as parameters."""
+  assert round(count(encoder_shapes(depth, width, sk)) / 1e6, 2) == millions
 
 
 @pytest.mark.parametrize('depth, expected', [(18, 11_173_056), (34, 21_281_216), (50, 23_500_352)])
 def test_trainable_parameters_with_the_cifar_stem(depth, expected):
-  """Breaks if the CIFAR stem or the projections of the shallow networks change."""
-  assert count(backbone(depth, 1, False, 'cifar')['params']) == expected
+  """Breaks if the CIFAR stem or the projection shortcuts of the shallow networks change."""
+  assert count(encoder_shapes(depth, 1, False, 'cifar')['params']) == expected
 
 
 @pytest.mark.parametrize('depth', [18, 34])
-def test_selective_kernels_leave_shallow_blocks_alone(depth):
-  """Breaks if SK does more to blocks of two 3x3 convolutions than pooling their shortcuts, or
-  touches the CIFAR stem: by hand, the 7x7 convolution goes, two of 3x3 and their BatchNorms come.
+def test_selective_kernels_of_shallow_networks(depth):
+  """Breaks if SK changes blocks of two 3x3 convolutions, other than pooling their shortcuts, or the
+  CIFAR stem. In the ImageNet stem, three 3x3 convolutions replace the 7x7 convolution.
   """
-  plain, sk = (count(backbone(depth, 1, on)['params']) for on in (False, True))
-  seven, three = 49 * 3 * 64, 9 * (3 * 32 + 32 * 32 + 32 * 64)
-  assert sk - plain == three - seven + 4 * 32
-  plain, sk = (backbone(depth, 1, on, 'cifar') for on in (False, True))
+  plain, sk = (count(encoder_shapes(depth, 1, on)['params']) for on in (False, True))
+  kernel_7x7, kernels_3x3 = 49 * 3 * 64, 9 * (3 * 32 + 32 * 32 + 32 * 64)
+  assert sk - plain == kernels_3x3 - kernel_7x7 + 4 * 32
+  plain, sk = (encoder_shapes(depth, 1, on, 'cifar') for on in (False, True))
   assert jax.tree.map(jnp.shape, plain) == jax.tree.map(jnp.shape, sk)
 
 
 def test_squeeze_and_excitation_parameters():
-  """Breaks if its bottleneck is a share of the 4 f channels and not of f, or has no biases."""
-  ratio, more = 1 / 32, 0
+  """Breaks if the bottleneck width is a fraction of the 4 f channels instead of f, or the
+  bottleneck has no biases.
+  """
+  ratio, expected = 1 / 32, 0
   for f, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
     r = f // 32
-    more += blocks * (4 * f * r + r + r * 4 * f + 4 * f)
-  plain, se = (count(backbone(50, 1, False, se_ratio=s)['params']) for s in (0.0, ratio))
-  assert se - plain == more
-  tiny = shapes(ResNet(8, 1 / 8, 'cifar', se_ratio=ratio), 1, 32, 32, 3)['params']
-  assert tiny['group1_block1']['se']['reduce']['kernel'].shape == (1, 1, 8, 1)
+    expected += blocks * (4 * f * r + r + r * 4 * f + 4 * f)
+  plain, se = (count(encoder_shapes(50, 1, False, se_ratio=s)['params']) for s in (0.0, ratio))
+  assert se - plain == expected
+  narrow = shapes(ResNet(8, 1 / 8, 'cifar', se_ratio=ratio), 1, 32, 32, 3)['params']
+  assert narrow['group1_block1']['se']['reduce']['kernel'].shape == (1, 1, 8, 1)
 
 
 def test_moco_parameters():
-  """Breaks if torchvision's ResNets or MoCo's heads have other parameters than published."""
+  """Breaks if the torchvision variant or the heads of MoCo have other parameter counts than
+  published.
+  """
   torchvision = {'variant': 'torchvision'}
-  assert count(backbone(18, 1, False, **torchvision)['params']) == 11_689_512 - 513_000
-  r50 = count(backbone(50, 1, False, **torchvision)['params'])
+  assert count(encoder_shapes(18, 1, False, **torchvision)['params']) == 11_689_512 - 513_000
+  r50 = count(encoder_shapes(50, 1, False, **torchvision)['params'])
   for layers, expected in ((1, 23_770_304), (2, 27_966_656)):
     head = shapes(MLP(layers, 128, norm='none'), 2, 2048)
     assert set(head) == {'params'}
@@ -119,25 +125,27 @@ def test_moco_parameters():
 
 @pytest.fixture(scope='module')
 def initial():
-  """Parameters of a small network in both variants."""
+  """Initial parameters of a small network in both variants."""
   x = jnp.zeros((1, 8, 8, 3))
 
   def init(variant):
     net = ResNet(8, 0.5, 'cifar', variant)
-    key = jax.random.key(0, impl='rbg')  # compiles in a quarter of the time
+    key = jax.random.key(0, impl='rbg')  # compiles four times as fast
     return jax.jit(lambda: net.init(key, x, train=False))()['params']
 
   return {variant: init(variant) for variant in resnet.VARIANTS}
 
 
 def test_initial_gammas_and_shortcuts(initial):
-  """Breaks if a variant's last gamma or the shortcut of its first group changes sides."""
+  """Breaks if the initial last gamma of a block, or the shortcut of the first group, is that of the
+  other variant.
+  """
   simclr, torch = initial['simclr'], initial['torchvision']
   assert 'proj_conv' in simclr['group1_block1'] and 'proj_conv' not in torch['group1_block1']
   assert 'proj_conv' in simclr['group2_block1'] and 'proj_conv' in torch['group2_block1']
-  for params, last in ((simclr, 0), (torch, 1)):
+  for params, last_gamma in ((simclr, 0), (torch, 1)):
     for name in (name for name in params if name.startswith('group')):
-      assert (params[name]['bn2']['scale'] == last).all()
+      assert (params[name]['bn2']['scale'] == last_gamma).all()
       assert (params[name]['bn1']['scale'] == 1).all()
       assert not params[name]['bn1']['bias'].any() and not params[name]['bn2']['bias'].any()
 
@@ -146,36 +154,43 @@ def test_initial_gammas_and_shortcuts(initial):
   'layer, fan_in, fan_out', [('conv1', 9 * 64, 9 * 128), ('proj_conv', 64, 128)]
 )
 def test_initial_kernels(initial, layer, fan_in, fan_out):
-  """Breaks if a variant's initialiser gets another fan, gain, or tail (truncated at 2 sigma or not)."""
+  """Breaks if the initialiser of a variant uses another fan, gain or truncation (SimCLR: at 2
+  sigma; torch: none).
+  """
   simclr, torch = (np.ravel(initial[d]['group3_block1'][layer]['kernel']) for d in resnet.VARIANTS)
   n = simclr.size
   for weights, std in ((simclr, (1 / fan_in) ** 0.5), (torch, (2 / fan_out) ** 0.5)):
     np.testing.assert_allclose(weights.std(), std, rtol=4 / (2 * n) ** 0.5)  # 4 standard errors
     assert abs(weights.mean()) < 4 * std / n**0.5
-  # Truncated at 2 sigma of the normal whose standard deviation the truncation shrinks to 0.8796.
+  # Truncated at 2 sigma; truncation reduces the standard deviation of a normal distribution to 0.8796.
   assert abs(simclr).max() <= 2 * (1 / fan_in) ** 0.5 / 0.8796
   assert abs(torch).max() > 3 * (2 / fan_out) ** 0.5
 
 
-@pytest.mark.parametrize('stem, shrinks', [('imagenet', 4), ('strided', 2), ('cifar', 1)])
-def test_stems_set_the_resolution(stem, shrinks):
-  """Breaks if a stem's stride or pool changes: what the first block gets of 64 pixels."""
+@pytest.mark.parametrize('stem, factor', [('imagenet', 4), ('strided', 2), ('cifar', 1)])
+def test_resolution_after_the_stem(stem, factor):
+  """Breaks if the stride or the pooling of a stem changes the input size of the first block."""
   x = jnp.zeros((1, 64, 64, 3))
 
   def first_block(sk_ratio):
     net = ResNet(18, 1 / 32, stem, sk_ratio=sk_ratio)
-    seen = lambda module, _: module.name == 'proj_conv'  # noqa: E731
-    run = lambda key: net.init_with_output(key, x, train=False, capture_intermediates=seen)  # noqa: E731
-    block = jax.eval_shape(run, jax.random.key(0))[1]['intermediates']['group1_block1']
+
+    def is_projection(module, method):
+      return module.name == 'proj_conv'
+
+    def forward(key):
+      return net.init_with_output(key, x, train=False, capture_intermediates=is_projection)
+
+    block = jax.eval_shape(forward, jax.random.key(0))[1]['intermediates']['group1_block1']
     return block['proj_conv']['__call__'][0].shape[1]
 
-  assert first_block(0.0) == first_block(SK) == 64 // shrinks
+  assert first_block(0.0) == first_block(SK) == 64 // factor
 
 
-def test_unknown_values_are_refused():
-  """Breaks if a misspelt setting silently becomes another one."""
-  wrong = {'depth': 19, 'stem': 'cifr', 'variant': 'torch', 'normalize': 'cifar', 'layout': 'x'}
-  for name, value in wrong.items():
+def test_invalid_settings_are_refused():
+  """Breaks if a misspelt setting is silently replaced by another one."""
+  invalid = {'depth': 19, 'stem': 'cifr', 'variant': 'torch', 'normalize': 'cifar', 'layout': 'x'}
+  for name, value in invalid.items():
     with pytest.raises(ValueError, match=name):
       shapes(ResNet(**{'depth': 18, name: value}), 1, 32, 32, 3)
   with pytest.raises(ValueError, match='norm'):
@@ -183,64 +198,66 @@ def test_unknown_values_are_refused():
 
 
 def test_head_modes():
-  """Breaks if the hidden layers, widths or the last BatchNorm of a head change."""
+  """Breaks if the number of layers, a width or the last BatchNorm of a head changes."""
   h = jax.random.normal(jax.random.key(0), (8, 6))
-  for mode, layers, lengths in (('none', 2, [6]), ('linear', 2, [6, 4]), ('mlp', 3, [6, 6, 6, 4])):
+  for mode, layers, widths in (('none', 2, [6]), ('linear', 2, [6, 4]), ('mlp', 3, [6, 6, 6, 4])):
     config = {'head': mode, 'head_layers': layers}
     head = MLP(mlp.depth(config), 4)
-    hiddens, variables = head.init_with_output(jax.random.key(1), h, train=False)
-    assert [x.shape[1] for x in hiddens] == lengths
+    outputs, variables = head.init_with_output(jax.random.key(1), h, train=False)
+    assert [x.shape[1] for x in outputs] == widths
     if mode == 'mlp':
       assert set(variables['params']['bn3']) == {'scale'}
       assert set(variables['params']['bn1']) == {'scale', 'bias'}
       assert set(variables['params']['dense1']) == {'kernel'}
-      assert all((x >= 0).all() for x in hiddens[1:-1])
-      assert (hiddens[-1] < 0).any()
+      assert all((x >= 0).all() for x in outputs[1:-1])
+      assert (outputs[-1] < 0).any()
 
 
 def test_simclr_head_against_numpy():
-  """Breaks if dense, BatchNorm and ReLU change order, or the head's groups do not get through."""
+  """Breaks if dense layer, BatchNorm and ReLU change order, or the head ignores the BatchNorm
+  groups.
+  """
   rng = np.random.default_rng(0)
   h = rng.normal(size=(8, 6))
   head = MLP(2, 4, groups=2, layout='strided')
   v = head.init(jax.random.key(1), jnp.zeros((8, 6)), train=False)
   v = jax.tree.map(lambda x: rng.uniform(-1, 1, x.shape), v)
-  hiddens, _ = head.apply(v, jnp.asarray(h, jnp.float32), train=True, mutable='batch_stats')
+  outputs, _ = head.apply(v, jnp.asarray(h, jnp.float32), train=True, mutable='batch_stats')
 
   def norm(x, p):
-    parts = np.stack([x[0::2], x[1::2]], axis=1)  # [4, 2, c]
-    parts = (parts - parts.mean(0)) / np.sqrt(parts.var(0) + 1e-5)
-    return parts.reshape(x.shape) * p['scale'] + p.get('bias', 0)
+    grouped = np.stack([x[0::2], x[1::2]], axis=1)  # [4, 2, c]
+    grouped = (grouped - grouped.mean(0)) / np.sqrt(grouped.var(0) + 1e-5)
+    return grouped.reshape(x.shape) * p['scale'] + p.get('bias', 0)
 
   p = v['params']
   hidden = np.maximum(norm(h @ p['dense1']['kernel'], p['bn1']), 0)
   z = norm(hidden @ p['dense2']['kernel'], p['bn2'])
-  for got, expected in zip(hiddens, (h, hidden, z), strict=True):
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+  for output, expected in zip(outputs, (h, hidden, z), strict=True):
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_moco_head_against_numpy():
-  """Breaks if MoCo's head gets a BatchNorm, loses a bias or its ReLU, or starts as another one."""
+  """Breaks if MoCo's head has a BatchNorm, lacks a bias or its ReLU, or is initialised differently."""
   h = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
   for layers in (1, 2):
     head = MLP(layers, 32, norm='none')
-    hiddens, v = head.init_with_output(jax.random.key(1), h, train=True)
-    assert len(hiddens) == layers + 1
+    outputs, v = head.init_with_output(jax.random.key(1), h, train=True)
+    assert len(outputs) == layers + 1
     x = h.astype(np.float64)
     for i in range(1, layers + 1):
       p = v['params'][f'dense{i}']
-      for values in (p['kernel'], p['bias']):  # U(-1/8, 1/8): 8 is the root of the fan-in
+      for values in (p['kernel'], p['bias']):  # U(-1/8, 1/8): 8 is the square root of the fan-in
         assert abs(values).max() <= 1 / 8
         n = values.size
         np.testing.assert_allclose(np.std(values), 1 / 8 / 3**0.5, rtol=2 / n**0.5)
         assert abs(np.mean(values)) < 4 / 8 / (3 * n) ** 0.5
       x = x @ np.float64(p['kernel']) + np.float64(p['bias'])
       x = x if i == layers else np.maximum(x, 0)
-      np.testing.assert_allclose(hiddens[i], x, rtol=1e-5, atol=1e-6)
+      np.testing.assert_allclose(outputs[i], x, rtol=1e-5, atol=1e-6)
 
 
-def test_simclr_head_starts_small():
-  """Breaks if SimCLR's dense layers start otherwise than from N(0, 0.01)."""
+def test_initial_kernels_of_the_simclr_head():
+  """Breaks if the dense layers of SimCLR's head are not initialised with standard deviation 0.01."""
   v = MLP(2, 64).init(jax.random.key(0), jnp.zeros((2, 64)), train=False)
   for layer in ('dense1', 'dense2'):
     kernel = v['params'][layer]['kernel']
@@ -249,7 +266,7 @@ def test_simclr_head_starts_small():
 
 
 def test_from_config():
-  """Breaks if a field of a recipe's `model` part does not reach the network or its head."""
+  """Breaks if the network or its head ignores a field of a recipe's `model` part."""
   config = {
     'depth': 34,
     'width_multiplier': 2.0,
@@ -276,7 +293,7 @@ def test_from_config():
 
 
 def test_mlp_norms_of_other_methods():
-  """Breaks if a hidden width or a choice of normalisation gives other layers: BYOL's head, SimSiam's projector."""
+  """Breaks if BYOL's head or SimSiam's projector has other layers, hidden widths or normalisation."""
   h = jnp.zeros((8, 6))
 
   def parameters(norm):

@@ -1,4 +1,4 @@
-"""Batch normalisation against flax, plain numpy and the compiled program."""
+"""Batch normalisation compared with flax and numpy, and its communication in the compiled program."""
 
 import re
 
@@ -13,29 +13,32 @@ from simclr_jax import sharding
 from simclr_jax.models.norm import BatchNorm
 
 SHAPE = (12, 3, 2, 5)  # n, height, width, c
-ROWS = {  # of 3 groups
+ROWS = {  # the rows of 3 groups
   'contiguous': [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]],
   'strided': [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]],
 }
 
 
 def draw(seed, shape=SHAPE):
+  """Random activations."""
   return np.random.default_rng(seed).normal(1.0, 2.0, shape).astype(np.float32)
 
 
 def variables(seed):
-  """Parameters and running statistics that are not those of a fresh layer."""
+  """Random parameters and running statistics."""
   scale, bias, mean, var = np.random.default_rng(seed).uniform(0.5, 1.5, (4, SHAPE[-1]))
   return {'params': {'scale': scale, 'bias': bias}, 'batch_stats': {'mean': mean, 'var': var}}
 
 
-def test_equals_flax():
-  """Breaks if normalisation or running statistics leave flax.linen.BatchNorm's, train or eval."""
+def test_batch_norm_against_flax():
+  """Breaks if outputs or running statistics differ from flax.linen.BatchNorm, in training or
+  evaluation.
+  """
   x = draw(0)
   ours, theirs = BatchNorm(), nn.BatchNorm(momentum=0.9, epsilon=1e-5)
-  fresh = ours.init(jax.random.key(1), x, train=True)
+  initial = ours.init(jax.random.key(1), x, train=True)
   expected = theirs.init(jax.random.key(1), x, use_running_average=False)
-  jax.tree.map(np.testing.assert_array_equal, fresh, dict(expected))
+  jax.tree.map(np.testing.assert_array_equal, initial, dict(expected))
   v = variables(1)
   y, new = ours.apply(v, x, train=True, mutable='batch_stats')
   z, expected = theirs.apply(v, x, use_running_average=False, mutable='batch_stats')
@@ -49,8 +52,8 @@ def test_equals_flax():
 @pytest.mark.parametrize('shape', [SHAPE, (12, 5)], ids=['images', 'vectors'])
 @pytest.mark.parametrize('layout', list(ROWS))
 def test_groups_against_numpy(layout, shape, unbiased):
-  """Breaks if rows go to other groups, or the running average is not the mean over the groups, or
-  the bias of its variance is corrected where it must not be, or with another count.
+  """Breaks if rows are in the wrong group, the running statistics are not the mean over the groups, or
+  the variance is unbiased where it must not be, or with another count.
   """
   x, v = draw(2, shape), variables(3)
   norm = BatchNorm(groups=3, layout=layout, unbiased=unbiased)
@@ -71,11 +74,11 @@ def test_groups_against_numpy(layout, shape, unbiased):
 
 
 @pytest.mark.parametrize('layout', list(ROWS))
-def test_gradient_is_that_of_a_layer_for_each_group(layout):
-  """Breaks if a gradient crosses groups, or does not pass through the statistics."""
+def test_gradient_with_groups(layout):
+  """Breaks if a gradient crosses groups, or does not pass through the batch statistics."""
   x, v, weight = draw(4), variables(5), draw(6)
   norm = BatchNorm(groups=3, layout=layout)
-  alone = nn.BatchNorm(momentum=0.9, epsilon=1e-5)
+  one_group = nn.BatchNorm(momentum=0.9, epsilon=1e-5)
 
   def ours(params, x):
     y, _ = norm.apply({**v, 'params': params}, x, train=True, mutable='batch_stats')
@@ -84,38 +87,40 @@ def test_gradient_is_that_of_a_layer_for_each_group(layout):
   def theirs(params, x):
     total = 0.0
     for rows in map(np.array, ROWS[layout]):
-      y, _ = alone.apply(
+      y, _ = one_group.apply(
         {**v, 'params': params}, x[rows], use_running_average=False, mutable='batch_stats'
       )
       total += jnp.sum(y * weight[rows])
     return total
 
-  got, expected = (jax.grad(f, (0, 1))(v['params'], x) for f in (ours, theirs))
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, expected)
+  gradients, expected = (jax.grad(f, (0, 1))(v['params'], x) for f in (ours, theirs))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, expected
+  )
 
 
-@pytest.mark.parametrize('groups, talks', [(1, True), (4, True), (8, False), (16, False)])
-def test_groups_within_devices_do_not_communicate(groups, talks):
-  """Breaks if normalising contiguous groups that lie within one of 8 devices talks to another.
+@pytest.mark.parametrize('groups, communicates', [(1, True), (4, True), (8, False), (16, False)])
+def test_groups_within_devices_do_not_communicate(groups, communicates):
+  """Breaks if BatchNorm communicates between 8 devices although each group is on one device.
 
-  That 1 and 4 groups do talk shows that the words looked for are those of the compiler.
+  With 1 and 4 groups it must communicate: this shows that the pattern matches the compiler's collectives.
   """
   mesh = sharding.make_mesh(jax.devices()[:8])
   norm, v = BatchNorm(groups), variables(7)
 
   def forward_and_back(x):
-    y, back = jax.vjp(lambda x: norm.apply(v, x, train=True, mutable='batch_stats')[0], x)
-    return y, back(y**2)[0]
+    y, vjp = jax.vjp(lambda x: norm.apply(v, x, train=True, mutable='batch_stats')[0], x)
+    return y, vjp(y**2)[0]
 
-  by_rows = NamedSharding(mesh, P('data'))
-  f = jax.jit(forward_and_back, in_shardings=by_rows, out_shardings=by_rows)
+  by_row = NamedSharding(mesh, P('data'))
+  f = jax.jit(forward_and_back, in_shardings=by_row, out_shardings=by_row)
   program = f.lower(jax.ShapeDtypeStruct((32, 4, 4, 5), jnp.float32)).compile().as_text()
-  words = r'all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter'
-  assert bool(re.search(words, program)) == talks
+  collectives = r'all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter'
+  assert bool(re.search(collectives, program)) == communicates
 
 
-def test_wrong_groups_are_refused():
-  """Breaks if a batch that does not split, or a misspelt layout, is normalised all the same."""
+def test_invalid_groups_are_refused():
+  """Breaks if a batch that is not divisible by the groups, or a misspelt layout, is accepted."""
   with pytest.raises(ValueError, match='a batch of 10 does not split into 3 groups'):
     BatchNorm(3).apply(variables(8), jnp.zeros((10, 5)), train=True, mutable='batch_stats')
   with pytest.raises(ValueError, match="layout 'striped'"):

@@ -1,4 +1,4 @@
-"""LARS and the schedule against float64 numpy, and SimCLR's own figures."""
+"""Optimizers and schedules compared with float64 numpy and with published values."""
 
 import jax
 import jax.numpy as jnp
@@ -12,32 +12,35 @@ from simclr_jax.errors import ConfigError
 
 
 def recipe(**values):
+  """A recipe with these fields."""
   c = config.load('simclr_cifar10')
   with c.unlocked(), c.ignore_type():
     c.update(values)
   return c
 
 
-def test_three_lars_steps():
-  """Breaks if decay comes after the norms, a mask is lost, or a zero norm divides by zero."""
+def test_lars_against_numpy():
+  """Breaks if weight decay is added after the norms are computed, biases are adapted, or a zero
+  norm divides by zero.
+  """
   rng = np.random.default_rng(0)
   params = {
-    'kernel': rng.normal(size=(4, 3)), 'zero': np.zeros((3, 2)), 'still': rng.normal(size=(2, 2)),
+    'kernel': rng.normal(size=(4, 3)), 'zero': np.zeros((3, 2)), 'no_gradient': rng.normal(size=(2, 2)),
     'bias': rng.normal(size=3), 'scale': np.ones(3),
   }  # fmt: skip
   grads = [jax.tree.map(lambda p: rng.normal(size=p.shape), params) for _ in range(3)]
   for g in grads:
-    g['still'] = np.zeros((2, 2))
-  rate, decay, momentum, trust = [0.5, 1.0, 0.25], 1e-2, 0.9, 1e-3
+    g['no_gradient'] = np.zeros((2, 2))
+  rate, decay, momentum, trust_coefficient = [0.5, 1.0, 0.25], 1e-2, 0.9, 1e-3
 
   c = recipe(optimizer='lars', weight_decay=decay, momentum=momentum)
   rates = jnp.array(rate, jnp.float32)
   optimizer = optim.build(c, lambda step: rates[step])
   ours = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
-  slots = optimizer.init(ours)
+  opt_state = optimizer.init(ours)
   for g in grads:
     g = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), g)
-    updates, slots = optimizer.update(g, slots, ours)
+    updates, opt_state = optimizer.update(g, opt_state, ours)
     ours = optax.apply_updates(ours, updates)
 
   velocity = {k: np.zeros_like(p) for k, p in params.items()}
@@ -49,7 +52,7 @@ def test_three_lars_steps():
         g = g + decay * params[k]
         w_norm, g_norm = np.linalg.norm(params[k]), np.linalg.norm(g)
         if w_norm > 0 and g_norm > 0:
-          ratio = trust * w_norm / g_norm
+          ratio = trust_coefficient * w_norm / g_norm
       velocity[k] = momentum * velocity[k] + lr * ratio * g
       params[k] = params[k] - velocity[k]
   for k in params:
@@ -70,21 +73,23 @@ def test_three_lars_steps():
           warmup_epochs=0.0), 1281167, 28151, 0, 1.6, 1.6, 0.8000447),
   ],
 )  # fmt: skip
-def test_schedule(values, examples, steps, warmup, peak, at_1, at_half):
-  """Breaks if the number of steps, the scaling or either part of the schedule changes."""
+def test_cosine_schedule(values, examples, steps, warmup, peak, at_1, at_half):
+  """Breaks if the number of steps, the learning rate scaling, the warm-up or the cosine decay
+  changes.
+  """
   c = recipe(**values)
   assert optim.train_steps(c, examples) == steps
   assert optim.warmup_steps(c, examples) == warmup
   rate = optim.schedule(c, examples)
 
-  def formula(t):
+  def expected(t):
     if t < warmup:
       return t / warmup * peak
-    span = steps - warmup
-    return 0.5 * peak * (1 + np.cos(np.pi * min(t - warmup, span) / span))
+    decay_steps = steps - warmup
+    return 0.5 * peak * (1 + np.cos(np.pi * min(t - warmup, decay_steps) / decay_steps))
 
   for t in (0, 1, max(warmup - 1, 0), warmup, steps // 2, steps - 1, steps):
-    np.testing.assert_allclose(rate(t), formula(t), rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(rate(t), expected(t), rtol=2e-6, atol=1e-6)
   np.testing.assert_allclose(rate(warmup), peak, rtol=1e-6)
   np.testing.assert_allclose(rate(1), at_1, rtol=1e-5)
   np.testing.assert_allclose(rate(steps // 2), at_half, rtol=1e-5)
@@ -98,8 +103,8 @@ def test_steps_override_epochs():
 
 
 @pytest.mark.parametrize('name', ['sgd', 'adamw', 'lars'])
-def test_vectors_are_not_decayed_and_the_probe_is_apart(name):
-  """Breaks if weight decay reaches BatchNorm or biases, or the probe follows the recipe's rate."""
+def test_no_weight_decay_on_vectors_and_the_probe(name):
+  """Breaks if weight decay is applied to BatchNorm, biases or the online probe."""
   c = recipe(optimizer=name, weight_decay=0.1)
   optimizer = optim.build(c, lambda step: 0.1)
   params = {
@@ -115,11 +120,11 @@ def test_vectors_are_not_decayed_and_the_probe_is_apart(name):
 
 
 def test_moco_schedules():
-  """Breaks if the rate changes within an epoch, at another epoch, or by another factor."""
+  """Breaks if the learning rate changes within an epoch, at another epoch, or by another factor."""
   examples = 1_281_167
   v1, v2 = (optim.schedule(config.load(f'moco_imagenet:{v}'), examples) for v in ('v1', 'v2'))
 
-  def last_step(epoch):  # the last one whose first image is of this epoch
+  def last_step(epoch):  # the last step whose first image is of this epoch
     return ((epoch + 1) * examples - 1) // 256
 
   for epoch, expected in (
@@ -136,50 +141,52 @@ def test_moco_schedules():
   assert v2(last_step(0)) != v2(last_step(0) + 1) == v2(last_step(1))
   assert v2(0) == v2(last_step(0))
 
-  demo = optim.schedule(config.load('moco_cifar10'), 50_000)
-  np.testing.assert_allclose(demo(0), 0.059996, rtol=1e-4)  # its epochs are counted from 1
-  assert demo(199 * 50_000 // 512) > 0 == demo(199 * 50_000 // 512 + 1)
+  cifar10 = optim.schedule(config.load('moco_cifar10'), 50_000)
+  np.testing.assert_allclose(cifar10(0), 0.059996, rtol=1e-4)  # this recipe counts epochs from 1
+  assert cifar10(199 * 50_000 // 512) > 0 == cifar10(199 * 50_000 // 512 + 1)
 
 
-def test_no_decay_epochs():
-  """Breaks if an empty list of epochs crashes instead of keeping the rate."""
+def test_multistep_without_decay_epochs():
+  """Breaks if an empty list of epochs fails instead of keeping the learning rate constant."""
   rate = optim.schedule(config.load('moco_imagenet', {'decay_epochs': ''}), 1_281_167)
   np.testing.assert_allclose(rate(1_000_000), 0.03)
 
 
-def test_a_schedule_of_nothing_is_refused():
-  """Breaks if a short run with MoCo's CIFAR schedule silently trains at rate 0."""
+def test_learning_rate_of_zero_is_refused():
+  """Breaks if a run of one epoch with MoCo's CIFAR schedule silently trains at learning rate 0."""
   with pytest.raises(ConfigError, match='schedule_first_epoch=1'):
     optim.schedule(config.load('moco_cifar10', {'steps': '50'}), 50_000)
 
 
 @pytest.mark.parametrize('nesterov', [False, True])
-def test_sgd_decays_everything_before_the_momentum(nesterov):
-  """Breaks if MoCo's weight decay spares BatchNorm and biases, or bypasses the momentum."""
+def test_sgd_weight_decay_and_momentum(nesterov):
+  """Breaks if MoCo's weight decay excludes BatchNorm and biases, or is applied after the momentum."""
   rng = np.random.default_rng(0)
   params = {'kernel': rng.normal(size=(4, 3)), 'bias': rng.normal(size=3)}
   c = recipe(optimizer='nesterov' if nesterov else 'sgd', weight_decay=0.1, weight_decay_on='all')
   rates = [0.5, 0.2, 0.1]
   optimizer = optim.build(c, lambda step: jnp.array(rates)[step])
   ours = jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params)
-  slots = optimizer.init(ours)
-  buffer = jax.tree.map(np.zeros_like, params)
+  opt_state = optimizer.init(ours)
+  velocity = jax.tree.map(np.zeros_like, params)
   for rate in rates:
     grads = jax.tree.map(lambda p: rng.normal(size=p.shape), params)
-    updates, slots = optimizer.update(
-      jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads), slots, ours
+    updates, opt_state = optimizer.update(
+      jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), grads), opt_state, ours
     )
     ours = optax.apply_updates(ours, updates)
     for k, g in grads.items():
       g = g + 0.1 * params[k]
-      buffer[k] = 0.9 * buffer[k] + g
-      params[k] = params[k] - rate * (g + 0.9 * buffer[k] if nesterov else buffer[k])
+      velocity[k] = 0.9 * velocity[k] + g
+      params[k] = params[k] - rate * (g + 0.9 * velocity[k] if nesterov else velocity[k])
   for k in params:
     np.testing.assert_allclose(ours[k], params[k], rtol=1e-5)
 
 
-def test_lars_leaves_a_classifier_out_but_decays_it():
-  """Breaks if LARS scales the supervised head's update, or spares its kernel the weight decay."""
+def test_lars_decays_but_does_not_adapt_the_classifier():
+  """Breaks if LARS adapts the learning rate of the supervised classifier, or excludes its kernel
+  from weight decay.
+  """
   c = recipe(optimizer='lars', weight_decay=0.1)
   optimizer = optim.build(c, lambda step: 1.0)
   params = {k: {'kernel': jnp.full((2, 2), 3.0)} for k in ('encoder', 'classifier')}
@@ -190,7 +197,9 @@ def test_lars_leaves_a_classifier_out_but_decays_it():
 
 
 def test_optimizer_groups_have_learning_rates_of_their_own():
-  """Breaks if a predictor's rate is not its factor times that of the recipe, or decays where it is constant."""
+  """Breaks if a predictor's rate is not its factor times that of the recipe, or decays where it is
+  constant.
+  """
   values = {'optimizer': 'sgd', 'momentum': 0.0, 'weight_decay': 0.0, 'schedule': 'cosine',
             'learning_rate': 0.2, 'learning_rate_scaling': 'linear', 'batch_size': 512}  # fmt: skip
   c = recipe(**values, warmup_epochs=0.0, steps=10)

@@ -1,4 +1,4 @@
-"""How a step is laid out: split parameters, parts of a batch, activations computed twice."""
+"""Parallelism and memory: sharded parameters (FSDP), gradient accumulation, rematerialisation."""
 
 import jax
 import numpy as np
@@ -13,52 +13,58 @@ SMALL = {**TINY, 'steps': '3', 'dtype': 'float32', 'batch_size': '64', 'learning
          'warmup_epochs': '0', 'model.width_multiplier': '0.25'}  # fmt: skip
 
 
-def after(steps=3, devices=8, recipe='simclr_digits', **values):
-  """The state, and the metrics of every step."""
+def train_steps(steps=3, devices=8, recipe='simclr_digits', **values):
+  """Trains some steps: the state after them, and the metrics of every step."""
   c = config.load(recipe, {**SMALL, **{k.replace('__', '.'): str(v) for k, v in values.items()}})
   mesh = sharding.make_mesh(jax.devices()[:devices])
   ts, step = train_state.build(c, digits.load(None, 'train'), mesh)
-  found = []
+  all_metrics = []
   for i in range(steps):
     ts, metrics = step(ts, i)
-    found.append(jax.device_get(metrics))
+    all_metrics.append(jax.device_get(metrics))
   step.loader.close()
-  return ts, found
+  return ts, all_metrics
 
 
-def close(a, b, tolerance):
+def assert_close(a, b, tolerance):
+  """Compares params and state of two `TrainState`s."""
   a, b = ([jax.device_get(x) for x in jax.tree.leaves((t.params, t.state))] for t in (a, b))
   for x, y in zip(a, b, strict=True):
     np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
 
 @pytest.fixture(scope='module')
-def plain():
-  return after()
+def baseline():
+  """Three steps with replicated parameters, without accumulation and rematerialisation."""
+  return train_steps()
 
 
-def test_split_parameters_give_the_same_training(plain, monkeypatch):
-  """Breaks if a device trains its part alone, or nothing is split."""
+def test_fsdp_gives_the_same_training(baseline, monkeypatch):
+  """Breaks if FSDP changes the results, or does not shard parameters and optimizer state."""
   monkeypatch.setattr(sharding, 'SMALL', 256)
-  ts, metrics = after(sharding='fsdp')
-  for a, b in zip(metrics, plain[1], strict=True):
+  ts, metrics = train_steps(sharding='fsdp')
+  for a, b in zip(metrics, baseline[1], strict=True):
     np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-5)
-  close(ts, plain[0], 1e-4)
+  assert_close(ts, baseline[0], 1e-4)
   for tree in (ts.params, ts.opt_state):
     sizes = [(x.size, x.addressable_shards[0].data.size) for x in jax.tree.leaves(tree)]
-    whole, here = map(sum, zip(*sizes))
-    assert here < whole / 6  # of 8 devices
+    total, on_device = map(sum, zip(*sizes))
+    assert on_device < total / 6  # with 8 devices
 
 
-def test_activations_computed_twice_change_nothing(plain):
-  """Breaks if a block's gradient or its statistics are those of other activations."""
-  ts, metrics = after(rematerialize='true')
-  np.testing.assert_allclose([m['loss'] for m in metrics], [m['loss'] for m in plain[1]], rtol=1e-5)
-  close(ts, plain[0], 1e-4)
+def test_rematerialisation_gives_the_same_training(baseline):
+  """Breaks if rematerialisation changes gradients or BatchNorm statistics."""
+  ts, metrics = train_steps(rematerialize='true')
+  np.testing.assert_allclose(
+    [m['loss'] for m in metrics], [m['loss'] for m in baseline[1]], rtol=1e-5
+  )
+  assert_close(ts, baseline[0], 1e-4)
 
 
-def test_parts_of_a_batch():
-  """Breaks if a part has other rows, the gradients are summed, or statistics do not go on."""
+def test_gradient_accumulation():
+  """Breaks if a micro-batch has the wrong rows, gradients are summed instead of averaged, or BatchNorm
+  statistics are not passed from one micro-batch to the next.
+  """
   values = {**SMALL, 'accumulate_steps': '2', 'optimizer': 'sgd', 'weight_decay': '0', 'steps': '1'}
   c = config.load('simclr_digits', values)
   images = digits.load(None, 'train')
@@ -82,25 +88,27 @@ def test_parts_of_a_batch():
 
   total, losses = jax.tree.map(np.zeros_like, params), []
   for i in range(2):
-    part = {k: v[i::2] for k, v in rows.items()}  # of 64, on 8 devices: 4 rows of each
+    part = {k: v[i::2] for k, v in rows.items()}  # 32 of 64 rows: 4 per device
     part['label'] = images.labels[part['index']]
-    grads, (state, found) = gradient(state, images.images[part['index']], part)
+    grads, (state, part_metrics) = gradient(state, images.images[part['index']], part)
     total = jax.tree.map(lambda t, g: t + g / 2, total, grads)
-    losses.append(found['loss'])
+    losses.append(part_metrics['loss'])
   np.testing.assert_allclose(metrics['loss'], np.mean(losses), rtol=1e-5)
   rate = float(metrics['learning_rate'])
   for name in ('encoder', 'head'):
-    moved = jax.tree.map(
+    mean_gradient = jax.tree.map(
       lambda a, b: (a - b) / rate, params[name], jax.device_get(new.params[name])
     )
-    for a, b in zip(jax.tree.leaves(moved), jax.tree.leaves(total[name]), strict=True):
+    for a, b in zip(jax.tree.leaves(mean_gradient), jax.tree.leaves(total[name]), strict=True):
       np.testing.assert_allclose(a, b, atol=2e-4, rtol=2e-3)
   for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(new.state), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_parts_that_do_not_fit(capsys):
-  """Breaks if a part smaller than the devices or the groups is found out by the compiler."""
+def test_indivisible_accumulate_steps_are_refused(capsys):
+  """Breaks if a batch size that is not divisible by accumulate_steps and the devices is only refused by
+  the compiler.
+  """
   with pytest.raises(ConfigError, match='not divisible by accumulate_steps=3'):
     config.load('simclr_digits', {**SMALL, 'accumulate_steps': '3'})
   c = config.load('simclr_digits', {**SMALL, 'accumulate_steps': '16'})

@@ -1,4 +1,4 @@
-"""Runs in other places than this machine's folders."""
+"""Paths of runs: local folders and buckets."""
 
 import pathlib
 
@@ -12,8 +12,8 @@ from simclr_jax.runtime import paths
 epath = pytest.importorskip('etils.epath')
 
 
-def test_places():
-  """Breaks if a bucket's name is taken for a folder: gs:/bucket below the working directory."""
+def test_local_and_remote_paths():
+  """Breaks if gs://bucket is read as a local path: gs:/bucket below the working directory."""
   bucket = paths.path('gs://bucket/a b/run')
   assert str(paths.absolute(bucket) / 'checkpoints') == 'gs://bucket/a b/run/checkpoints'
   assert paths.is_remote(bucket) and not paths.is_remote(paths.path('runs/x'))
@@ -23,17 +23,19 @@ def test_places():
     paths.path('ftp://x/y')
 
 
-def test_a_run_needs_no_more_of_a_path_than_buckets_have(tmp_path, monkeypatch, capsys):
-  """Breaks if a file of a run is handled by what only local paths can do; no bucket is there to try."""
+def test_a_run_uses_only_path_operations_of_buckets(tmp_path, monkeypatch, capsys):
+  """Breaks if a file of a run is written with operations that only local paths have. Uses a local
+  folder with the file system for buckets.
+  """
   backend = pytest.importorskip('etils.epath.backend')
   monkeypatch.setattr(paths, 'path', epath.Path)
-  # TensorFlow's file system, as for gs://, and not Python's.
-  bucket = property(lambda self: backend.tf_backend)
-  monkeypatch.setattr(epath.gpath.PosixGPath, '_backend', bucket)
+  # TensorFlow's file system, as for gs://, instead of Python's.
+  tf_backend = property(lambda self: backend.tf_backend)
+  monkeypatch.setattr(epath.gpath.PosixGPath, '_backend', tf_backend)
   monkeypatch.setattr(paths, 'is_remote', lambda path: True)
-  place = epath.Path(tmp_path / 'run')
+  workdir = epath.Path(tmp_path / 'run')
   for steps in ('2', '2'):
     recipe = config.load('simclr_digits', {**TINY, 'steps': steps, 'checkpoint_every_steps': '1'})
-    assert train.pretrain(recipe, place, quiet=True) == 0
+    assert train.pretrain(recipe, workdir, quiet=True) == 0
   assert 'is complete: 2 steps' in capsys.readouterr().out
   assert cli.main(['probe', f'--workdir={tmp_path}/run', '--cached', '--epochs=1']) == 0

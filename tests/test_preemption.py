@@ -1,4 +1,4 @@
-"""What loops do at every turn: signals, and the watchdog."""
+"""Signals and the watchdog."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ import pytest
 from simclr_jax.errors import ExitCode, Stopped
 from simclr_jax.runtime import preemption
 
-DOGS = """
+WATCHDOGS = """
 import time
 from simclr_jax.runtime.preemption import Watchdog, check
 Watchdog.FIRST = 0
@@ -26,24 +26,26 @@ with Watchdog(2):
 """
 
 
-@pytest.mark.parametrize('inner, said', [(0, ['inner', 'outer']), (1, [])])
-def test_watchdogs_inside_each_other(inner, said):
-  """Breaks if the outer one counts while the inner one is there, or not afterwards, or `check` is no sign of life."""
-  done = subprocess.run(
-    [sys.executable, '-c', DOGS.format(inner=inner)],
+@pytest.mark.parametrize('inner, expected', [(0, ['inner', 'outer']), (1, [])])
+def test_nested_watchdogs(inner, expected):
+  """Breaks if the outer watchdog is active inside the inner one or inactive after it, or `check`
+  gives no heartbeat.
+  """
+  completed = subprocess.run(
+    [sys.executable, '-c', WATCHDOGS.format(inner=inner)],
     capture_output=True,
     text=True,
     timeout=60,
     check=False,
   )
-  assert done.stdout.split() == said
-  assert done.returncode == ExitCode.HUNG
-  assert f'no step finished in {inner or 2} s' in done.stderr
-  assert 'File "<string>"' in done.stderr  # where it hung
+  assert completed.stdout.split() == expected
+  assert completed.returncode == ExitCode.HUNG
+  assert f'no step finished in {inner or 2} s' in completed.stderr
+  assert 'File "<string>"' in completed.stderr  # the stack of the hanging thread
 
 
-def test_check_grants_what_a_signal_wished():
-  """Breaks if an evaluation inside a training does not end at its next turn."""
+def test_check_raises_after_a_signal():
+  """Breaks if an evaluation during training does not stop at its next `check` after SIGTERM."""
   preemption.check()
   with preemption.GracefulStop():
     preemption.check()
@@ -52,7 +54,7 @@ def test_check_grants_what_a_signal_wished():
       preemption.check()
     assert stopped.value.args == (ExitCode.PREEMPTED,)
     with preemption.GracefulStop():
-      preemption.check()  # it is the outer one's
+      preemption.check()  # the signal was for the outer one
     with pytest.raises(Stopped):
       preemption.check()
   preemption.check()
