@@ -197,8 +197,8 @@ def test_lars_decays_but_does_not_adapt_the_classifier():
 
 
 def test_optimizer_groups_have_learning_rates_of_their_own():
-  """Breaks if a predictor's rate is not its factor times that of the recipe, or decays where it is
-  constant.
+  """Breaks if the learning rate of a group is not its factor times that of the recipe, or decays
+  although it is constant.
   """
   values = {'optimizer': 'sgd', 'momentum': 0.0, 'weight_decay': 0.0, 'schedule': 'cosine',
             'learning_rate': 0.2, 'learning_rate_scaling': 'linear', 'batch_size': 512}  # fmt: skip
@@ -211,10 +211,10 @@ def test_optimizer_groups_have_learning_rates_of_their_own():
   }
   optimizer = optim.build(c, rate, groups)
   params = {k: {'kernel': jnp.ones((2, 2))} for k in ('encoder', *groups)}
-  slots, grads = optimizer.init(params), jax.tree.map(jnp.ones_like, params)
+  opt_state, grads = optimizer.init(params), jax.tree.map(jnp.ones_like, params)
   for step in range(10):
-    updates, slots = optimizer.update(grads, slots, params)
-    now = 0.4 * 0.5 * (1 + np.cos(np.pi * step / 10))
-    expected = {'encoder': now, 'predictor': 0.4, 'fast': 10 * now, 'both': 0.2}
+    updates, opt_state = optimizer.update(grads, opt_state, params)
+    step_rate = 0.4 * 0.5 * (1 + np.cos(np.pi * step / 10))
+    expected = {'encoder': step_rate, 'predictor': 0.4, 'fast': 10 * step_rate, 'both': 0.2}
     for key, value in expected.items():
       np.testing.assert_allclose(updates[key]['kernel'], -value, rtol=1e-5, err_msg=key)

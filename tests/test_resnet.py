@@ -1,4 +1,4 @@
-"""ResNets against a second one in plain numpy, in double precision, and against torchvision's."""
+"""ResNets compared with an implementation in float64 numpy and with torchvision's."""
 
 import importlib.util
 import subprocess
@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from simclr_jax.models import resnet
 from simclr_jax.models.resnet import ResNet
 
-# Depths of this file alone: a block of every kind, with a bottleneck and without.
+# Depths for these tests: every kind of block, with and without a bottleneck.
 SMALL = {'basic': ((2, 1), False), 'bottleneck': ((2, 1), True)}
 
 
@@ -28,7 +28,7 @@ def sigmoid(x):
 
 
 def conv(x, p, stride=1):
-  """Pads (k - 1) / 2 zeros on every side."""
+  """A convolution with (k - 1) / 2 zeros of padding on every side."""
   w = p['kernel']
   pad = len(w) // 2
   x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
@@ -37,25 +37,27 @@ def conv(x, p, stride=1):
 
 
 def max_pool(x, variant):
-  """3x3, stride 2; 'simclr' pads at the end where an even size needs a last pixel, as TensorFlow."""
+  """3x3, stride 2. 'simclr' pads as TensorFlow does: for even sizes only at the end."""
   first = 0 if variant == 'simclr' and x.shape[1] % 2 == 0 else 1
   x = np.pad(x, ((0, 0), (first, 1), (first, 1), (0, 0)), constant_values=-np.inf)
   return sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2].max((-2, -1))
 
 
 def average_pool(x, stride):
-  """2x2: at the lower and right border, stride 1 averages what is there; stride 2, with zeros."""
+  """2x2, without padding at the start. At the lower and right border, stride 1 averages the existing
+  pixels, stride 2 pads with zeros.
+  """
   n, h, w, c = x.shape
   out = np.zeros((n, -(-h // stride), -(-w // stride), c))
   for i in range(out.shape[1]):
     for j in range(out.shape[2]):
-      seen = x[:, i * stride : i * stride + 2, j * stride : j * stride + 2]
-      out[:, i, j] = seen.mean((1, 2)) if stride == 1 else seen.sum((1, 2)) / 4
+      window = x[:, i * stride : i * stride + 2, j * stride : j * stride + 2]
+      out[:, i, j] = window.mean((1, 2)) if stride == 1 else window.sum((1, 2)) / 4
   return out
 
 
-class Reference:
-  """`Reference(...)(variables, x)` computes what ResNet computes, as the papers describe it."""
+class NumpyResNet:
+  """`NumpyResNet(...)(variables, x)` computes the output of `ResNet` as the papers describe it."""
 
   def __init__(self, depth, train, stem='cifar', variant='simclr', sk_ratio=0, se_ratio=0):
     self.blocks, self.bottleneck = SMALL[depth]
@@ -74,7 +76,7 @@ class Reference:
     mean = (one + two).mean((1, 2), keepdims=True)
     mean = np.maximum(self.norm(conv(mean, p['reduce']), p['bn'], s['bn']), 0)
     a, b = np.split(conv(mean, p['expand']), 2, axis=-1)
-    return sigmoid(a - b) * one + sigmoid(b - a) * two  # the softmax of two
+    return sigmoid(a - b) * one + sigmoid(b - a) * two  # the softmax of two streams
 
   def block(self, x, p, s, stride):
     y = x
@@ -114,7 +116,7 @@ class Reference:
 
 
 def random_variables(net, shape):
-  """What `net.init` returns, with other numbers: no gamma is 0, no running mean is 0."""
+  """Variables with the shapes of `net.init` and random values: no gamma and no running mean is 0."""
   tree = jax.eval_shape(lambda: net.init(jax.random.key(0), jnp.zeros(shape), train=False))
   rng = np.random.default_rng(0)
 
@@ -128,13 +130,13 @@ def random_variables(net, shape):
 
 
 def random_images(shape):
-  """Noise of another colour in every image, so that their features differ."""
+  """Noise with another mean colour in every image, so that their features differ."""
   rng = np.random.default_rng(1)
   return rng.normal(rng.normal(size=(shape[0], 1, 1, 3)), 1.0, shape).astype(np.float32)
 
 
-def apply_both_ways(net, variables, x):
-  """(h with running statistics, h in training, running statistics after it), one compilation."""
+def apply_eval_and_train(net, variables, x):
+  """(h in evaluation mode, h in training mode, the new running statistics), compiled once."""
 
   @jax.jit
   def both(variables, x):
@@ -162,16 +164,16 @@ def apply_both_ways(net, variables, x):
   ids=lambda v: '-'.join(map(str, v.values())) if isinstance(v, dict) else str(v),
 )
 def test_forward_against_numpy(depth, size, settings):
-  """Breaks if the padding of a convolution or pool, a stride, a shortcut, the stem, or the order of
-  layers changes, in selective kernels, squeeze-and-excitation and ResNet-D too.
+  """Breaks if padding, a stride, a shortcut, the stem or the order of layers changes, also with selective
+  kernels, squeeze-and-excitation and ResNet-D.
   """
   net = ResNet(depth, 1 / 8, **{'stem': 'cifar', **settings})
   x = random_images((3, size, size, 3))
   variables = random_variables(net, x.shape)
-  evaluated, trained, _ = apply_both_ways(net, variables, x)
+  evaluated, trained, _ = apply_eval_and_train(net, variables, x)
   for h, train in ((evaluated, False), (trained, True)):
-    expected = Reference(depth, train, **settings)(variables, x)
-    assert np.std(expected, axis=0).mean() > 2e-3  # images differ: agreement means something
+    expected = NumpyResNet(depth, train, **settings)(variables, x)
+    assert np.std(expected, axis=0).mean() > 2e-3  # the features of the images differ
     np.testing.assert_allclose(h, expected, rtol=1e-4, atol=5e-5)
 
 
@@ -183,24 +185,24 @@ def test_forward_against_numpy(depth, size, settings):
   ],
 )
 def test_normalize(name, mean, std):
-  """Breaks if the network sees other pixels than (x - mean) / std in its first layer."""
+  """Breaks if the input of the first layer is not (x - mean) / std."""
   x = np.random.default_rng(0).random((3, 8, 8, 3))
   variables = random_variables(ResNet('basic', 1 / 8, 'cifar'), x.shape)
-  h, _, _ = apply_both_ways(ResNet('basic', 1 / 8, 'cifar', normalize=name), variables, x)
-  reference = Reference('basic', train=False)
+  h, _, _ = apply_eval_and_train(ResNet('basic', 1 / 8, 'cifar', normalize=name), variables, x)
+  reference = NumpyResNet('basic', train=False)
   np.testing.assert_allclose(h, reference(variables, (x - mean) / std), rtol=1e-4, atol=5e-5)
   assert not np.allclose(h, reference(variables, x), rtol=0.1)
 
 
 @pytest.mark.parametrize('variant, ddof', [('simclr', 0), ('torchvision', 1)])
 def test_running_statistics_against_numpy(variant, ddof):
-  """Breaks if a variant's running variance changes sides, or if the groups of BatchNorm and their
-  layout do not reach its layers.
+  """Breaks if the running variance is that of the other variant, or the layers ignore the BatchNorm groups
+  and their layout.
   """
   net = ResNet('basic', 1 / 8, 'cifar', variant, groups=2, layout='strided')
   x = random_images((4, 3, 3, 3))
   variables = random_variables(net, x.shape)
-  _, _, stats = apply_both_ways(net, variables, x)
+  _, _, stats = apply_eval_and_train(net, variables, x)
   y = conv(x, variables['params']['stem_conv'])
   old, new = variables['batch_stats']['stem_bn'], stats['stem_bn']
   var = (y[0::2].var((0, 1, 2), ddof=ddof) + y[1::2].var((0, 1, 2), ddof=ddof)) / 2
@@ -210,14 +212,14 @@ def test_running_statistics_against_numpy(variant, ddof):
 
 @pytest.mark.parametrize('ratio, channels', [(0.0625, 32), (0.5, 32), (0.75, 48)])
 def test_selective_kernels_have_at_least_32_channels(ratio, channels):
-  """Breaks if the number of channels between streams and weights is not max(32, f * ratio)."""
+  """Breaks if the bottleneck of the selective kernels does not have max(32, f * ratio) channels."""
   net = ResNet('bottleneck', 1, 'cifar', sk_ratio=ratio)
   params = random_variables(net, (1, 8, 8, 3))['params']
   assert params['group1_block1']['sk']['reduce']['kernel'].shape == (1, 1, 64, channels)
 
 
 def from_torchvision(state):
-  """A state_dict of torchvision, in numpy, under our names."""
+  """The variables of `ResNet` from a state_dict of torchvision, in numpy."""
   variables = {'params': {}, 'batch_stats': {}}
   leaves = {
     'weight': ('params', 'scale'),
@@ -269,12 +271,12 @@ np.savez(sys.argv[3], h_eval=h_eval, h_train=h_train, **before, **after)
 
 @pytest.mark.parametrize('depth', [18, 50])
 def test_torchvision(depth, tmp_path):
-  """Breaks if the torchvision variant computes other features, or other running statistics, than
-  torchvision with the same weights.
+  """Breaks if the torchvision variant computes other features or running statistics than torchvision with
+  the same weights.
   """
   if not importlib.util.find_spec('torchvision'):
     pytest.skip('torchvision is not installed: pip install torch torchvision')
-  x = random_images((4, 56, 56, 3))  # then 28, 14, 14, 7, 4, 2
+  x = random_images((4, 56, 56, 3))  # 28, 14, 14, 7, 4, 2 pixels in the layers
   np.save(tmp_path / 'images.npy', x)
   arguments = [str(depth), tmp_path / 'images.npy', tmp_path / 'torch.npz']
   subprocess.run([sys.executable, '-c', TORCHVISION, *arguments], check=True)
@@ -287,13 +289,13 @@ def test_torchvision(depth, tmp_path):
   net = ResNet(depth, variant='torchvision')
   expected = jax.eval_shape(lambda: net.init(jax.random.key(0), x, train=False))
   assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, expected)
-  evaluated, trained, stats = apply_both_ways(net, before, x)
+  evaluated, trained, stats = apply_eval_and_train(net, before, x)
 
-  def agree(ours, torch, tolerance):
+  def assert_close(ours, torch, tolerance):
     np.testing.assert_allclose(ours, torch, rtol=0, atol=tolerance * abs(torch).max())
 
-  assert np.std(h_eval, axis=0).mean() > 1e-3 * h_eval.max()  # images differ
-  agree(evaluated, h_eval, 1e-5)
-  # Statistics of 16 values amplify rounding: torch itself is 1e-4 off its own double precision.
-  agree(trained, h_train, 5e-4)
-  jax.tree.map(lambda a, b: agree(a, b, 2e-4), stats, after['batch_stats'])
+  assert np.std(h_eval, axis=0).mean() > 1e-3 * h_eval.max()  # the features of the images differ
+  assert_close(evaluated, h_eval, 1e-5)
+  # Statistics of 16 values amplify rounding: torch in float32 differs by 1e-4 from torch in float64.
+  assert_close(trained, h_train, 5e-4)
+  jax.tree.map(lambda a, b: assert_close(a, b, 2e-4), stats, after['batch_stats'])

@@ -1,4 +1,4 @@
-"""Logistic regression on all devices, and its use on other data sets."""
+"""Transfer to other data sets, and the logistic regression on all devices that it uses."""
 
 import io
 import json
@@ -14,15 +14,17 @@ from simclr_jax.evaluate import lbfgs, metrics, transfer
 
 
 def blobs(n, seed, classes=4, d=12):
-  """Overlapping classes."""
+  """Features and labels of overlapping classes."""
   rng = np.random.default_rng(seed)
   labels = rng.integers(0, classes, n)
   centres = np.random.default_rng(99).normal(size=(classes, d))
   return np.float32(centres[labels] + 1.5 * rng.normal(size=(n, d))), labels
 
 
-def test_fits_equal_scikit_learn(monkeypatch):
-  """Breaks if the penalty has another scale, reaches the bias, or rows that only fill up count."""
+def test_lbfgs_against_scikit_learn(monkeypatch):
+  """Breaks if the L2 penalty has another scale or includes the bias, or padding rows change the
+  fit.
+  """
   monkeypatch.setattr(lbfgs, 'TOLERANCE', 1e-7)
   x, labels = blobs(301, 1)
   weights = np.array([1000.0, 30.0, 1.0])
@@ -33,8 +35,8 @@ def test_fits_equal_scikit_learn(monkeypatch):
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
-def test_several_labels_an_image_are_regressions_of_one_against_the_rest(monkeypatch):
-  """Breaks if the classes share a softmax, or rows that only fill up count."""
+def test_multilabel_lbfgs_is_one_against_the_rest(monkeypatch):
+  """Breaks if the classes share a softmax, or padding rows change the fit."""
   monkeypatch.setattr(lbfgs, 'TOLERANCE', 1e-7)
   x, _ = blobs(301, 1)
   positive = np.random.default_rng(3).normal(size=(301, 3)) + x[:, :3] > 0.5
@@ -45,53 +47,56 @@ def test_several_labels_an_image_are_regressions_of_one_against_the_rest(monkeyp
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
-def test_a_data_set_with_several_labels_an_image(tmp_path, monkeypatch):
-  """Breaks if the labels are not those of the images, or it is not measured by mean average precision."""
+def test_transfer_to_a_multilabel_data_set(tmp_path, monkeypatch):
+  """Breaks if labels are assigned to the wrong images, or the metric is not mAP."""
   tfds = pytest.importorskip('tensorflow_datasets')
-  from test_records import jpeg, tfds_writes
+  from test_records import jpeg, write_with_tfds
 
-  parts = {
+  features = {
     'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
     'labels': tfds.features.Sequence(tfds.features.ClassLabel(num_classes=3)),
   }
-  given = [[i % 3] if i % 2 else [i % 3, (i + 1) % 3] for i in range(30)]
+  labels = [[i % 3] if i % 2 else [i % 3, (i + 1) % 3] for i in range(30)]
   splits = {'train': range(15), 'validation': range(15, 20), 'test': range(20, 30)}
-  where = tfds_writes(tmp_path, 'voclike', parts, {
-    name: [{'image': io.BytesIO(jpeg(i)), 'labels': given[i]} for i in which]
-    for name, which in splits.items()
+  folder = write_with_tfds(tmp_path, 'voclike', features, {
+    name: [{'image': io.BytesIO(jpeg(i)), 'labels': labels[i]} for i in indices]
+    for name, indices in splits.items()
   })  # fmt: skip
-  task = transfer.load(str(where))
+  task = transfer.load(str(folder))
   assert task.metric == transfer.MAP == transfer.metric('voc/2007')
   assert (len(task.train), len(task.test)) == (20, 10)
-  for truth, which, part in zip(task.truth, (range(20), range(20, 30)), (task.train, task.test)):
-    # TFDS writes its examples in an order of its own: the pictures tell which is which.
-    pictures = [e['bytes'] for e in part.iterate_once().as_numpy_iterator()]
-    number = {jpeg(i): i for i in which}
-    assert [set(np.flatnonzero(row)) for row in truth] == [set(given[number[p]]) for p in pictures]
+  parts = zip(task.truth, (range(20), range(20, 30)), (task.train, task.test))
+  for truth, indices, dataset in parts:
+    # TFDS shuffles the examples that it writes: they are identified by their images.
+    images = [e['bytes'] for e in dataset.iterate_once().as_numpy_iterator()]
+    number = {jpeg(i): i for i in indices}
+    assert [set(np.flatnonzero(row)) for row in truth] == [set(labels[number[p]]) for p in images]
   monkeypatch.setattr(lbfgs, 'SWEEP', np.array([1e-1, 1e2]))
   assert 0 < transfer.linear({'raw pixels': None}, task)['raw pixels'] <= 1
 
 
-def test_the_regularisation_is_chosen_without_the_test_images(monkeypatch):
-  """Breaks if the best weight is not that of the held-out images, or the last fit leaves some out."""
+def test_l2_strength_is_chosen_on_a_validation_split(monkeypatch):
+  """Breaks if the L2 strength is not that of the best validation accuracy, or the last fit does not
+  use all training images.
+  """
   monkeypatch.setattr(lbfgs, 'SWEEP', np.array([1.0, 1e2, 1e6]))
   x, labels = blobs(200, 1)
   test, test_labels = blobs(500, 2)
   scores, weight = lbfgs.sweep_l2(x, labels, test)
   assert scores.shape == (500, 4) and weight in lbfgs.SWEEP and weight < 1e6
   model = LogisticRegression(C=1 / weight, max_iter=10_000, tol=1e-8).fit(x, labels)
-  agree = np.mean(scores.argmax(1) == model.predict(test))
-  assert agree > 0.99
-  plain = model.score(test, test_labels)
-  assert metrics.top_k(scores, test_labels) == pytest.approx(plain, abs=0.01)
+  agreement = np.mean(scores.argmax(1) == model.predict(test))
+  assert agreement > 0.99
+  expected = model.score(test, test_labels)
+  assert metrics.top_k(scores, test_labels) == pytest.approx(expected, abs=0.01)
 
 
-def test_transfer(tmp_path, capsys, monkeypatch):
-  """Breaks if a data set is measured by the wrong number, or a missing one is passed over."""
+def test_transfer_command(tmp_path, capsys, monkeypatch):
+  """Breaks if a data set is evaluated with the wrong metric, or a missing one is not reported."""
   monkeypatch.setattr(lbfgs, 'SWEEP', np.array([1e-1, 1e2]))
   for split in ('train', 'test'):
-    found = digits.load(None, split).sample(200)
-    np.savez(tmp_path / f'{split}.npz', images=found.images, labels=found.labels)
+    subset = digits.load(None, split).sample(200)
+    np.savez(tmp_path / f'{split}.npz', images=subset.images, labels=subset.labels)
   run = tmp_path / 'run'
   recipe = config.load('simclr_digits', {**TINY, 'steps': '2', 'model.depth': '8'})
   assert train.pretrain(recipe, run, quiet=True) == 0
@@ -99,15 +104,16 @@ def test_transfer(tmp_path, capsys, monkeypatch):
   argv = ['transfer', f'--workdir={run}', f'--to={tmp_path}/train.npz,{nowhere}', '--finetune',
           '--baselines', '--config.steps=2']  # fmt: skip
   assert cli.main(argv) == 0
-  out = capsys.readouterr().out
-  kept = json.loads((run / 'evaluation.json').read_text())['transfer']
-  assert kept['columns'] == ['raw pixels', 'untrained', 'pretrained', 'from scratch', 'fine-tuned']
-  assert [c[0] for c in kept['rows']['nowhere (top-1)']] == [None] * 5
-  assert 'missing' in out and str(nowhere) in kept['notes']['nowhere (top-1)']
-  assert all(0 <= c[0] <= 100 for c in kept['rows']['train.npz (top-1)'])
-  assert kept['settings']['images'] == {'train.npz (top-1)': [200, 200]}
+  output = capsys.readouterr().out
+  result = json.loads((run / 'evaluation.json').read_text())['transfer']
+  columns = ['raw pixels', 'untrained', 'pretrained', 'from scratch', 'fine-tuned']
+  assert result['columns'] == columns
+  assert [c[0] for c in result['rows']['nowhere (top-1)']] == [None] * 5
+  assert 'missing' in output and str(nowhere) in result['notes']['nowhere (top-1)']
+  assert all(0 <= c[0] <= 100 for c in result['rows']['train.npz (top-1)'])
+  assert result['settings']['images'] == {'train.npz (top-1)': [200, 200]}
   with pytest.raises(SystemExit, match='2'):
     cli.main([*argv[:3], '--config.steps=2'])
-  assert '--config.* is for --finetune' in capsys.readouterr().err
-  for what, how in (('oxford_iiit_pet:4.0.0', 'mean per class'), ('cifar10', 'top-1')):
-    assert transfer.metric(what) == how
+  assert '--config.FIELD=VALUE needs --finetune' in capsys.readouterr().err
+  for name, metric in (('oxford_iiit_pet:4.0.0', 'mean per class'), ('cifar10', 'top-1')):
+    assert transfer.metric(name) == metric
