@@ -6,7 +6,8 @@ import tempfile
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Most of the time is compilation; without LLVM's optimisations it takes less than half as long.
-os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_backend_optimization_level=0'
+if 'xla_backend_optimization_level' not in os.environ.get('XLA_FLAGS', ''):
+  os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_backend_optimization_level=0'
 
 import jax
 import pytest
@@ -16,12 +17,13 @@ from simclr_jax import cli
 
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_platforms', 'cpu')
-# Each program is compiled once for all tests and for the subprocesses that they start.
-_cache = tempfile.TemporaryDirectory(prefix='simclr_jax_test_cache')
-os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
-jax.config.update('jax_compilation_cache_dir', _cache.name)
-os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.2)
+# Each program is compiled once for all tests, on all of pytest's workers, and for the subprocesses of tests.
+if 'SIMCLR_JAX_TEST_CACHE' not in os.environ:
+  _cache = tempfile.TemporaryDirectory(prefix='simclr_jax_test_cache')
+  os.environ['SIMCLR_JAX_TEST_CACHE'] = os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
+jax.config.update('jax_compilation_cache_dir', os.environ['SIMCLR_JAX_TEST_CACHE'])
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 
 # The smallest run that uses every part of the recipe: `config.load('simclr_digits', TINY)`.
 TINY = {
