@@ -1,8 +1,8 @@
 """One SimCLR training step on the CPU: this project against PyTorch, in one run.
 
-The same network (ResNet, CIFAR stem, 2-layer head), batch, loss and SGD with momentum on both sides,
-no augmentation; PyTorch in channels-last layout. Prints seconds a step and the ratio. The two take
-turns, so that a busy machine slows both.
+Both have the same network (ResNet, CIFAR stem, 2-layer head), batch, loss and SGD with momentum, and no augmentation;
+PyTorch uses the channels-last layout. Prints seconds per step and the ratio. The two run alternately, so that a
+busy machine slows both.
 
     python benchmarks/cpu_step.py [--depth 8] [--width 0.5] [--batch 256] [--rounds 8]
 """
@@ -13,20 +13,21 @@ import time
 import jax
 import numpy as np
 import optax
-from simclr_jax.models.heads import ProjectionHead
 
 from simclr_jax import losses
+from simclr_jax.models.mlp import MLP
 from simclr_jax.models.resnet import DEPTHS, ResNet
 
 
 def jax_step(depth, width, images, temperature=0.2):
-  """A function that runs one step and waits for it."""
-  net, head = ResNet(depth, width, stem='cifar'), ProjectionHead()
-  h, variables = net.init_with_output(jax.random.key(0), images[:2], train=False)
-  heads = head.init(jax.random.key(1), h, train=False)
+  """A function that runs one step, waits for it and returns the loss."""
+  net, head = ResNet(depth, width, stem='cifar'), MLP()
+  h, net_variables = net.init_with_output(jax.random.key(0), images[:2], train=False)
+  head_variables = head.init(jax.random.key(1), h, train=False)
   optimizer = optax.sgd(0.1, momentum=0.9)
-  params = (variables['params'], heads['params'])
-  state = (params, (variables['batch_stats'], heads['batch_stats']), optimizer.init(params))
+  params = (net_variables['params'], head_variables['params'])
+  stats = (net_variables['batch_stats'], head_variables['batch_stats'])
+  state = (params, stats, optimizer.init(params))
 
   def loss(params, stats, x):
     h, s0 = net.apply(
@@ -39,10 +40,10 @@ def jax_step(depth, width, images, temperature=0.2):
 
   @jax.jit
   def step(state, x):
-    params, stats, slots = state
+    params, stats, opt_state = state
     (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(params, stats, x)
-    updates, slots = optimizer.update(grads, slots)
-    return (optax.apply_updates(params, updates), stats, slots), value
+    updates, opt_state = optimizer.update(grads, opt_state)
+    return (optax.apply_updates(params, updates), stats, opt_state), value
 
   def run():
     nonlocal state
@@ -108,7 +109,7 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--depth', type=int, default=8)
   parser.add_argument('--width', type=float, default=0.5)
-  parser.add_argument('--batch', type=int, default=256, help='images; each gives two views')
+  parser.add_argument('--batch', type=int, default=256, help='images per step, of two views each')
   parser.add_argument('--rounds', type=int, default=8)
   args = parser.parse_args()
   images = np.random.default_rng(0).random((2 * args.batch, 32, 32, 3), np.float32)
@@ -116,8 +117,8 @@ def main():
   try:
     steps['torch'] = torch_step(args.depth, args.width, images)
   except ImportError:
-    print('torch is not importable: no ratio')
-  times = {name: [] for name in steps}
+    print('torch is not installed: no ratio')
+  times: dict[str, list[float]] = {name: [] for name in steps}
   for i in range(args.rounds + 1):
     for name, step in steps.items():
       start = time.perf_counter()

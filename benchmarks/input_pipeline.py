@@ -1,24 +1,24 @@
-"""How fast images become batches, against bare decoding and against all of SimCLR's views on the host.
+"""Throughput of the input pipeline, against bare decoding and against all of SimCLR's augmentation on the host.
 
     python benchmarks/input_pipeline.py --data=DIR [--rounds=5]    # DIR: a folder of photographs
     python benchmarks/input_pipeline.py --data=DIR --memory
     python benchmarks/input_pipeline.py --device
     python benchmarks/input_pipeline.py --augmentation [--topology=v5e:2x2]
 
-Prints images/s on all cores for two views of 224 pixels, and what the host needs in memory. All take
-turns, so that a busy machine slows all; CPU time does not see what other programs take away:
+Prints images/s on all cores for two views of 224 pixels, and the memory of the host process. The pipelines run
+alternately, so that a busy machine slows all; CPU time excludes other programs:
   a   JPEG decoding alone, by tf.data
-  b   this project's input: decoded once, the window that the views need, cut and augmented on the device
-  b'  the same, the two views resized on the host: data.resize_on=host
+  b   this project: decoded once, the region of the views is cropped and augmented on the device
+  b'  the same, with the two views resized on the host: data.resize_on=host
   b"  as b, with MoCo v2's views
   c   all of SimCLR v2's augmentation on the host, in tf.data, as its released code does
-  d   the same by torchvision in a torch DataLoader; by Pillow where torchvision is missing
+  d   the same with torchvision in a torch DataLoader; with Pillow if torchvision is not installed
 Targets: b/a at least 0.6, b/c at least 4.
 
---memory: the host's memory while 10,000 batches go by. --device: training steps/s with images that are
-kept on the device, and with the same images streamed. --augmentation: FLOPs and bytes of the views and
-of a whole ResNet-50 step, as the compiler counts them; target: below 10 %. It compiles for the CPU, or
-in ten minutes for a TPU that is not there, by jax[tpu] with JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1.
+--memory: memory of the host process over 10,000 batches. --device: training steps/s with images that are kept in device
+memory, and with the same images streamed. --augmentation: FLOPs and bytes of the views and of an entire ResNet-50
+step, as counted by the compiler; target: below 10 %. It compiles for the CPU or, in ten minutes and with libtpu, ahead
+of time for a TPU: JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1.
 """
 
 import argparse
@@ -31,6 +31,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import jax
@@ -39,9 +41,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from simclr_jax import config, data, methods, optim, sharding, train_state
-from simclr_jax.data import augment, crop, loader
+from simclr_jax.data import augment, dataset as datasets, loader
 
-# TensorFlow and torch are imported where they are used: one process cannot hold both.
+# TensorFlow and torch are imported where they are used, since one process cannot load both.
 
 SIZE, BATCH = 224, 128
 SIMCLR, MOCO = ('simclr_v2', 'simclr_v2'), ('moco_v2', 'moco_v2')
@@ -52,20 +54,22 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('--data', help='a folder of photographs')
   parser.add_argument('--rounds', type=int, default=5)
-  parser.add_argument('--slow-images', type=int, default=256, help='a round, for c and d')
-  parser.add_argument('--only', choices=('torchvision', 'pillow'), help='d alone; used internally')
+  parser.add_argument('--slow-images', type=int, default=256, help='images per round, for c and d')
+  parser.add_argument(
+    '--only', choices=('torchvision', 'pillow'), help='run d only; used internally'
+  )
   parser.add_argument('--memory', action='store_true')
-  parser.add_argument('--batches', type=int, default=10_000, help='of --memory')
+  parser.add_argument('--batches', type=int, default=10_000, help='for --memory')
   parser.add_argument('--device', action='store_true')
   parser.add_argument('--augmentation', action='store_true')
-  parser.add_argument('--topology', help='of TPUs, one of which to compile for')
+  parser.add_argument('--topology', help='a TPU topology to compile for (one of its devices)')
   args = parser.parse_args()
   if args.augmentation:
     return augmentation(args.topology)
   if args.device:
     return device(args.rounds)
   if not args.data:
-    parser.error('--data is missing')
+    parser.error('--data is required')
   if args.only:
     return per_image(args.only, args.data, args.slow_images)
   if args.memory:
@@ -74,30 +78,31 @@ def main():
 
 
 def settings(folder, **fields):
-  """The `data` part of a recipe for the images in a folder."""
+  """The `data` part of a recipe that reads the images in a folder."""
   fields = {'source': 'folder', 'dir': folder, 'train_split': '.', 'name': '', **fields}
   return config.load('simclr_imagenet', {f'data.{k}': v for k, v in fields.items()}).data
 
 
-# Images a second.
+# Images/s.
 
 
-def throughput(folder, rounds, slow):
-  files = data.load(settings(folder), 'train')
-  resized = data.load(settings(folder, resize_on='host'), 'train')
-  few = files.sample(slow)
-  passes = {  # one pass over some of the files
+def throughput(folder, rounds, slow_images):
+  """Prints the images/s of all pipelines."""
+  files = load(folder)
+  few = files.sample(slow_images)
+  passes: dict[str, tuple[int, Callable]] = {  # number of images, one pass over them
     'b   simclr_jax': (len(files), consumer(ours(files, SIMCLR))),
     'a   decoding alone': (len(files), consumer(decoding(files))),
-    "b'  resize_on=host": (len(files), consumer(ours(resized, SIMCLR))),
+    "b'  resize_on=host": (len(files), consumer(ours(load(folder, resize_on='host'), SIMCLR))),
     'b"  MoCo v2': (len(files), consumer(ours(files, MOCO))),
     'c   all on the host': (len(few), consumer(classical(few))),
   }
-  child, name = start_child(folder, slow)
-  passes[f'd   {name}'] = len(few), lambda: ask(child)
+  child, name = start_child(folder, slow_images)
+  passes[f'd   {name}'] = len(few), lambda: pass_of_child(child)
 
-  before = peak()
-  seconds, cpu = {k: [] for k in passes}, {k: [] for k in passes}
+  before = peak_memory()
+  seconds: dict[str, list[float]] = {k: [] for k in passes}
+  cpu: dict[str, list[float]] = {k: [] for k in passes}
   for i in range(rounds + 1):
     for name, (_, one_pass) in passes.items():
       wall, work = one_pass()
@@ -105,11 +110,11 @@ def throughput(folder, rounds, slow):
         seconds[name].append(wall)
         cpu[name].append(work)
       elif name.startswith('b '):
-        after = peak()
+        after = peak_memory()
   child.stdin.close()
 
   print(f'{CORES} cores, {len(files):,} files, {len(few)} for c and d; median of {rounds} rounds\n')
-  print(f'{"":26} images/s   a core  CPU ms an image')
+  print(f'{"":26} {"images/s":>8} {"per core":>8} {"CPU ms/image":>16}')
   for name in sorted(passes, key=lambda name: name[0]):
     count = passes[name][0]
     rate, work = count / np.median(seconds[name]), 1000 * np.median(cpu[name]) / count
@@ -128,8 +133,13 @@ def throughput(folder, rounds, slow):
   print(f'\nhost memory: peak RSS {after:.0f} MiB after a pass of b, {before:.0f} before it')
 
 
+def load(folder, **fields) -> Any:
+  """The photographs in a folder, a stream of encoded files."""
+  return data.load(settings(folder, **fields), 'train')
+
+
 def consumer(dataset):
-  """A function that does one pass: its seconds, and those of all cores together."""
+  """A function that reads a tf.data pipeline once, and returns its wall-clock and CPU seconds."""
 
   def one_pass():
     wall, work = time.perf_counter(), time.process_time()
@@ -140,13 +150,13 @@ def consumer(dataset):
   return one_pass
 
 
-def peak():
-  """MiB that the process had in memory at most."""
+def peak_memory():
+  """The peak RSS of the process in MiB."""
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def decoding(files):
-  """Nothing but read and decoded: of an image only its shape is kept."""
+  """Reading and decoding only: the elements are shapes."""
   from simclr_jax.data.stream import tf, threads, with_threads
 
   paths = tf.data.Dataset.from_tensor_slices([files.name(i) for i in range(len(files))])
@@ -159,16 +169,16 @@ def decoding(files):
 
 
 def ours(files, pipelines):
-  """As `loader.for_training` builds it, but a single pass: nothing is read ahead for the next one."""
+  """The pipeline of `loader.for_training`, but a single pass, without prefetching for the next one."""
   from simclr_jax.data import decode, stream
 
-  encoded = files.examples(0, BATCH, 0, np.arange(BATCH)).take(len(files))
+  encoded = files.train_iterator(0, BATCH, 0, np.arange(BATCH)).take(len(files))
   canvases = decode.canvases(encoded, pipelines, SIZE, 0, files.settings)
   return stream.with_threads(canvases.batch(BATCH).prefetch(1), files.settings)
 
 
 def classical(files):
-  """Both views wholly on the host, with the definitions of SimCLR's released code."""
+  """Both views on the host, as defined in SimCLR's released code."""
   from simclr_jax.data.stream import tf, threads, with_threads
 
   uniform = tf.random.stateless_uniform
@@ -232,36 +242,37 @@ def classical(files):
 
 
 def start_child(folder, count):
-  """The process that does d, ready for `ask`, and the name of what it uses."""
+  """The process that runs d, ready for `pass_of_child`, and the name of the library that it uses."""
   for library in ('torchvision', 'pillow'):
     command = [sys.executable, __file__, f'--only={library}', f'--data={folder}']
     child = subprocess.Popen(
       [*command, f'--slow-images={count}'],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
+    assert child.stdout
     if name := child.stdout.readline().strip():
       return child, name
-  raise SystemExit('neither torchvision nor Pillow can be imported')
+  raise SystemExit('neither torchvision nor Pillow is installed')
 
 
-def ask(child):
-  """Lets the child do one pass, as `consumer`."""
+def pass_of_child(child):
+  """One pass in the child process; returns as of `consumer`."""
   print(file=child.stdin, flush=True)
   return tuple(float(x) for x in child.stdout.readline().split())
 
 
 def per_image(library, folder, count):
-  """A pass for each line of the standard input; prints what `consumer` returns."""
+  """One pass for each line of the standard input; prints its wall-clock and CPU seconds."""
   paths = sorted(str(p) for p in pathlib.Path(folder).rglob('*.jp*g'))
-  paths = [paths[i] for i in data.choose(count, len(paths))]
+  paths = [paths[i] for i in datasets.choose(count, len(paths))]
   if library == 'torchvision':
     try:
       import torch
       import torchvision
     except ImportError:
       return
-    loader = torch.utils.data.DataLoader(
-      ByTorchvision(paths), BATCH, num_workers=CORES, persistent_workers=True,
+    torch_loader = torch.utils.data.DataLoader(
+      TorchvisionViews(paths), BATCH, num_workers=CORES, persistent_workers=True,
       multiprocessing_context='spawn',
     )  # fmt: skip
     print(f'torchvision {torchvision.__version__}', flush=True)
@@ -269,20 +280,20 @@ def per_image(library, folder, count):
     pool = multiprocessing.get_context('spawn').Pool(CORES)
     print('Pillow', flush=True)
 
-  def ticks():  # that this process and its workers have had
+  def cpu_ticks():  # of this process and its workers
     pids = [os.getpid(), *(p.pid for p in multiprocessing.active_children())]
     stats = [pathlib.Path(f'/proc/{pid}/stat').read_text().split(') ')[-1] for pid in pids]
     return sum(int(ticks) for stat in stats for ticks in stat.split()[11:13])
 
   for _ in sys.stdin:
-    wall, work = time.perf_counter(), ticks()
-    for _ in loader if library == 'torchvision' else pool.imap(by_pillow, paths, 8):
+    wall, work = time.perf_counter(), cpu_ticks()
+    for _ in torch_loader if library == 'torchvision' else pool.imap(pillow_views, paths, 8):
       pass
-    print(time.perf_counter() - wall, (ticks() - work) / os.sysconf('SC_CLK_TCK'), flush=True)
+    print(time.perf_counter() - wall, (cpu_ticks() - work) / os.sysconf('SC_CLK_TCK'), flush=True)
 
 
-class ByTorchvision:
-  """A data set for torch's DataLoader."""
+class TorchvisionViews:
+  """A torch data set of two views of each file."""
 
   def __init__(self, paths):
     self.paths = paths
@@ -295,7 +306,7 @@ class ByTorchvision:
     from PIL import Image
     from torchvision.transforms import v2 as t
 
-    if not hasattr(self, 'view'):  # once a worker
+    if not hasattr(self, 'view'):  # once per worker
       self.view = t.Compose([
         t.RandomResizedCrop(SIZE, interpolation=t.InterpolationMode.BICUBIC),
         t.RandomHorizontalFlip(),
@@ -309,13 +320,13 @@ class ByTorchvision:
     return torch.stack([self.view(image), self.view(image)])
 
 
-def by_pillow(path):
-  """Two views of a file by Pillow alone, a little simpler than torchvision's."""
+def pillow_views(path):
+  """Two views of a file with Pillow alone, a little simpler than torchvision's."""
   from PIL import Image, ImageEnhance, ImageFilter
 
   source = Image.open(path).convert('RGB')
 
-  def turned(image, factor):
+  def change_hue(image, factor):
     h, s, v = image.convert('HSV').split()
     h = h.point([(i + round(256 * (factor - 1) / 4)) % 256 for i in range(256)])
     return Image.merge('HSV', (h, s, v)).convert('RGB')
@@ -329,10 +340,15 @@ def by_pillow(path):
     if random.random() < 0.5:
       image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if random.random() < 0.8:
-      changes = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color, turned]
+      changes: list[Any] = [
+        ImageEnhance.Brightness,
+        ImageEnhance.Contrast,
+        ImageEnhance.Color,
+        change_hue,
+      ]
       for change in random.sample(changes, 4):
         factor = random.uniform(0.2, 1.8)
-        image = turned(image, factor) if change is turned else change(image).enhance(factor)
+        image = change_hue(image, factor) if change is change_hue else change(image).enhance(factor)
     if random.random() < 0.2:
       image = image.convert('L').convert('RGB')
     if random.random() < 0.5:
@@ -346,40 +362,40 @@ def by_pillow(path):
 
 
 def memory(folder, batches, batch=16, size=32):
-  """Streams many batches of small pictures of many sizes to the device; prints the RSS as it goes."""
+  """Streams many batches of small images of many sizes to the device; prints the RSS during the run."""
   from PIL import Image
 
   with tempfile.TemporaryDirectory() as small:
-    files = data.load(settings(folder), 'train').sample(1000)
+    files = load(folder).sample(1000)
     for i in range(len(files)):
       image = Image.open(files.name(i))
-      image.thumbnail([40 + i % 100] * 2)  # some larger than the canvas
+      image.thumbnail((40 + i % 100, 40 + i % 100))  # some larger than the canvas
       image.convert('RGB').save(f'{small}/{i}.jpg')
-    found = data.load(settings(small, on_device='no'), 'train')
     mesh = sharding.make_mesh(jax.devices()[:1])
-    batch_at = loader.for_training(found, 0, batch, SIMCLR, size, mesh)
+    images = load(small, on_device='no')
+    batch_at = loader.for_training(images, 0, batch, SIMCLR, size, mesh)
     print(f'batches of {batch}, views of {size} pixels\nbatches  RSS MiB   batches/s')
-    start, seen = time.perf_counter(), []
+    start, sizes = time.perf_counter(), []
     for i in range(batches + 1):
       if i and i % (batches // 10) == 0:
-        seen.append(rss())
+        sizes.append(rss())
         rate = batches // 10 / (time.perf_counter() - start)
-        print(f'{i:7,} {seen[-1]:8.1f} {rate:11.0f}', flush=True)
+        print(f'{i:7,} {sizes[-1]:8.1f} {rate:11.0f}', flush=True)
         start = time.perf_counter()
       batch_at(i)
     batch_at.close()
-    print(f'growth from batch {batches // 10:,} on: {seen[-1] - seen[0]:.1f} MiB')
+    print(f'growth from batch {batches // 10:,} on: {sizes[-1] - sizes[0]:.1f} MiB')
 
 
 def rss():
-  """MiB of the process in memory now."""
+  """The current RSS of the process in MiB."""
   pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
   return pages * resource.getpagesize() / 2**20
 
 
 # Kept on the device or streamed.
 
-WARM = loader.AHEAD + 2
+WARM_UP = loader.PREFETCH + 2
 
 
 def device(rounds, steps=5):
@@ -390,49 +406,61 @@ def device(rounds, steps=5):
   with tempfile.TemporaryDirectory() as folder:
     for i, image in enumerate(images):
       Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC).save(f'{folder}/{i}.jpg')
-    runs, seconds = {}, {}
-    for name, where in {'kept on the device': 'yes', 'streamed': 'no'}.items():
-      recipe = config.load(
-        'simclr_digits',
-        {
-          'data.source': 'folder', 'data.dir': folder, 'data.train_split': '.',
-          'data.num_classes': '0', 'data.on_device': where,
-          'model.width_multiplier': '0.125', 'batch_size': '128',
-        },
-      )  # fmt: skip
-      state, step = train_state.build(recipe, data.load(recipe.data, 'train'))
-      runs[name], seconds[name] = [step, state, 0], []
+    runs = [SteppedRun(folder, on_device) for on_device in ('yes', 'no')]
     for i in range(rounds + 1):
-      for name, run in runs.items():
-        step, state, at = run
-        for j in range(WARM + steps):
-          if j == WARM:  # what was got ready while the other one had its turn is used up
-            jax.block_until_ready(state)
-            start = time.perf_counter()
-          state, _ = step(state, at + j)
-        jax.block_until_ready(state)
-        if i:
-          seconds[name].append((time.perf_counter() - start) / steps)
-        run[1:] = state, at + WARM + steps
-    for step, _, _ in runs.values():
-      step.loader.close()
-  for name, s in seconds.items():
-    print(f'{name:20} {1 / np.median(s):6.2f} steps/s')
-  kept, streamed = (np.array(s) for s in seconds.values())
+      for run in runs:
+        seconds = run.time(steps)
+        if i:  # the first round compiles
+          run.seconds.append(seconds)
+    for run in runs:
+      run.step.loader.close()
+  kept, streamed = (np.array(run.seconds) for run in runs)
+  print(f'kept on the device   {1 / np.median(kept):6.2f} steps/s')
+  print(f'streamed             {1 / np.median(streamed):6.2f} steps/s')
   ratio = streamed / kept
   print(f'ratio {np.median(ratio):.2f}, {ratio.min():.2f} to {ratio.max():.2f}')
 
 
-# What the augmentation costs within a step.
+class SteppedRun:
+  """A training whose steps are timed now and then."""
+
+  def __init__(self, folder, on_device):
+    recipe = config.load(
+      'simclr_digits',
+      {
+        'data.source': 'folder', 'data.dir': folder, 'data.train_split': '.',
+        'data.num_classes': '0', 'data.on_device': on_device,
+        'model.width_multiplier': '0.125', 'batch_size': '128',
+      },
+    )  # fmt: skip
+    self.step: Any
+    self.state, self.step = train_state.build(recipe, data.load(recipe.data, 'train'))
+    self.done = 0
+    self.seconds: list[float] = []
+
+  def time(self, steps):
+    """Seconds per step, after a warm-up that uses up the batches which were prefetched in the meantime."""
+    for i in range(WARM_UP + steps):
+      if i == WARM_UP:
+        jax.block_until_ready(self.state)
+        start = time.perf_counter()
+      self.state, _ = self.step(self.state, self.done + i)
+    jax.block_until_ready(self.state)
+    self.done += WARM_UP + steps
+    return (time.perf_counter() - start) / steps
+
+
+# Cost of the augmentation within a step.
 
 
 def augmentation(topology):
   """Prints FLOPs and bytes of one ResNet-50 step of 128 images on one device, and of the views in it.
 
-  Bytes are those that the compiled program's fusions read and write, on a TPU also in memory on the chip,
-  where the jitter's loop lives. Before compilation every op counts as if it read and wrote memory: printed
-  for the CPU, for comparison.
+  Bytes are those that the fusions of the compiled program read and write; on a TPU they include memory on the chip, in
+  which the loop of the jitter runs. Before compilation every op counts as if it read and wrote memory; this is
+  printed for the CPU, for comparison.
   """
+  devices: list[Any]
   if topology:
     from jax.experimental import topologies
 
@@ -443,65 +471,62 @@ def augmentation(topology):
   place = NamedSharding(mesh, PartitionSpec())
 
   def cost(function, *args):
-    """GFLOP and GB: compiled, and on the CPU before that."""
+    """GFLOP and GB: compiled and, on the CPU, before compilation."""
     lowered = jax.jit(function, in_shardings=place, out_shardings=place).lower(*args)
-    found = [lowered.compile().cost_analysis()] + ([] if topology else [lowered.cost_analysis()])
-    return np.array([[c['flops'], c['bytes accessed']] for c in found]) / 1e9
+    stages: list[Any] = [lowered.compile()] if topology else [lowered.compile(), lowered]
+    analyses = [stage.cost_analysis() for stage in stages]
+    return np.array([[c['flops'], c['bytes accessed']] for c in analyses]) / 1e9
 
-  def show(name, found, unit=''):
-    print(f'{name:34}' + ''.join(f'{x:8.1f}{unit:2}' for x in found.ravel()), flush=True)
+  def show(name, values, unit=''):
+    print(f'{name:34}' + ''.join(f'{x:8.1f}{unit:2}' for x in values.ravel()), flush=True)
 
-  # bfloat16 is what 'auto' is on a TPU.
   recipe = config.load(
     'simclr_imagenet',
+    # bfloat16 is 'auto' on a TPU.
     {'batch_size': str(BATCH), 'augment.view1': SIMCLR[0], 'dtype': 'bfloat16'},
   )
   recipe = config.with_examples(recipe, 1_281_167)
-  number = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
-  rows = {name: number for name in ('index', 'label', 'epoch', 'position')}
-  rows['images'] = jax.ShapeDtypeStruct(
-    (BATCH, *crop.canvas_shape(SIZE, 2, 'device'), 3), jnp.uint8
-  )
-  rows['crops'] = jax.ShapeDtypeStruct((BATCH, 2, 2, 4), jnp.float32)
+  _, rows = loader.shapes(recipe.data.examples, BATCH, 2, SIZE, 'device')
 
   def views(pipeline):
-    def of(r):
+    def draw(rows):
       return augment.views(
-        r['images'], r['epoch'], r['position'], (pipeline,) * 2, 0, SIZE, r['crops']
+        rows['images'], rows['epoch'], rows['position'], (pipeline,) * 2, 0, SIZE, rows['crops']
       )
 
-    return cost(of, rows)
+    return cost(draw, rows)
 
   print(f'{BATCH} images, two views, one {devices[0].device_kind}\n')
-  print(f'{"":34}   GFLOP        GB' + ('' if topology else '   before compiling'))
+  print(f'{"":34}   GFLOP        GB' + ('' if topology else '   before compilation'))
   ops = augment.PIPELINES[SIMCLR[0]].split(' | ')
-  total, products = 0, 0
+  total = products = np.zeros((1 if topology else 2, 2))
   for i, op in enumerate(ops):
     so_far = views(' | '.join(ops[: i + 1]))
     show(op, so_far - total)
-    products += (so_far - total) * op.startswith(('simclr_crop', 'simclr_blur'))
+    products = products + (so_far - total) * op.startswith(('simclr_crop', 'simclr_blur'))
     total = so_far
-  # The analyses count the body of a loop once, and the jitter is a loop of four.
+  # The analyses count the body of a loop once, and the jitter is a loop of four iterations.
   with mock.patch('jax.lax.scan', lambda body, image, _: (image + 1, None)):
-    more = 3 * (total - views(SIMCLR[0]))
-  show("the jitter's loop 3 more times", more)
-  show('views', total + more)
+    iterations = 3 * (total - views(SIMCLR[0]))
+  show('3 more iterations of the jitter', iterations)
+  show('views', total + iterations)
 
   method = methods.build(recipe)
   rate = optim.schedule(recipe, recipe.data.examples)
-  optimizer = optim.build(recipe, rate)
+  optimizer = optim.build(recipe, rate, method.optimizer_groups)
 
-  def step(state, rows):
-    return train_state.train_step(method, optimizer, rate, recipe, state, {}, rows)
+  def step(state, seed, rows):
+    return train_state.train_step(method, optimizer, rate, recipe, state, seed, None, {}, rows)
 
   state = jax.eval_shape(lambda: train_state.create(method, optimizer, 0, SIZE))
   with jax.set_mesh(mesh):
-    whole = cost(step, state, rows)
-  show('whole step', whole + more)
-  show('views / step; target: below 10 %', 100 * (total + more) / (whole + more), ' %')
-  # The products of crop and blur are to be of the highest precision: six passes on a TPU.
-  views_passes, step_passes = (x[0, 0] + more[0, 0] + 5 * products[0, 0] for x in (total, whole))
-  print(f"GFLOP with a TPU's six passes {100 * views_passes / step_passes:12.1f} %")
+    entire = cost(step, state, jax.ShapeDtypeStruct((), jnp.uint32), rows)
+  show('entire step', entire + iterations)
+  share = 100 * (total + iterations) / (entire + iterations)
+  show('views / step; target: below 10 %', share, ' %')
+  # Crop and blur are matrix products of the highest precision: six passes on a TPU.
+  in_views, in_step = (x[0, 0] + iterations[0, 0] + 5 * products[0, 0] for x in (total, entire))
+  print(f"GFLOP with a TPU's six passes {100 * in_views / in_step:12.1f} %")
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
-"""The report in a real browser: `make test-browser`. Not part of the suite, as it needs Chromium.
+"""The report in headless Chromium: `make test-browser`. Not part of `make test`, since it needs Chromium.
 
-Leaves the screenshot in runs/report.png.
+Writes a screenshot to runs/report.png.
 """
 
 import pathlib
@@ -16,7 +16,8 @@ from simclr_jax import cli
 CHROMIUM = (
   shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 )
-COUNT = """<script>
+# Puts 'loaded images/images, whether the page scrolls sideways' into the title.
+COUNT_IMAGES = """<script>
 addEventListener('load', () => {
   const images = [...document.images];
   const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
@@ -26,7 +27,7 @@ addEventListener('load', () => {
 
 
 def browse(tmp_path, *arguments):
-  """Headless and without a network."""
+  """Runs Chromium, headless and without a network; returns its output."""
   command = [
     CHROMIUM, '--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-sync',
     '--disable-background-networking', '--disable-component-update', '--disable-quic',
@@ -37,23 +38,24 @@ def browse(tmp_path, *arguments):
 
 @pytest.mark.skipif(not CHROMIUM, reason='Chromium is not installed: apt-get install chromium')
 def test_report_in_chromium(tmp_path):
-  """Breaks if a picture does not load, the page needs the network, or it scrolls sideways."""
+  """Breaks if an image does not load, the page needs the network, or it scrolls sideways."""
   run = pathlib.Path('runs/demo')
   if not (run / 'checkpoints').is_dir():
     run = tmp_path / 'run'
-    words = [f'--config.{k}={v}' for k, v in TINY.items()]
-    assert cli.main(['pretrain', '--config=simclr_digits', f'--workdir={run}', *words]) == 0
+    fields = [f'--config.{k}={v}' for k, v in TINY.items()]
+    assert cli.main(['pretrain', '--config=simclr_digits', f'--workdir={run}', *fields]) == 0
     assert cli.main(['probe', f'--workdir={run}', '--protocol=logistic', '--labels=1,5']) == 0
   page = tmp_path / 'report.html'
   assert cli.main(['report', f'--workdir={run}', f'--out={page}']) == 0
   counted = tmp_path / 'counted.html'
-  counted.write_text(page.read_text().replace('</html>', f'{COUNT}</html>'))
+  counted.write_text(page.read_text().replace('</html>', f'{COUNT_IMAGES}</html>'))
   for width in (1100, 400):
     dom = browse(tmp_path, f'--window-size={width},900', '--dump-dom', counted.as_uri())
-    title = re.search(r'<title>(.*?)</title>', dom)[1]
-    loaded, images = map(int, re.match(r'(\d+)/(\d+)', title).groups())
-    assert loaded == images >= 4, title
-    assert title.endswith('false'), f'the page is wider than {width} pixels'
+    title = re.search(r'<title>(\d+)/(\d+) (true|false)</title>', dom)
+    assert title, dom[:1000]
+    loaded, images, wide = title.groups()
+    assert int(loaded) == int(images) >= 4
+    assert wide == 'false', f'the page is wider than {width} pixels'
   shot = pathlib.Path('runs/report.png').resolve()
   shot.parent.mkdir(exist_ok=True)
   browse(tmp_path, '--window-size=1100,3000', f'--screenshot={shot}', page.as_uri())

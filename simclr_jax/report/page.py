@@ -131,7 +131,7 @@ def _evaluation(name: str, result: Result, test: Dataset) -> Iterator[str]:
     yield _table(result)
     return
   caption = _error_bars(result)
-  curve = _figure(figures.label_curve(result), 'Accuracy by number of labels', '', caption)
+  curve = _figure(figures.label_curve(result), 'Accuracy against labels', '', caption)
   yield f'<div class="row">{_table(result)}{curve}</div>'
   yield from _per_class(result.get('runs', {}), test)
 
