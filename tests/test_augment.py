@@ -1,4 +1,4 @@
-"""Pipelines: their text, the published ones, what their ops draw, and views of batches."""
+"""Pipelines: parsing, the published pipelines, ops in a file of the user, random draws, views of batches."""
 
 import inspect
 import itertools
@@ -11,10 +11,11 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from simclr_jax.data import augment, crop, ops, pixels
+from simclr_jax.errors import ConfigError
 
 
-def picture(size=16, seed=0):
-  """A random image of 256 levels, as floats."""
+def random_image(size=16, seed=0):
+  """A random image `[size, size, 3]` with 256 levels, as floats in [0, 1]."""
   x = np.random.default_rng(seed).integers(0, 256, (size, size, 3))
   return (x / 255).astype(np.float32)
 
@@ -22,24 +23,24 @@ def picture(size=16, seed=0):
 def draw_views(view1, image, n=4000, size=8, view2='', count=2):
   """`[n, count, size, size, 3]`: views of `n` copies of an image."""
   x = jnp.broadcast_to(jnp.asarray(image), (n, *image.shape))
-  config = types.SimpleNamespace(view1=view1, view2=view2)
+  config = types.SimpleNamespace(view1=view1, view2=view2, ops='')
   draw = jax.jit(lambda x, e, p: augment.views(x, e, p, augment.pipelines(config, count), 0, size))
   return np.asarray(draw(x, jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32)))
 
 
 def draw_op(name, image, n, **arguments):
-  """`[n, h, w, 3]`: what `n` keys make of an image, and the keys."""
+  """The results of an op for `n` keys, `[n, h, w, 3]`, and the keys."""
   keys = jax.random.split(jax.random.key(2), n)
   op = ops.OPS[name].function
   draw = jax.jit(jax.vmap(lambda k: op(k, jnp.asarray(image), image.shape[0], **arguments)))
   return np.asarray(draw(keys)), keys
 
 
-# Text.
+# Parsing.
 
 
 def test_parse():
-  """Breaks if positions, names, defaults or the joining of pipelines are read wrongly."""
+  """Breaks if positional or named arguments, defaults or joined pipelines are parsed wrongly."""
   crop, jitter, flip, gray = augment.parse(
     'simclr_crop(0.08, area_max=1) | simclr_jitter(0.5, p=0.8) | flip | grayscale(p=0.25)'
   )
@@ -63,19 +64,19 @@ def test_parse():
     ('resize, flip', "'(resize, flip)' is not an op: write name or name(arguments)"),
     ('resize | 3', "'3' is not an op: write name or name(arguments)"),
     ('resize | os.getcwd()', "'os.getcwd()' is not an op: write name or name(arguments)"),
-    ('moco_v3', 'moco_v3 is neither an op nor a published pipeline: did you mean moco_v2?'),
+    ('moco_v3', "moco_v3 is neither an op nor a published pipeline, did you mean 'moco_v2'?"),
     (
       'resize | greyscale(p=0.2)',
-      'greyscale is neither an op nor a published pipeline: did you mean',
+      "greyscale is neither an op nor a published pipeline, did you mean 'grayscale'?",
     ),
     (
       'resize | xyz',
-      'xyz is neither an op nor a published pipeline: there are simclr_crop, torch_',
+      'xyz is neither an op nor a published pipeline; available: simclr_crop, torch_',
     ),
     ('moco_v2(p=0.5)', 'moco_v2 is neither an op'),
     (
       'flip',
-      "the pipeline 'flip' does not begin with an op that gives a size: simclr_crop, torch_",
+      "the pipeline 'flip' does not start with an op that sets the size: simclr_crop, torch_",
     ),
     ('torch_crop(0.2)', "torch_crop(0.2): missing a required argument: 'area_max'; it takes area_"),
     (
@@ -84,46 +85,44 @@ def test_parse():
     ),
     ('resize | flip(1)', 'flip(1): too many positional arguments; it takes p'),
     ('resize(p=0.5)', "resize(p=0.5): got an unexpected keyword argument 'p'; it takes none"),
-    ('resize | noise(exit())', 'noise(exit()): arguments are plain numbers and words'),
+    ('resize | noise(exit())', 'noise(exit()): arguments must be numbers or strings'),
     ('resize | noise("a lot")', "noise: std='a lot' is not a number"),
     ('resize | noise(True)', 'noise: std=True is not a number'),
     ('resize | noise(2)', 'noise: std=2 is out of range: from 0.0 to 1.0'),
     ('resize | flip(p=1.5)', 'flip: p=1.5 is out of range: from 0.0 to 1.0'),
-    ('resize | noise(1e999)', 'noise: std=inf is not a number'),
-    ('resize | simclr_blur(per="run")', "simclr_blur: per='run' is not one of 'example', 'batch'"),
-    ('torch_crop(0.5, 0.2)', 'torch_crop: area_max=0.2 is below 0.5, its lower bound'),
-    ('resize | torch_blur(2, 1)', 'torch_blur: sigma_max=1 is below 2, its lower bound'),
+    ('resize | noise(1e999)', 'noise: std=inf is not a finite number'),
+    ('resize | simclr_blur(per="run")', "simclr_blur: per='run' is not one of example, batch"),
+    ('torch_crop(0.5, 0.2)', 'torch_crop: area_max=0.2 is below its lower bound, 0.5'),
+    ('resize | torch_blur(2, 1)', 'torch_blur: sigma_max=1 is below its lower bound, 2'),
   ],
 )
-def test_parse_says_what_is_wrong(text, message):
-  """Breaks if a mistake in a pipeline passes, or its message is not one line that names it."""
+def test_errors_in_pipelines_are_one_sentence(text, message):
+  """Breaks if a mistake in a pipeline is accepted, or the message is not one line that names it."""
   with pytest.raises(ValueError) as error:
     augment.parse(text)
   assert message in str(error.value)
   assert '\n' not in str(error.value)
 
 
-def test_evaluation_draws_nothing():
-  """Breaks if an evaluation may be random."""
+def test_random_ops_are_refused_in_evaluations():
+  """Breaks if the pipeline of an evaluation may be random."""
   for text in ('supervised', 'resize | flip', 'resize | grayscale(p=0.5)', 'resize | noise(0.1)'):
     with pytest.raises(ValueError, match='is for evaluation but .* is random$'):
       augment.parse(text, random=False)
     assert augment.parse(text)
   for text in ('simclr_eval', 'moco_eval', 'resize | grayscale | flip(p=1)'):
-    x = picture(24)
+    x = random_image(24)
     assert augment.eval_view(jnp.asarray(x), text, 16).shape == (16, 16, 3)
 
 
-def test_every_op_is_declared():
-  """Breaks if an op's arguments and their allowed values do not match, or a default is not allowed."""
+def test_every_op_declares_its_arguments():
+  """Breaks if an op's arguments have no allowed values, a default is not allowed, or `draws` is wrong."""
   for name, definition in ops.OPS.items():
     parameters = list(inspect.signature(definition.function).parameters.values())
-    given = ['key', 'height', 'width', 'size'] if definition.sized else ['key', 'image', 'size']
-    given, parameters = (
-      [p.name for p in parameters[: len(given)]] == given,
-      parameters[len(given) :],
-    )
-    assert given, name
+    first = ['key', 'height', 'width', 'size'] if definition.sized else ['key', 'image', 'size']
+    assert [p.name for p in parameters[: len(first)]] == first, name
+    parameters = parameters[len(first) :]
+    assert parameters == definition.parameters
     assert [p.name for p in parameters] == list(definition.allowed), name
     assert definition.function.__doc__, name
     assert name not in augment.PIPELINES
@@ -135,7 +134,7 @@ def test_every_op_is_declared():
     )
 
 
-# What the references say: (op, arguments, probability), in order.
+# (op, arguments, probability) in the released code of SimCLR and MoCo, in order.
 SIMCLR_CROP = ('simclr_crop', [0.08, 1, 0.1], 1)
 FLIP, GRAY = ('flip', [], 0.5), ('grayscale', [], 0.2)
 SIMCLR_BLUR = ('simclr_blur', ['batch'], 0.5)
@@ -155,15 +154,158 @@ REFERENCES = {
 
 
 def test_published_pipelines():
-  """Breaks if an op, its place or a constant of a published pipeline changes."""
-  found = {
+  """Breaks if an op, its position or a constant of a published pipeline changes."""
+  pipelines = {
     name: [(op.name, list(op.arguments.values()), op.p) for op in augment.parse(name)]
     for name in augment.PIPELINES
   }
-  assert found == REFERENCES
+  assert pipelines == REFERENCES
 
 
-# Draws.
+# Ops in a file of the user.
+
+OPS = """
+import jax
+import jax.numpy as jnp
+
+from simclr_jax.data import crop
+from simclr_jax.data.ops import op
+from simclr_jax.validation import Choices, Range
+
+
+@op('triangle', side=Range(0.1, 1.0))
+def corner(key, height, width, size, side=0.5):
+  length = side * jnp.minimum(height, width)
+  return jnp.stack([0.0, 0.0, length, length])
+
+
+@op(draws=True, low=Range(0.0, 1.0), channels=Choices('all', 'red'))
+def darken(key, image, size, low, channels='all'):
+  factor = jax.random.uniform(key, minval=low)
+  return image * (factor if channels == 'all' else jnp.array([factor, 1.0, 1.0]))
+"""
+
+
+@pytest.fixture
+def own_ops(tmp_path):
+  """The path of a file with the ops `corner`, which sets the size, and `darken`."""
+  path = tmp_path / 'my_ops.py'
+  path.write_text(OPS)
+  return str(path)
+
+
+def test_parse_own_ops(own_ops):
+  """Breaks if ops of a file cannot be combined with built-in ops, or are known without the file."""
+  text = augment.with_ops('corner | darken(0.5, p=0.3) | flip', own_ops)
+  assert augment.split_ops(text) == (own_ops, 'corner | darken(0.5, p=0.3) | flip')
+  corner, darken, flip = augment.parse(text)
+  assert (corner.arguments, corner.p, corner.kernel) == ({'side': 0.5}, 1, 'triangle')
+  assert (darken.arguments, darken.p) == ({'low': 0.5, 'channels': 'all'}, 0.3)
+  assert darken.random and not corner.random and flip.definition is ops.OPS['flip']
+  published = augment.parse(augment.with_ops('supervised | darken(0)', own_ops))
+  assert published[:2] == augment.parse('supervised') and published[2].name == 'darken'
+  assert augment.with_ops('resize', '') == 'resize' and augment.with_ops('', own_ops) == ''
+  assert augment.split_ops('resize | flip') == ('', 'resize | flip')
+  with pytest.raises(ConfigError, match='^darken is neither an op nor a published pipeline'):
+    augment.parse('resize | darken(0.5)')
+
+
+@pytest.mark.parametrize(
+  'pipeline, message',
+  [
+    ('resize | darken(2)', 'darken: low=2 is out of range: from 0.0 to 1.0'),
+    ('resize | darken(0, "blue")', "darken: channels='blue' is not one of all, red"),
+    ('resize | darken', "darken(): missing a required argument: 'low'; it takes low, channels, p"),
+    ('corner(0.05)', 'corner: side=0.05 is out of range: from 0.1 to 1.0'),
+    ('corner(p=0.5)', "corner(p=0.5): got an unexpected keyword argument 'p'; it takes side"),
+    ('darken(0)', 'does not start with an op that sets the size: simclr_crop, torch_crop, center_'),
+    (
+      'resize | darkn(0.5)',
+      "darkn is neither an op nor a published pipeline, did you mean 'darken'?",
+    ),
+  ],
+)
+def test_errors_in_pipelines_of_own_ops_are_one_sentence(own_ops, pipeline, message):
+  """Breaks if arguments of own ops are not checked, or a message is not one line that names the mistake."""
+  with pytest.raises(ConfigError) as error:
+    augment.parse(augment.with_ops(pipeline, own_ops))
+  assert message in str(error.value) and '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'contents, message',
+  [
+    (None, 'the ops file {path} cannot be read: No such file or directory'),
+    ('', '{path} has no ops: decorate functions with simclr_jax.data.ops.op'),
+    ('def flop(key, image, size):\n  return image\n', '{path} has no ops: decorate functions with'),
+    (
+      'import no_such_module',
+      "the ops {path} fails: ModuleNotFoundError: No module named 'no_such_",
+    ),
+    ('def flop(:', 'the ops {path} fails: SyntaxError: '),
+    (
+      'from simclr_jax.data.ops import op\n@op()\ndef dim(key, image, size, low):\n  return image\n',
+      'the op dim takes (low), but its decorator has ranges or choices for ()',
+    ),
+  ],
+)
+def test_errors_in_files_of_own_ops_are_one_sentence(tmp_path, contents, message):
+  """Breaks if a missing, empty or failing file of ops causes a traceback."""
+  path = tmp_path / 'my_ops.py'
+  if contents is not None:
+    path.write_text(contents)
+  with pytest.raises(ConfigError) as error:
+    augment.parse(augment.with_ops('resize | dim(0.5)', str(path)))
+  assert message.format(path=path) in str(error.value) and '\n' not in str(error.value)
+
+
+def test_views_of_own_ops(own_ops):
+  """Breaks if `views` ignores the file, arguments or probability of own ops, or its keys differ."""
+  config = types.SimpleNamespace(
+    view1='resize | darken(0.5, "red", p=0.5)', view2='corner', ops=own_ops
+  )
+  pipelines = augment.pipelines(config, 2)
+  image, n = random_image(8), 2000
+  draw = jax.jit(lambda x, e, p: augment.views(x, e, p, pipelines, 0, 4))
+  x = jnp.broadcast_to(image, (n, 8, 8, 3))
+  views = np.asarray(draw(x, jnp.zeros(n, jnp.int32), jnp.arange(n, dtype=jnp.int32)))
+  # Half of the image has the size of the view, so it is not resized.
+  np.testing.assert_allclose(views[:, 1], np.broadcast_to(image[:4, :4], (n, 4, 4, 3)), atol=1e-6)
+  plain = np.asarray(augment.eval_view(jnp.asarray(image), 'resize', 4))
+  factor = views[:, 0, :, :, 0].mean((1, 2)) / plain[..., 0].mean()
+  np.testing.assert_allclose(views[:, 0, :, :, 0], factor[:, None, None] * plain[..., 0], atol=1e-5)
+  np.testing.assert_allclose(
+    views[:, 0, ..., 1:], np.broadcast_to(plain[..., 1:], (n, 4, 4, 2)), atol=1e-6
+  )
+  darkened = factor < 1 - 1e-6
+  np.testing.assert_allclose(darkened.mean(), 0.5, atol=0.04)
+  quantiles = np.quantile(factor[darkened], [0, 0.25, 0.5, 0.75, 1])
+  np.testing.assert_allclose(quantiles, [0.5, 0.625, 0.75, 0.875, 1], atol=0.04)
+
+
+def test_places_of_own_ops(own_ops):
+  """Breaks if the host does not read the region that an own op crops, or views of it differ."""
+  pipelines = tuple(augment.with_ops(p, own_ops) for p in ('corner(0.5)', 'corner(0.5) | flip'))
+  zeros, position = np.zeros(3, np.int32), np.arange(3, dtype=np.int32)
+  height, width = np.array([8, 30, 4]), np.array([12, 20, 4])
+  crops = np.asarray(
+    augment.places(height, width, zeros, position, pipelines=pipelines, seed=0, size=4)
+  )
+  corners = [[[0, 0, 4, 4]] * 2, [[0, 0, 10, 10]] * 2]
+  np.testing.assert_array_equal(crops[:2, 0], corners)
+  np.testing.assert_array_equal(
+    crops[2, :, 0], [[0, 0, 4, 4], [0, 0, 2, 2]]
+  )  # no crop in eval_view
+  whole = random_image(20)[None, :, :20]
+  window = whole[:, :10, :10]  # what the host decodes
+  place = augment.places(
+    np.array([20]), np.array([20]), zeros[:1], position[:1], pipelines=pipelines, seed=0, size=4
+  )
+  draw = jax.jit(lambda x, c: augment.views(x, zeros[:1], position[:1], pipelines, 0, 4, c))
+  np.testing.assert_allclose(draw(window, place), draw(whole, None), atol=1e-6)
+
+
+# Random draws.
 
 
 def chi2(counts):
@@ -173,12 +315,12 @@ def chi2(counts):
 
 
 def test_simclr_jitter_factors_and_order():
-  """Breaks if a factor's range, the uniformity of the 24 orders, or the clip after each op changes."""
+  """Breaks if the range of a factor, the uniformity of the 24 orders, or the clip after each op changes."""
   tf = pytest.importorskip('tensorflow', reason='tf.image is the oracle')
   strength, image = 0.5, np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
-  got, _ = draw_op('simclr_jitter', image, 300, strength=strength)
-  keys = jax.random.split(jax.random.key(2), 12_000)  # the first 300 are those
-  assert got.min() >= 0 and got.max() <= 1
+  results, _ = draw_op('simclr_jitter', image, 300, strength=strength)
+  keys = jax.random.split(jax.random.key(2), 12_000)  # starts with the keys of `results`
+  assert results.min() >= 0 and results.max() <= 1
 
   order = jax.jit(jax.vmap(lambda k: jax.random.permutation(jax.random.split(k, 5)[0], 4)))
   orders = np.asarray(order(keys))
@@ -187,7 +329,7 @@ def test_simclr_jitter_factors_and_order():
   assert chi2(counts) < 49.7  # 99.9 % quantile, 23 degrees of freedom
 
   # One image at a time, with tf.image and the same draws.
-  for key, x, order in zip(keys[:40], got, orders):
+  for key, x, order in zip(keys[:40], results, orders):
     _, *rest = jax.random.split(key, 5)
     low = [0.6, 0.6, 0.6, -0.1]
     high = [1.4, 1.4, 1.4, 0.1]
@@ -200,8 +342,8 @@ def test_simclr_jitter_factors_and_order():
 
 
 def test_additive_brightness_of_v1():
-  """Breaks if v1's brightness is not a shift within 0.8 times the strength."""
-  gray = np.full((4, 4, 3), 0.5, np.float32)  # contrast, saturation and hue leave it alone
+  """Breaks if the brightness of v1 is not a shift by up to 0.8 times the strength."""
+  gray = np.full((4, 4, 3), 0.5, np.float32)  # contrast, saturation and hue do not change it
   out, _ = draw_op('simclr_jitter', gray, 4000, strength=0.5, brightness='additive')
   shift = out[:, 0, 0, 0] - 0.5
   np.testing.assert_allclose([shift.min(), shift.max()], [-0.4, 0.4], atol=0.01)
@@ -211,31 +353,31 @@ def test_additive_brightness_of_v1():
   np.testing.assert_allclose([factor.min(), factor.max()], [0.6, 1.4], atol=0.01)
 
 
-@pytest.mark.parametrize('which', ['Brightness', 'Contrast', 'Color'])
-def test_torch_jitter_equals_pillow(which):
-  """Breaks if an image is blended with another than Pillow's, or the factor's range changes."""
-  image = picture(32)
+@pytest.mark.parametrize('enhancer', ['Brightness', 'Contrast', 'Color'])
+def test_torch_jitter_equals_pillow(enhancer):
+  """Breaks if an image is not blended with the same image as in Pillow, or the range of the factor changes."""
+  image = random_image(32)
   names = {'Brightness': 'brightness', 'Contrast': 'contrast', 'Color': 'saturation'}
   strengths = dict.fromkeys([*names.values(), 'hue'], 0)
-  strengths[names[which]] = 0.4
+  strengths[names[enhancer]] = 0.4
   out, keys = draw_op('torch_jitter', image, 300, **strengths)
   draw = jax.jit(jax.vmap(lambda k: jax.random.uniform(jax.random.split(k, 3)[1], (3,))))
-  factors = 0.6 + 0.8 * np.asarray(draw(keys))[:, list(names).index(which)]
-  enhance = getattr(ImageEnhance, which)(Image.fromarray(np.round(255 * image).astype(np.uint8)))
+  factors = 0.6 + 0.8 * np.asarray(draw(keys))[:, list(names).index(enhancer)]
+  enhance = getattr(ImageEnhance, enhancer)(Image.fromarray(np.round(255 * image).astype(np.uint8)))
   for x, factor in zip(out[:50], factors):
     off = 255 * x - np.asarray(enhance.enhance(float(factor)))
-    # Pillow rounds down at the end and has the blended gray in whole levels.
+    # Pillow rounds down at the end, and rounds the gray image to integers.
     assert off.min() > -0.3 and off.max() < 1.3
 
 
 def test_torch_jitter_hue_and_order():
-  """Breaks if hue's range, or the order of the four ops over many draws, is not torchvision's."""
-  image = picture(16)
+  """Breaks if the range of the hue or the order of the four ops differs from torchvision."""
+  image = random_image(16)
   out, keys = draw_op('torch_jitter', image, 300, brightness=0, contrast=0, saturation=0, hue=0.1)
   draw = jax.vmap(lambda k: jax.random.uniform(jax.random.split(k, 3)[2], minval=-0.1, maxval=0.1))
   expected = jax.jit(jax.vmap(pixels.pillow_hue, (None, 0)))(jnp.asarray(image), draw(keys))
   np.testing.assert_allclose(out, expected, atol=1e-6)
-  # On black and white, brightness 0..3 clips what contrast 0..3 then squeezes, or the other way.
+  # On a black and white image, brightness and contrast with factors 0..3 do not commute.
   image = np.zeros((4, 4, 3), np.float32)
   image[:2] = 1.0
   out, keys = draw_op('torch_jitter', image, 600, brightness=2, contrast=2, saturation=0, hue=0)
@@ -254,8 +396,8 @@ def test_torch_jitter_hue_and_order():
 
 
 def test_flip_colour_and_gray_frequencies():
-  """Breaks if a view's probabilities differ from 1/2, 4/5 and 1/5, or views of an image are tied."""
-  image = picture(8)
+  """Breaks if the probabilities differ from 1/2, 4/5 and 1/5, or the views of an image are correlated."""
+  image = random_image(8)
   only_flip = draw_views('resize | flip', image)  # [n, 2, 8, 8, 3]
   flipped = np.abs(only_flip - image[:, ::-1]).max((2, 3, 4)) < 1e-5
   plain = np.abs(only_flip - image).max((2, 3, 4)) < 1e-5
@@ -279,7 +421,7 @@ def test_flip_colour_and_gray_frequencies():
 
 
 def test_blur_sigma_per_example_or_batch():
-  """Breaks if sigma leaves U(0.1, 2), or 'batch' does not share it within a view."""
+  """Breaks if sigma is not U(0.1, 2), or is not shared by the images of a batch with per='batch'."""
   image = np.zeros((32, 32, 3), np.float32)
   image[16, 16] = 1.0
   centre = draw_views('resize | simclr_blur', image, 3000, 32)[:, :, 16, 16, 0]
@@ -295,14 +437,14 @@ def test_blur_sigma_per_example_or_batch():
   some = draw_views('resize | simclr_blur(p=0.5)', image, 3000, 32)[:, :, 16, 16, 0]
   expected = 0.5 * visible.mean()
   np.testing.assert_allclose((some < 0.999).mean(), expected, atol=0.03)
-  # However often it is applied to an example, a batch has one sigma.
+  # The blur is applied to half of the images, with one sigma.
   some = draw_views('resize | simclr_blur("batch", p=0.5)', image, 3000, 32)[:, 0, 16, 16, 0]
   np.testing.assert_allclose((some < 0.999).mean(), 0.5, atol=0.04)
   assert len(np.unique(np.round(some, 5))) == 2
 
 
 def test_torch_blur_sigma():
-  """Breaks if MoCo's sigma is not uniform in the range given."""
+  """Breaks if the sigma of MoCo's blur is not uniform in the range of its arguments."""
   image = np.zeros((32, 32, 3), np.float32)
   image[16, 16] = 1.0
   out, _ = draw_op('torch_blur', image, 2000, sigma_min=1.0, sigma_max=2.0)
@@ -312,8 +454,8 @@ def test_torch_blur_sigma():
 
 
 def test_rotate_cutout_and_noise():
-  """Breaks if quarters are not equally likely, or a square or noise has another size or place."""
-  image = picture(8)
+  """Breaks if rotations are not equally likely, or the square or the noise has another size or position."""
+  image = random_image(8)
   out, _ = draw_op('rotate', image, 4000)
   quarters = np.stack([np.rot90(image, i) for i in range(4)])
   counts = (out[:, None] == quarters).all((2, 3, 4)).sum(0)
@@ -322,22 +464,24 @@ def test_rotate_cutout_and_noise():
 
   out, _ = draw_op('cutout', np.ones((8, 8, 3), np.float32), 4000, fraction=0.5)
   black = (out == 0).all(-1)
-  assert black.sum((1, 2)).max() == 16  # 4 x 4 where nothing falls outside
-  cases = [(black.any(2)[:, i]).mean() for i in range(8)]  # the share of squares that reach row i
+  assert black.sum((1, 2)).max() == 16  # 4 x 4 if the whole square is inside
+  cases = [
+    (black.any(2)[:, i]).mean() for i in range(8)
+  ]  # fraction of the squares that include row i
   reach = [sum(c - 2 <= i < c + 2 for c in range(8)) / 8 for i in range(8)]
   np.testing.assert_allclose(cases, reach, atol=0.03)
 
   out, _ = draw_op('noise', np.full((8, 8, 3), 0.5, np.float32), 500, std=0.1)
   np.testing.assert_allclose([out.mean(), out.std()], [0.5, 0.1], atol=2e-3)
-  assert len(np.unique(out[0])) > 100  # every value its own
+  assert len(np.unique(out[0])) > 100  # independent values
 
 
 # Views.
 
 
-def test_one_branch():
-  """Breaks if an op of one view reaches the other, or the second view's draws need the first's text."""
-  image = picture(8)
+def test_views_have_separate_pipelines():
+  """Breaks if an op changes the other view, or the draws of the second view depend on the first pipeline."""
+  image = random_image(8)
   pair = draw_views('resize | solarize', image, 20, view2='resize')
   np.testing.assert_allclose(pair[:, 1], np.broadcast_to(image, pair[:, 1].shape), atol=1e-6)
   np.testing.assert_allclose(pair[:, 0], np.where(pair[:, 1] < 0.5, pair[:, 1], 1 - pair[:, 1]))
@@ -353,9 +497,9 @@ def test_one_branch():
 
 @pytest.mark.parametrize('pipeline', ['simclr_cifar10_v1 | simclr_blur(p=0.5)', 'moco_v2'])
 def test_views_depend_on_seed_epoch_and_position_alone(pipeline):
-  """Breaks if a view depends on the batch it is in, or repeats over epochs, positions or seeds."""
-  config = types.SimpleNamespace(view1=pipeline, view2='')
-  x = jnp.stack([jnp.asarray(picture(20, seed)) for seed in range(16)])
+  """Breaks if a view depends on its batch, or is equal in two epochs, positions or seeds."""
+  config = types.SimpleNamespace(view1=pipeline, view2='', ops='')
+  x = jnp.stack([jnp.asarray(random_image(20, seed)) for seed in range(16)])
   compiled = jax.jit(
     lambda x, e, p, seed: augment.views(x, e, p, augment.pipelines(config, 2), seed, 16)
   )
@@ -377,29 +521,27 @@ def test_views_depend_on_seed_epoch_and_position_alone(pipeline):
 
 
 def test_values_are_clipped_where_simclrs_code_clips_them():
-  """Breaks if the bicubic overshoot is cut before the colour ops, or reaches any other op."""
+  """Breaks if bicubic overshoot is clipped before the colour ops, or is not clipped before other ops."""
   step = np.zeros((8, 8, 3), np.float32)
   step[:, 4:] = 1.0
   raw = crop.crop_and_resize(jnp.asarray(step), ops.center_crop(None, 8, 8, 16, 1.0), 16)
   assert raw.min() < -0.05 and raw.max() > 1.05
-  half = ops.OPS['simclr_jitter'].function
 
-  def spread(text):
-    view = augment.view(jax.random.key(0), jnp.asarray(step), text, 16)
-    return np.asarray(view)
+  def view(text):
+    return np.asarray(augment.view(jax.random.key(0), jnp.asarray(step), text, 16))
 
-  tinted = spread('center_crop(1.0) | simclr_jitter(0.5)')
+  jittered = view('center_crop(1.0) | simclr_jitter(0.5)')
   key = jax.random.split(jax.random.key(0), (2, 2))[1, 1]
-  np.testing.assert_allclose(tinted, half(key, raw, 16, 0.5), atol=1e-6)
-  blurred = spread('center_crop(1.0) | torch_blur(1, 1)')
+  np.testing.assert_allclose(jittered, ops.simclr_jitter(key, raw, 16, 0.5), atol=1e-6)
+  blurred = view('center_crop(1.0) | torch_blur(1, 1)')
   expected = pixels.gaussian_blur(jnp.clip(raw, 0, 1), 1.0, 4, 'edge')
   np.testing.assert_allclose(blurred, expected, atol=1e-6)
 
 
 def test_bytes_and_floats():
-  """Breaks if uint8 images are scaled otherwise than by 255."""
-  x = picture(16)
+  """Breaks if uint8 images are not divided by 255."""
+  x = random_image(16)
   u = np.round(255 * x).astype(np.uint8)
   for image in (x, u):
-    got = augment.view(jax.random.key(3), jnp.asarray(image), 'resize', 16)
-    np.testing.assert_allclose(got, x, atol=1e-6)
+    view = augment.view(jax.random.key(3), jnp.asarray(image), 'resize', 16)
+    np.testing.assert_allclose(view, x, atol=1e-6)

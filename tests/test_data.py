@@ -1,4 +1,4 @@
-"""Order of the examples, the sources, and their errors."""
+"""The order of the training images, and the sources digits, arrays and TFDS with their errors."""
 
 import shutil
 import struct
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from simclr_jax import config, data
-from simclr_jax.data import digits, order, tfds as ours
+from simclr_jax.data import digits, order, tfds as tfds_source
 from simclr_jax.errors import ConfigError
 
 
@@ -20,10 +20,10 @@ def source(**values):
   return c
 
 
-def test_every_example_once_a_pass_and_none_dropped():
-  """Breaks if a pass repeats or skips an image, or the partial batch at its end is dropped."""
+def test_every_image_once_per_epoch_and_none_dropped():
+  """Breaks if an epoch repeats or skips an image, or the partial batch at its end is dropped."""
   n, size = 50, 16
-  batches = [order.rows(3, step, size, n) for step in range(25)]  # 8 passes
+  batches = [order.rows(3, step, size, n) for step in range(25)]  # 8 epochs
   index = np.concatenate([b['index'] for b in batches])
   epoch = np.concatenate([b['epoch'] for b in batches])
   position = np.concatenate([b['position'] for b in batches])
@@ -34,7 +34,7 @@ def test_every_example_once_a_pass_and_none_dropped():
 
 
 def test_batches_are_a_function_of_seed_and_step():
-  """Breaks if a batch depends on what was asked before: the resume would read other images."""
+  """Breaks if a batch depends on earlier calls: a resumed run would read other images."""
   late = order.rows(0, 1000, 32, 500)
   order.rows(0, 3, 32, 500)
   for k, v in order.rows(0, 1000, 32, 500).items():
@@ -44,7 +44,7 @@ def test_batches_are_a_function_of_seed_and_step():
 
 
 def test_digits():
-  """Breaks if the embedded data change: size, split by scan, balance, dark background."""
+  """Breaks if the bundled data set changes: size, split by scan, balance, dark background."""
   train, test = (digits.load(None, s) for s in ('train', 'test'))
   assert train.images.shape == (6000, 32, 32, 3) and test.images.shape == (1188, 32, 32, 3)
   assert train.images.dtype == np.uint8 and train.labelled and test.labelled
@@ -61,15 +61,15 @@ def test_digits():
 
 
 def test_npz(tmp_path):
-  """Breaks if labels stop being optional, or a broken file gives a traceback."""
+  """Breaks if labels are required, or a corrupt file causes a traceback."""
   x = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
   c = source(source='arrays', dir=str(tmp_path))
   with pytest.raises(ConfigError, match='neither train.npz nor train_images.npy'):
     data.load(c, 'train')
   np.savez(tmp_path / 'train.npz', images=x)
-  got = data.load(c, 'train')
-  np.testing.assert_array_equal(got.images, x)
-  assert not got.labelled and (got.labels == -1).all()
+  arrays = data.load(c, 'train')
+  np.testing.assert_array_equal(arrays.images, x)
+  assert not arrays.labelled and (arrays.labels == -1).all()
   np.savez(tmp_path / 'train.npz', images=x, labels=np.arange(5))
   assert data.load(c, 'train').labelled
   np.savez(tmp_path / 'train.npz', images=x, labels=np.arange(4))
@@ -79,13 +79,13 @@ def test_npz(tmp_path):
   with pytest.raises(ConfigError, match='must be uint8'):
     data.load(c, 'train')
   np.savez(tmp_path / 'train.npz', images=x, labels=np.array(list('abcde')))
-  with pytest.raises(ConfigError, match='whole numbers'):
+  with pytest.raises(ConfigError, match='labels must be integers, these are <U1'):
     data.load(c, 'train')
-  np.savez(tmp_path / 'train.npz', pictures=x)
+  np.savez(tmp_path / 'train.npz', pixels=x)
   with pytest.raises(ConfigError, match='no array "images"'):
     data.load(c, 'train')
   np.savez(tmp_path / 'train.npz', images=np.array([{}], object))
-  with pytest.raises(ConfigError, match='cannot be read'):  # a pickle is not opened
+  with pytest.raises(ConfigError, match='cannot be read'):  # pickles are not loaded
     data.load(c, 'train')
   for content in (b'<html>', b''):
     (tmp_path / 'train.npz').write_bytes(content)
@@ -93,9 +93,9 @@ def test_npz(tmp_path):
       data.load(c, 'train')
   (tmp_path / 'train.npz').unlink()
   np.save(tmp_path / 'train_images.npy', x)
-  got = data.load(c, 'train')
-  assert isinstance(got.images, np.memmap) and not got.labelled
-  np.testing.assert_array_equal(got.images, x)
+  mapped = data.load(c, 'train')
+  assert isinstance(mapped.images, np.memmap) and not mapped.labelled
+  np.testing.assert_array_equal(mapped.images, x)
   np.save(tmp_path / 'train_labels.npy', np.arange(5))
   assert list(data.load(c, 'train').labels) == list(range(5))
   with pytest.raises(ConfigError, match='data.dir is empty'):
@@ -103,7 +103,7 @@ def test_npz(tmp_path):
 
 
 def test_arrays_never_import_tensorflow():
-  """Breaks if anything between an array and a training step imports TensorFlow."""
+  """Breaks if training on arrays imports TensorFlow."""
   program = """
 import pathlib, sys, tempfile
 from simclr_jax import config, train
@@ -118,10 +118,10 @@ assert 'tensorflow' not in sys.modules, 'TensorFlow was imported'
 
 
 def test_cifar10_from_tfds(test_data):
-  """Breaks if images, labels or their order are not those of the TFDS files."""
+  """Breaks if images, labels or their order differ from TFDS."""
   tfds = pytest.importorskip('tensorflow_datasets')
   c = source(dir=str(test_data / 'tfds'))
-  part = ours.load(c, 'train[:1000]')
+  part = tfds_source.load(c, 'train[:1000]')
   assert part.images.shape == (1000, 32, 32, 3) and part.labelled
   builder = tfds.builder('cifar10', data_dir=str(test_data / 'tfds'))
   for i, example in zip(range(5), builder.as_dataset(split='train').as_numpy_iterator()):
@@ -138,15 +138,15 @@ def test_cifar10_from_tfds(test_data):
   ],
 )
 def test_tfds_errors_are_one_sentence(test_data, values, split, message):
-  """Breaks if a missing data set dumps TFDS's catalogue, or does not say how to prepare it."""
+  """Breaks if the message for a missing data set lists all of TFDS, or lacks the command that prepares it."""
   pytest.importorskip('tensorflow_datasets')
   with pytest.raises(ConfigError, match=message) as error:
-    ours.load(source(dir=str(test_data / 'tfds'), **values), split)
+    tfds_source.load(source(dir=str(test_data / 'tfds'), **values), split)
   assert len(str(error.value)) < 400 and '\n' not in str(error.value)
 
 
 def test_truncated_tfds_shard_is_an_error(test_data, tmp_path):
-  """Breaks if a shard cut at a record boundary passes as a shorter data set."""
+  """Breaks if a shard that is truncated between two records is read as a shorter data set."""
   pytest.importorskip('tensorflow_datasets')
 
   folder = tmp_path / 'cifar10' / '3.0.2'
@@ -158,4 +158,4 @@ def test_truncated_tfds_shard_is_an_error(test_data, tmp_path):
     at += 8 + 4 + struct.unpack('<Q', content[at : at + 8])[0] + 4
   shard.write_bytes(content[:at])
   with pytest.raises(ConfigError, match='00000-of-00008 has 10 of its 1,250 records'):
-    ours.load(source(dir=str(tmp_path)), 'test')
+    tfds_source.load(source(dir=str(tmp_path)), 'test')

@@ -1,4 +1,4 @@
-"""Folders of images as they are found: every format, turned, tiny, huge, misnamed, broken. Pillow knows."""
+"""Folders of real-world images: all formats, EXIF-rotated, tiny, huge, oddly named, corrupt; against Pillow."""
 
 import io
 import json
@@ -22,15 +22,15 @@ from simclr_jax.encoder import preprocess
 from simclr_jax.errors import ConfigError
 
 tf = pytest.importorskip('tensorflow')
-from simclr_jax.data import check, decode  # noqa: E402  (needs TensorFlow)
+from simclr_jax.data import decode, scan  # noqa: E402  (needs TensorFlow)
 
-SIZE = 24  # of views; their canvas is 64
+SIZE = 24  # of views; the canvas has 64
 PIPELINES = ('simclr_crop(0.08, 1)', 'torch_crop(0.2, 1)')
 resize = jax.jit(crop.crop_and_resize, static_argnums=(2, 3))
 
 
 def picture(height, width, seed=0):
-  """Smooth, so that neighbouring pixels are alike; coloured, so that no two channels are."""
+  """A smooth image, whose channels differ."""
   rng = np.random.default_rng(seed)
   coarse = rng.integers(0, 256, (2 + height // 40, 2 + width // 40, 3), dtype=np.uint8)
   return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -43,44 +43,42 @@ def encoded(image, kind, **options):
 
 
 def exif(orientation, order='<'):
-  """An EXIF block with the tag alone, put together by hand; `order` is that of its bytes."""
+  """An EXIF block with only the orientation tag; `order` is its byte order."""
   mark = b'II' if order == '<' else b'MM'
   entry = struct.pack(order + 'HHIHH', 0x0112, 3, 1, orientation, 0)
   return b'Exif\0\0' + mark + struct.pack(order + 'HIH', 42, 8, 1) + entry + struct.pack('I', 0)
 
 
 def shown(contents):
-  """An image as Pillow shows it: int `[h, w, 3]`."""
+  """An image as Pillow displays it: int `[h, w, 3]`."""
   image = Image.open(io.BytesIO(contents))
-  if image.mode.startswith('I'):  # 16 bits, which Pillow does not convert: the upper 8
+  if image.mode.startswith('I'):  # Pillow does not convert 16 bits: use the upper 8
     return np.repeat((np.asarray(image).astype(int) >> 8)[..., None], 3, -1)
   return np.asarray(ImageOps.exif_transpose(image).convert('RGB')).astype(int)
 
 
-def settings(where, **values):
+def settings(root, **values):
   c = config.load('simclr_digits', TINY).data
   with c.unlocked():
-    c.update(
-      {'source': 'folder', 'dir': str(where), 'train_split': '.', 'test_split': '', **values}
-    )
+    c.update({'source': 'folder', 'dir': str(root), 'train_split': '.', 'test_split': '', **values})
   return c
 
 
-def fill(where, files):
+def fill(root, files):
   """Writes files, name -> bytes, and returns the folder."""
   for name, contents in files.items():
-    path = os.path.join(os.fsencode(where), os.fsencode(name))
+    path = os.path.join(os.fsencode(root), os.fsencode(name))
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, 'wb') as file:
       file.write(contents)
-  return where
+  return root
 
 
 def sentence(call):
   with pytest.raises(ConfigError) as error:
     call()
   text = str(error.value)
-  del error  # its traceback and this frame would keep each other, and a pipeline, alive
+  del error  # otherwise its traceback and this frame keep each other and a pipeline alive
   assert '\n' not in text and len(text) < 500 and '{{' not in text, text
   return text
 
@@ -91,7 +89,7 @@ def chunk(name, contents):
 
 
 def deep_png(pixels):
-  """A PNG of 16 bits a channel, which Pillow does not write in colour."""
+  """A PNG with 16 bits per channel, which Pillow does not write in colour."""
   height, width = pixels.shape[:2]
   header = struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0)
   rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in pixels)
@@ -142,13 +140,13 @@ FORMATS = {
 }
 TURNED = {
   f'turned {o}{name}.jpg': encoded(picture(41, 67), 'JPEG', quality=90, exif=exif(o, order))
-  for o in range(10)  # 0 and 9 mean nothing
+  for o in range(10)  # 0 and 9 are invalid
   for order, name in (('<', ' little'), ('>', ' big'))
 }
 
 
 def tolerance(contents):
-  """Levels by which two decoders may differ: JPEG leaves rounding and the upsampling of chroma free."""
+  """Levels by which two decoders may differ: JPEG does not define rounding and chroma upsampling."""
   return 6 if contents[:2] == b'\xff\xd8' else 0
 
 
@@ -156,8 +154,8 @@ def tolerance(contents):
 
 
 @pytest.mark.parametrize('files', [FORMATS, TURNED], ids=['formats', 'turned'])
-def test_whole_images_are_those_of_pillow(tmp_path, files):
-  """Breaks if a format, an orientation, a palette, alpha or 16 bits are read otherwise than shown."""
+def test_decoded_images_equal_pillow(tmp_path, files):
+  """Breaks if a format, orientation, palette, alpha channel or 16-bit image is decoded wrongly."""
   c = settings(fill(tmp_path, files), on_device='no', scaled_decoding=False)
   source = data.load(c, 'train')
   assert isinstance(source, folder.Files) and sorted(files, key=os.fsencode) == source.paths
@@ -180,10 +178,10 @@ def test_whole_images_are_those_of_pillow(tmp_path, files):
 
 
 @pytest.mark.parametrize('bits', [8, 4, 1])
-def test_a_bmp_with_a_palette_shows_its_colours(tmp_path, bits):
-  """Breaks if the numbers of the colours are taken for gray levels: then refusing it is better."""
+def test_a_bmp_with_a_palette_is_decoded_or_refused(tmp_path, bits):
+  """Breaks if the indices of a palette are used as gray levels."""
   contents = encoded(RGB.quantize(200) if bits == 8 else GRAY.convert('1'), 'BMP')
-  if bits == 4:  # Pillow writes no such file: two pixels a byte, rows of 36 bytes
+  if bits == 4:  # Pillow does not write 4 bits: two pixels per byte, rows of 36 bytes
     rng = np.random.default_rng(0)
     contents = bmp(67, 45, 4, rng.bytes(45 * 36), palette=rng.bytes(16 * 4))
   expected = shown(contents)
@@ -197,30 +195,28 @@ def test_a_bmp_with_a_palette_shows_its_colours(tmp_path, bits):
 
 
 @pytest.mark.parametrize('width, height', [(80, 60), (30, 20), (2000, 2000)])
-def test_a_gif_whose_frame_is_not_its_size(tmp_path, width, height):
-  """Breaks if views are cut where the header promises pixels that the frame does not have: NaN."""
+def test_a_gif_whose_frame_has_another_size(tmp_path, width, height):
+  """Breaks if a view has NaN where the frame is smaller than the header says."""
   gif = FORMATS['still.gif']
   fill(tmp_path, {'0.gif': gif[:6] + struct.pack('<HH', width, height) + gif[10:]})
-  frame, promised = shown(gif)[:height, :width], np.zeros((height, width, 3))
-  promised[: len(frame), : frame.shape[1]] = frame  # black where there is no colour
-  views, _ = preprocess(
-    data.load(settings(tmp_path, on_device='no'), 'train'), 'resize', 45
-  )
-  theirs = resize(np.float32(promised), crop.whole(height, width), 45, 'triangle')
+  frame, padded = shown(gif)[:height, :width], np.zeros((height, width, 3))
+  padded[: len(frame), : frame.shape[1]] = frame  # black elsewhere
+  views, _ = preprocess(data.load(settings(tmp_path, on_device='no'), 'train'), 'resize', 45)
+  theirs = resize(np.float32(padded), crop.whole(height, width), 45, 'triangle')
   np.testing.assert_allclose(255 * views[0], theirs, atol=1)
 
 
 def canvases(contents, epochs=1, pipelines=PIPELINES, seed=0, **values):
-  """`decode.canvases` of all images at all of the epochs, and where `augment.places` would cut."""
+  """The elements of `decode.canvases` for all images and epochs, and the crops of `augment.places`."""
   n = len(contents)
   epoch, position = np.divmod(np.arange(n * epochs, dtype=np.int32), n)
   elements = {'bytes': contents * epochs, 'epoch': epoch, 'position': position}
-  found = decode.canvases(
+  dataset = decode.canvases(
     tf.data.Dataset.from_tensor_slices(elements), pipelines, SIZE, seed, settings('', **values)
   )
   height, width = np.array([shown(x).shape[:2] for x in contents * epochs], np.int32).T
   places = augment.places(height, width, epoch, position, pipelines=pipelines, seed=seed, size=SIZE)
-  return list(found.as_numpy_iterator()), np.asarray(places)
+  return list(dataset.as_numpy_iterator()), np.asarray(places)
 
 
 def cut(image, box):
@@ -232,7 +228,7 @@ def cut(image, box):
 
 
 def all_kinds(height, width, seed):
-  """An image of this size in each way of storing it that is cut differently."""
+  """An image of this size in every format and orientation that is cropped by other code."""
   image = picture(height, width, seed)
   upright = [encoded(image, 'PNG'), encoded(image, 'WEBP', quality=80), encoded(image, 'BMP')]
   turned = [
@@ -245,36 +241,36 @@ def all_kinds(height, width, seed):
 SHAPES = [(45, 67), (67, 45), (30, 20), (200, 150), (150, 200), (63, 64), (65, 64), (1, 1), (7, 13)]
 
 
-def test_windows_are_cut_out_of_the_whole_image():
-  """Breaks if a window is off by a pixel, or turned, or mirrored, in any format or orientation."""
+def test_windows_equal_crops_of_the_whole_image():
+  """Breaks if a window is shifted by a pixel, rotated or mirrored, in any format or orientation."""
   contents = sum((all_kinds(*shape, i) for i, shape in enumerate(SHAPES)), [])
-  found, places = canvases(contents, 4, scaled_decoding=False)
-  assert len(found) == 4 * len(contents)
-  by_host = 0
-  for i, (e, place) in enumerate(zip(found, places)):
+  elements, places = canvases(contents, 4, scaled_decoding=False)
+  assert len(elements) == 4 * len(contents)
+  on_host = 0
+  for i, (e, place) in enumerate(zip(elements, places)):
     whole, lossy = shown(contents[i % len(contents)]), tolerance(contents[i % len(contents)])
     assert e['images'].shape == (64, 64, 3) and e['images'].dtype == np.uint8
     if (e['crops'][:, 0] == [[0, 0, SIZE, SIZE], [0, SIZE, SIZE, SIZE]]).all():
-      by_host += 1
+      on_host += 1
       continue
     np.testing.assert_array_equal(e['crops'][..., 2:], place[..., 2:])
     for ours, theirs in zip(e['crops'][:, 1], place[:, 1]):
       off = np.abs(cut(e['images'], ours) - cut(whole, theirs))
-      # A cut JPEG lacks the chroma beyond its border.
+      # At the border of a window, chroma upsampling lacks the neighbouring pixels.
       inside = off[1:-1, 1:-1] if min(off.shape[:2]) > 2 else off[:0]
       assert inside.max(initial=0) <= lossy and off.max() <= 4 * lossy, (i, off.max())
-  assert 0.1 < by_host / len(found) < 0.5  # those of large images that do not fit
+  assert 0.1 < on_host / len(elements) < 0.5  # windows that are larger than the canvas
 
 
 @pytest.mark.parametrize('resize_on', ['device', 'host'])
-def test_what_the_host_resizes_is_what_the_device_would(resize_on):
-  """Breaks if the host rounds, clips or weighs pixels in another way, or an image does not fit."""
+def test_views_resized_on_the_host_equal_those_of_the_device(resize_on):
+  """Breaks if the host rounds, clips or weights pixels differently, or an image does not fit."""
   shapes = [(200, 150), (33, 29)]
   contents = [encoded(picture(*shape, i), 'PNG') for i, shape in enumerate(shapes)]
   pipelines = ('simclr_crop(0.4, 1)', 'torch_crop(0.4, 1)')
-  found, places = canvases(contents, 4, pipelines, resize_on=resize_on)
+  elements, places = canvases(contents, 4, pipelines, resize_on=resize_on)
   resized = 0
-  for i, (e, place) in enumerate(zip(found, places)):
+  for i, (e, place) in enumerate(zip(elements, places)):
     whole = np.float32(shown(contents[i % 2]))
     for v, kernel in enumerate(('bicubic', 'triangle')):
       if (e['crops'][v] != [0, v * SIZE, SIZE, SIZE]).any():
@@ -288,17 +284,17 @@ def test_what_the_host_resizes_is_what_the_device_would(resize_on):
 
 
 @pytest.mark.parametrize('orientation', [1, 6, 7])
-def test_scaled_decoding_shows_the_same_at_a_fraction(orientation):
-  """Breaks if a JPEG decoded at 1/2, 1/4, 1/8 is cut elsewhere, or is smaller than the view."""
+def test_scaled_decoding_equals_pillow(orientation):
+  """Breaks if a JPEG decoded at 1/2, 1/4 or 1/8 has another crop, or is smaller than the view."""
   shapes = [(400, 601), (230, 250), (130, 90), (1203, 811), (50, 50)]
   contents = [
     encoded(picture(*shape, i), 'JPEG', quality=90, exif=exif(orientation))
     for i, shape in enumerate(shapes)
   ]
-  found, places = canvases(contents, 4)
-  full, _ = canvases(contents, 4, scaled_decoding=False)
+  elements, places = canvases(contents, 4)
+  unscaled, _ = canvases(contents, 4, scaled_decoding=False)
   ratios = []
-  for i, (e, f, place) in enumerate(zip(found, full, places)):
+  for i, (e, f, place) in enumerate(zip(elements, unscaled, places)):
     smallest = place[:, 0, 2:].min()
     ratio = next((r for r in (8, 4, 2) if smallest >= r * SIZE), 1)
     for v, kernel in enumerate(('bicubic', 'triangle')):
@@ -313,21 +309,20 @@ def test_scaled_decoding_shows_the_same_at_a_fraction(orientation):
     ratios.append(ratio)
     np.testing.assert_allclose(e['crops'][..., 2:], place[..., 2:] / ratio)
     image = Image.open(io.BytesIO(contents[i % len(shapes)]))
-    if ratio > 1:  # Pillow, too, lets the decoder scale
+    if ratio > 1:  # Pillow can scale in the decoder, too
       image.draft('RGB', (image.width // ratio, image.height // ratio))
     reduced = np.asarray(ImageOps.exif_transpose(image)).astype(int)
     low = np.floor((place[:, 1, :2] / ratio).min(0))
     for ours, theirs in zip(e['crops'][:, 1], place[:, 1] / ratio):
       np.testing.assert_allclose(ours[:2] + low, theirs[:2], atol=1e-4)
       inner = np.concatenate([np.ceil(ours[:2]) + 1, np.floor(ours[2:]) - 3])
-      where = inner + [*low, 0, 0]
-      off = np.abs(cut(e['images'], inner) - cut(reduced, where))
+      off = np.abs(cut(e['images'], inner) - cut(reduced, inner + [*low, 0, 0]))
       assert off.max() <= 6, (i, ratio)
   assert set(ratios) >= {1, 2, 4}
 
 
 def test_extreme_shapes(tmp_path):
-  """Breaks if a single pixel or a strip gives NaN, a wrong size, or no view at all."""
+  """Breaks if a view of a single pixel or a strip is missing, has NaN or has a wrong size."""
   shapes = [(1, 1), (1, 2), (2, 1), (10, 20000), (20000, 10), (3, 500)]
   for i, shape in enumerate(shapes):
     for kind in ('png', 'jpg', 'webp'):
@@ -356,8 +351,8 @@ def contents_in_order(source):
   return [e['bytes'] for e in source.iterate_once().as_numpy_iterator()]
 
 
-def test_names_of_all_sorts(tmp_path):
-  """Breaks if a name is quoted, split, decoded or sorted on its way to TensorFlow and to messages."""
+def test_unusual_file_names(tmp_path):
+  """Breaks if a name is quoted, split, decoded or sorted differently in TensorFlow or in messages."""
   odd = [
     'plain.jpg', 'with space.jpg', 'quote\'s".png', '$(touch x); *.jpeg', 'new\nline.png', 'täglich.JPG',
     '写真.Png', '-leading.gif', 'two.dots.jpg', '{}%s\\n.bmp', b'latin\xe9.jpg', b'\xff\xfe/\xe9.png',
@@ -379,8 +374,8 @@ def test_names_of_all_sorts(tmp_path):
 
 
 @pytest.mark.parametrize('name', [b'caf\xe9', 'café', 'a b', "it's", 'x\ny'])
-def test_classes_of_all_sorts(tmp_path, name):
-  """Breaks if the name of a class, of any bytes, cannot be listed or changes its number."""
+def test_unusual_class_names(tmp_path, name):
+  """Breaks if a class whose name has arbitrary bytes is not found, or changes its label."""
   for split, classes in (('train', (name, 'zebra')), ('test', ('aardvark', 'zebra'))):
     for c in classes:
       path = os.path.join(os.fsencode(split), os.fsencode(c), b'0.png')
@@ -394,7 +389,7 @@ def test_classes_of_all_sorts(tmp_path, name):
 
 
 def test_labels(tmp_path):
-  """Breaks if labels come from a deeper folder, are made up, or a class of one split shifts the others."""
+  """Breaks if labels come from a deeper folder, are made up, or differ between the splits."""
   x = [encoded(picture(20 + i, 20, i), 'PNG') for i in range(6)]
   fill(tmp_path / 'a', {'cat/0.png': x[0], 'cat/young/1.png': x[1], 'dog/2.png': x[2]})
   (tmp_path / 'a' / 'empty').mkdir()
@@ -402,7 +397,7 @@ def test_labels(tmp_path):
   source = data.load(settings(tmp_path / 'a'), 'train')
   assert source.class_names == ['cat', 'dog'] and list(source.labels) == [0, 0, 1]
   assert [e['label'] for e in source.iterate_once().as_numpy_iterator()] == [0, 0, 1]
-  # An image beside the folders, or one folder alone: they mean something else.
+  # With an image outside the folders, or a single folder, the folders are not classes.
   fill(tmp_path / 'b', {'cat/0.png': x[0], 'dog/1.png': x[1], '2.png': x[2]})
   fill(tmp_path / 'c', {'all/0.png': x[0], 'all/1.png': x[1]})
   for name in 'bc':
@@ -417,8 +412,8 @@ def test_labels(tmp_path):
   assert list(train.labels) == [0, 1] and list(test.labels) == [1, 2, 2]
 
 
-def test_links(tmp_path):
-  """Breaks if a loop of links is followed for ever, or what a link leads to is missed or read twice."""
+def test_symbolic_links(tmp_path):
+  """Breaks if a cycle of links is followed forever, or the target of a link is missed or read twice."""
   x = [encoded(picture(20 + i, 20, i), 'PNG') for i in range(4)]
   outside = fill(tmp_path / 'outside', {'2.png': x[2], 'sub/3.png': x[3]})
   root = fill(tmp_path / 'root', {'a/0.png': x[0], 'b/1.png': x[1]})
@@ -430,11 +425,11 @@ def test_links(tmp_path):
   source = data.load(settings(root), 'train')
   assert source.paths == ['a/0.png', 'b/1.png', 'c/2.png', 'c/sub/3.png', 'd.png']
   assert contents_in_order(source) == [*x, x[0]]
-  assert check.scan(source).duplicates() == 1
+  assert scan.scan(source).duplicates() == 1
 
 
-def test_nothing_to_read(tmp_path):
-  """Breaks if an empty, missing or wrong folder gives a traceback or does not say what was seen."""
+def test_missing_and_empty_folders(tmp_path):
+  """Breaks if an empty, missing or wrong folder causes a traceback, or the message lacks what it contains."""
   text = sentence(lambda: data.load(settings(tmp_path / 'none'), 'train'))
   assert text.startswith(f'{tmp_path}/none does not exist')
   fill(tmp_path, {'file.jpg': b'x'})
@@ -451,10 +446,10 @@ def test_nothing_to_read(tmp_path):
   assert 'data.dir is empty' in sentence(lambda: data.load(settings(''), 'train'))
 
 
-def test_a_folder_that_may_not_be_read(tmp_path):
-  """Breaks if a part of the images is missing from the run without a word."""
+def test_a_folder_without_permission(tmp_path):
+  """Breaks if a part of the images is silently missing from the run."""
   if os.geteuid() == 0:
-    pytest.skip('root may read everything')
+    pytest.skip('root may read everything: run the tests as another user')
   fill(tmp_path, {'a.png': encoded(RGB, 'PNG'), 'closed/b.png': encoded(OTHER, 'PNG')})
   (tmp_path / 'closed').chmod(0)
   try:
@@ -472,9 +467,8 @@ def test_small_images_of_one_size_are_read_into_memory(tmp_path, count):
   """Breaks if the pixels, labels or their order differ from those of the files."""
   files = {}
   for i in range(count):
-    image, upright = picture(20, 24, i), i % 3
-    kind = ('PNG', 'JPEG', 'BMP')[upright]
-    if i == 4:  # stored lying
+    image, kind = picture(20, 24, i), ('PNG', 'JPEG', 'BMP')[i % 3]
+    if i == 4:  # EXIF-rotated
       image = picture(24, 20, i)
     options = {'exif': exif(6)} if i == 4 else {'quality': 90} if kind == 'JPEG' else {}
     files[f'{"cat" if i % 2 else "dog"}/{i:03d}.{kind.lower()}'] = encoded(image, kind, **options)
@@ -490,7 +484,7 @@ def test_small_images_of_one_size_are_read_into_memory(tmp_path, count):
   assert isinstance(data.load(settings(tmp_path), 'train'), folder.Files)
 
 
-# Bad files.
+# Corrupt files.
 
 
 def png_header(side):
@@ -499,7 +493,7 @@ def png_header(side):
 
 
 def jpeg_of(side):
-  """A small JPEG that says to be a large one."""
+  """A small JPEG whose header says that it is large."""
   at = FORMATS['baseline.jpg'].index(b'\xff\xc0') + 5
   return (
     FORMATS['baseline.jpg'][:at]
@@ -547,14 +541,10 @@ BROKEN = {
 }  # fmt: skip
 
 
-def feed_of(source):
+def read_epoch(source):
+  """Reads an epoch of the images, as a training does."""
   mesh = sharding.make_mesh(jax.devices()[:1])
-  return loader.for_training(source, 0, 8, PIPELINES, SIZE, mesh)
-
-
-def train_on(source):
-  """A pass over the images, as a training reads them."""
-  batches = feed_of(source)
+  batches = loader.for_training(source, 0, 8, PIPELINES, SIZE, mesh)
   try:
     for step in range(-(-len(source) // 8)):
       batches(step)
@@ -563,7 +553,7 @@ def train_on(source):
 
 
 def test_too_large_images_are_refused_by_their_headers(tmp_path):
-  """Breaks if an image is unpacked before its size is known: it may not fit into the memory."""
+  """Breaks if an image is decoded before its size is known: it may not fit into memory."""
   fill(tmp_path, {name: contents for name, (contents, _) in LARGE.items()})
   source = data.load(settings(tmp_path), 'train')
   for i, name in enumerate(source.paths):
@@ -571,9 +561,8 @@ def test_too_large_images_are_refused_by_their_headers(tmp_path):
       f'{tmp_path}/{name} has {LARGE[name][1]} pixels, more than data.max_pixels=100,000,000'
     )
     assert source.find_problem([i]) == expected
-  scan = check.scan(source)
-  assert scan.bad == list(range(len(LARGE)))
-  text = sentence(lambda: train_on(source))
+  assert scan.scan(source).bad == list(range(len(LARGE)))
+  text = sentence(lambda: read_epoch(source))
   assert 'pixels, more than data.max_pixels=100,000,000' in text
   c = settings(fill(tmp_path / 'one', {'a.png': encoded(RGB, 'PNG')}), max_pixels=45 * 67 - 1)
   text = sentence(lambda: data.load(c, 'train'))
@@ -582,31 +571,31 @@ def test_too_large_images_are_refused_by_their_headers(tmp_path):
   )
 
 
-def test_every_bad_file_is_named(tmp_path):
-  """Breaks if a bad file passes for an image, or the message does not say what it is instead."""
+def test_every_corrupt_file_is_named(tmp_path):
+  """Breaks if a corrupt file is read as an image, or the message lacks the reason."""
   fill(tmp_path, {name: contents for name, (contents, _) in BROKEN.items()})
   (tmp_path / 'broken link.png').symlink_to(tmp_path / 'nowhere')
   source = data.load(settings(tmp_path), 'train')
   for i, name in enumerate(source.paths):
-    found = source.find_problem([i])
+    problem = source.find_problem([i])
     expected = BROKEN[name][1] if name in BROKEN else 'cannot be read: '
-    assert found.startswith(f'{tmp_path}/{name} {expected}'), found
-    assert '\n' not in found and '{{' not in found and len(found) < 400
-  assert check.scan(source).bad == list(range(len(source)))
+    assert problem.startswith(f'{tmp_path}/{name} {expected}'), problem
+    assert '\n' not in problem and '{{' not in problem and len(problem) < 400
+  assert scan.scan(source).bad == list(range(len(source)))
   with pytest.raises(ConfigError, match='none|no image|cannot be decoded'):
     assert len(data.load(settings(tmp_path, skip_bad=100), 'train'))
 
 
 @pytest.mark.parametrize('name', ['cut.png', 'empty.jpg', 'start.jpg', 'link.png'])
-def test_a_training_stops_at_a_bad_file(tmp_path, name):
-  """Breaks if a bad image is left out without being asked, or another one is blamed."""
+def test_training_stops_at_a_corrupt_file(tmp_path, name):
+  """Breaks if a corrupt image is skipped by default, or the message names another image."""
   fill(tmp_path, {f'{i:02d}.jpg': x for i, x in enumerate(PICTURES[:20])})
   if name == 'link.png':
     (tmp_path / name).symlink_to(tmp_path / 'nowhere')
   else:
     fill(tmp_path, {name: BROKEN[name][0]})
   source = data.load(settings(tmp_path), 'train')
-  text = sentence(lambda: train_on(source))
+  text = sentence(lambda: read_epoch(source))
   assert text.startswith(f'{tmp_path}/{name} ') and '--config.data.skip_bad=N' in text
   if name == 'cut.png':
     text = sentence(lambda: preprocess(source, 'resize', 8))
@@ -614,14 +603,12 @@ def test_a_training_stops_at_a_bad_file(tmp_path, name):
 
 
 @pytest.mark.parametrize('name', ['cut.png', 'start.jpg', 'page.jpg', 'link.png'])
-def test_one_bad_file_among_many_of_one_size(tmp_path, name):
-  """Breaks if the reading into memory loses a file, or cannot say which one it was."""
+def test_one_corrupt_file_among_many_of_one_size(tmp_path, name):
+  """Breaks if reading into memory loses a file, or the message does not name the file."""
   fill(tmp_path, {f'{i:02d}.png': encoded(picture(24, 24, i), 'PNG') for i in range(80)})
-  order = sorted([*(f'{i:02d}.png' for i in range(80)), 'x'])
-  # Only 32 of the files are looked at to see whether all are of one size.
-  looked_at = set(np.linspace(0, 79, 32).astype(int))
-  victim = next(i for i in range(40, 80) if i not in looked_at)
-  path = tmp_path / order[victim]
+  # Only the headers of 32 files are read to see whether all images have one size.
+  sampled = set(np.linspace(0, 79, folder.SAMPLE).astype(int))
+  path = tmp_path / f'{next(i for i in range(40, 80) if i not in sampled):02d}.png'
   path.unlink()
   if name == 'link.png':
     path.symlink_to(tmp_path / 'nowhere')
@@ -630,14 +617,14 @@ def test_one_bad_file_among_many_of_one_size(tmp_path, name):
 
   def load():
     source = data.load(settings(tmp_path), 'train')
-    train_on(source)  # if they were not read into memory
+    read_epoch(source)  # if the images were not read into memory
 
   assert sentence(load).startswith(f'{path} ')
   assert len(data.load(settings(tmp_path, skip_bad=1), 'train')) == 79
 
 
-def test_bad_files_are_left_out_when_asked(tmp_path, caplog):
-  """Breaks if what is left out is not named, or shifts the labels or the indices of the others."""
+def test_skip_bad(tmp_path, caplog):
+  """Breaks if skipped images are not named, or skipping them shifts labels or indices."""
   files = {f'{"ab"[i % 2]}/{i:02d}.jpg': x for i, x in enumerate(PICTURES[:12])}
   bad = {
     'a/03 cut.jpg': BROKEN['cut.jpg'][0],
@@ -651,9 +638,10 @@ def test_bad_files_are_left_out_when_asked(tmp_path, caplog):
   with caplog.at_level(logging.WARNING):
     source = data.load(settings(tmp_path, skip_bad=3), 'train')
   for name in bad:
-    assert sum(f'left out: {tmp_path}/{name} is ' in m for m in caplog.messages) == 1, (
+    assert sum(f'skipped: {tmp_path}/{name} is ' in m for m in caplog.messages) == 1, (
       caplog.messages
     )
+  assert '3 of 15 images are skipped' in caplog.messages
   assert len(source) == 12 and source.paths == sorted(files)
   assert list(source.labels) == [p.startswith('b') for p in source.paths]
   for e in source.iterate_once().as_numpy_iterator():
@@ -661,32 +649,31 @@ def test_bad_files_are_left_out_when_asked(tmp_path, caplog):
     assert e['label'] == source.labels[e['index']]
   again = data.load(settings(tmp_path, skip_bad=100), 'train')
   assert again.paths == source.paths
-  train_on(source)
+  read_epoch(source)
 
 
-def test_what_check_finds(tmp_path):
-  """Breaks if sizes, formats, turned images, duplicates or bad files are counted wrongly."""
+def test_scan(tmp_path):
+  """Breaks if sizes, formats, EXIF-rotated images, duplicates or corrupt files are counted wrongly."""
   files = {**FORMATS, **TURNED, 'copy.jpg': FORMATS['cmyk.jpg'], 'copy 2.jpg': FORMATS['cmyk.jpg']}
   fill(tmp_path, {**files, 'bad.jpg': b'x', 'wrong suffix.jpg': encoded(picture(9, 8), 'PNG')})
   source = data.load(settings(tmp_path), 'train')
-  found = check.scan(source)
-  assert [source.paths[i] for i in found.bad] == ['bad.jpg']
-  assert sorted([*found.index, *found.bad]) == list(range(len(source)))
-  for i, shape in zip(found.index, found.shape):
+  result = scan.scan(source)
+  assert [source.paths[i] for i in result.bad] == ['bad.jpg']
+  assert sorted([*result.index, *result.bad]) == list(range(len(source)))
+  for i, shape in zip(result.index, result.shape):
     contents = pathlib.Path(source.name(i)).read_bytes()
     assert tuple(shape) == shown(contents).shape[:2]
-  turned = {source.paths[i] for i in found.index[found.turned]}
+  turned = {source.paths[i] for i in result.index[result.turned]}
   assert turned == {name for name in TURNED if name[7] in '2345678'}
-  # The two byte orders of one orientation differ; 'turned 0' and 'turned 9' do, too.
-  everything = [pathlib.Path(source.name(i)).read_bytes() for i in found.index]
-  assert found.duplicates() == len(everything) - len(set(everything)) == 2
-  kinds = [Image.open(io.BytesIO(x)).format.replace('MPO', 'JPEG') for x in everything]
+  contents = [pathlib.Path(source.name(i)).read_bytes() for i in result.index]
+  assert result.duplicates() == len(contents) - len(set(contents)) == 2
+  kinds = [Image.open(io.BytesIO(x)).format.replace('MPO', 'JPEG') for x in contents]
   expected = {k: kinds.count(k.upper()) for k in ('JPEG', 'PNG', 'GIF', 'BMP', 'WebP')}
-  assert found.kinds() == expected
+  assert result.kinds() == expected
 
 
 def test_no_value_is_ever_nan(tmp_path):
-  """Breaks if any readable image, however odd, gives a view with NaN or outside [0, 1]."""
+  """Breaks if any image that can be decoded gives a view with NaN or values outside [0, 1]."""
   files = {**FORMATS, **TURNED}
   fill(tmp_path, {**files, **{name: contents for name, (contents, _) in BROKEN.items()}})
   for i, shape in enumerate([(1, 1), (2, 900), (900, 2), (301, 299)]):
@@ -717,18 +704,18 @@ def command(images, workdir, **changes):
     'data.source': 'folder', 'data.dir': images, 'data.train_split': '.', 'data.test_split': '',
     'data.num_classes': '0', 'image_size': '24', 'augment.view1': 'simclr_crop(0.2, 1)', **changes,
   }  # fmt: skip
-  words = [f'--config.{k}={v}' for k, v in values.items()]
-  return ['pretrain', '--config=simclr_digits', f'--workdir={workdir}', *words]
+  fields = [f'--config.{k}={v}' for k, v in values.items()]
+  return ['pretrain', '--config=simclr_digits', f'--workdir={workdir}', *fields]
 
 
-def leaves(workdir, step):
-  """CRC-32 of everything in a checkpoint."""
+def checksums(workdir, step):
+  """CRC-32 of every array in a checkpoint."""
   path = workdir / 'checkpoints' / str(step) / '_CHECKPOINT_METADATA'
   return json.loads(path.read_text())['custom_metadata']['crc32']
 
 
-def test_a_run_on_a_folder_with_one_bad_file(tmp_path, capfd):
-  """Breaks if the run ends with a traceback, or a resumed one reads other images or pixels."""
+def test_a_run_on_a_folder_with_one_corrupt_file(tmp_path, capfd):
+  """Breaks if the run ends with a traceback, or a resumed run reads other images or pixels."""
   images = fill(tmp_path / 'images', {f'{i:02d}.jpg': x for i, x in enumerate(PICTURES)})
   fill(images, {'30 bad.jpg': BROKEN['cut.jpg'][0]})
   assert cli.main(command(images, tmp_path / 'stopped')) == 2
@@ -745,7 +732,7 @@ def test_a_run_on_a_folder_with_one_bad_file(tmp_path, capfd):
   assert [r['step'] for r in records(run)] == list(range(1, 7))
   assert len({r['batch_hash'] for r in records(run)}) == 6
 
-  # The same run, as if it had been killed in its third step.
+  # The same run, as if it had been killed at step 3.
   resumed = tmp_path / 'resumed'
   shutil.copytree(run, resumed)
   for step in (4, 6):
@@ -753,4 +740,4 @@ def test_a_run_on_a_folder_with_one_bad_file(tmp_path, capfd):
   assert cli.main(command(images, resumed, **{'data.skip_bad': '1'})) == 0
   assert 'from step 2 of 6' in capfd.readouterr().out
   assert records(resumed) == records(run)
-  assert leaves(resumed, 6) == leaves(run, 6) and len(leaves(run, 6)) > 60
+  assert checksums(resumed, 6) == checksums(run, 6) and len(checksums(run, 6)) > 60

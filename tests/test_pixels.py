@@ -1,4 +1,4 @@
-"""Arithmetic on pixels against tf.image, Pillow or numpy; boxes against TensorFlow and torchvision."""
+"""Arithmetic on pixels against tf.image, Pillow or numpy; crops against TensorFlow and torchvision."""
 
 import functools
 import importlib.util
@@ -18,7 +18,7 @@ tf = pytest.importorskip('tensorflow', reason='tf.image is the oracle')
 
 @functools.cache
 def images(n=4, size=16):
-  """Random ones, and corner cases: black, white, grey, pure colours."""
+  """Random images with corner cases: black, white, gray, pure colours."""
   x = np.random.default_rng(0).random((n, size, size, 3)).astype(np.float32)
   x[0, :4] = 0.0
   x[0, 4:8] = 1.0
@@ -29,19 +29,19 @@ def images(n=4, size=16):
 
 
 def pillow(height, width, seed=0):
-  """A random picture, and the same as a float array."""
+  """A random Pillow image, and the same as a float array."""
   u = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
   return Image.fromarray(u), jnp.asarray(u / 255, jnp.float32)
 
 
 def levels(ours, theirs):
-  """Differences in 8-bit levels: ours, of [0, 1], minus Pillow's."""
+  """Differences in 8-bit levels: `ours`, in [0, 1], minus Pillow's."""
   return 255 * np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
 
 
 @pytest.mark.parametrize('factor', [0.0, 0.3, 1.0, 1.7])
 def test_colour_ops_equal_tf_image(factor):
-  """Breaks if an op's arithmetic leaves tf.image's (HSV saturation, per-channel contrast)."""
+  """Breaks if an op differs from tf.image (HSV saturation, per-channel contrast)."""
   for x in images():
     pairs = [
       (pixels.contrast(x, factor), tf.image.adjust_contrast(x, factor)),
@@ -55,7 +55,7 @@ def test_colour_ops_equal_tf_image(factor):
 
 @pytest.mark.parametrize('delta', [-0.2, -0.05, 0.0, 0.1, 0.2])
 def test_hue_equals_tf_image(delta):
-  """Breaks if hue turns the wrong way or by another unit."""
+  """Breaks if the hue is shifted in the wrong direction or unit."""
   for x in images():
     ours = pixels.hue_and_saturation(x, delta, 1.0)
     np.testing.assert_allclose(ours, tf.image.adjust_hue(x, delta), atol=3e-6)
@@ -63,13 +63,13 @@ def test_hue_equals_tf_image(delta):
 
 @pytest.mark.parametrize('turns', [-0.4, -0.1, 0.0, 0.05, 0.37, 0.5])
 def test_hue_equals_pillow(turns):
-  """Breaks if hue is not turned in Pillow's 8-bit HSV, which loses a step when it wraps around."""
+  """Breaks if the hue is not shifted in Pillow's 8-bit HSV, which loses a step when it wraps around."""
   picture, x = pillow(96, 96)
   h, s, v = picture.convert('HSV').split()
   turned = (np.asarray(h).astype(int) + int(255 * turns)) % 256
   theirs = Image.merge('HSV', (Image.fromarray(turned.astype(np.uint8)), s, v)).convert('RGB')
   off = np.abs(levels(pixels.pillow_hue(x, jnp.float32(turns)), theirs))
-  # One in 400 hues lies on a step's edge, where the last bit of a quotient decides: 6 levels.
+  # One in 400 hues is at the edge of a step, where rounding errors decide: 6 levels.
   assert (off > 1.01).mean() < 3e-3
   assert off.max() < 6.5
 
@@ -106,7 +106,7 @@ def test_sobel_equals_tf_image():
 
 
 def test_cutout_equals_slicing():
-  """Breaks if the square has another side, place or fill, or wraps around the border."""
+  """Breaks if the square has another side, position or value, or wraps around the border."""
   x = images()[3]
   for row, column, side in [(5, 9, 4), (0, 15, 6), (7, 7, 5), (3, 3, 0), (8, 8, 40)]:
     top, left = row - side // 2, column - side // 2
@@ -118,7 +118,7 @@ def test_cutout_equals_slicing():
 @pytest.mark.parametrize('box', [(0, 0, 16, 16), (3, 5, 7, 9), (0, 0, 4, 4), (10, 2, 6, 12)])
 @pytest.mark.parametrize('size', [8, 16, 32])
 def test_crop_and_resize_equals_tf_image_and_pillow(box, size):
-  """Breaks if weights reach outside the crop, centres are not half-pixel, or antialiasing changes."""
+  """Breaks if pixels outside the crop are used, pixel centres are wrong, or antialiasing changes."""
   top, left, height, width = box
   for x in images():
     ours = crop.crop_and_resize(jnp.asarray(x), jnp.array(box), size)
@@ -133,7 +133,7 @@ def test_crop_and_resize_equals_tf_image_and_pillow(box, size):
 
 
 def test_evaluation_crops():
-  """Breaks if an evaluation looks at another part than the central 7/8 of its reference."""
+  """Breaks if the crop of an evaluation is not the central 7/8 of its reference."""
   x = np.random.default_rng(0).random((40, 64, 3)).astype(np.float32)
   cut = x[3:38, 15:50]  # round(0.875 * 40) = 35; offsets (5 + 1) // 2 and (29 + 1) // 2
   expected = np.clip(tf.image.resize(cut, (20, 20), method='bicubic'), 0, 1)
@@ -149,14 +149,18 @@ def test_evaluation_crops():
     theirs = picture.crop((left, top, left + size, top + size))
     assert np.abs(levels(augment.eval_view(x, 'moco_eval', size), theirs)).max() < 1.01
 
-  for pipeline in ('simclr_eval', 'moco_eval', 'resize'):  # of the right size: whole
+  for pipeline in (
+    'simclr_eval',
+    'moco_eval',
+    'resize',
+  ):  # images of the right size are not cropped
     square = (255 * images()[0]).astype(np.uint8)
     whole = augment.eval_view(jnp.asarray(square), pipeline, 16)
     np.testing.assert_allclose(whole, square / 255.0, atol=1e-6)
   picture, x = pillow(30, 50)
   theirs = ImageOps.solarize(picture.resize((20, 20), 2))
   off = np.abs(levels(augment.eval_view(x, 'resize | solarize', 20), theirs))
-  assert np.quantile(off, 0.99) < 1.01  # but values that rounding takes over the threshold
+  assert np.quantile(off, 0.99) < 1.01  # except for values that rounding moves across the threshold
 
 
 @pytest.mark.parametrize('sigma', [0.1, 0.7, 2.0])
@@ -176,20 +180,20 @@ def test_blur_equals_numpy(sigma, radius, pad):
 
 @pytest.mark.parametrize('sigma', [0.1, 0.5, 1.0, 2.0])
 def test_torch_blur_is_near_pillows(sigma):
-  """Breaks if MoCo's blur has another radius or border than Pillow's box approximation of it."""
+  """Breaks if MoCo's blur has another radius or border than Pillow's approximation by box filters."""
   coarse, _ = pillow(6, 6)
-  picture = coarse.resize((96, 96), 3)  # as smooth as photographs are
+  picture = coarse.resize((96, 96), 3)  # as smooth as photographs
   x = jnp.asarray(np.asarray(picture) / 255, jnp.float32)
   blur = jax.jit(lambda x: ops.OPS['torch_blur'].function(jax.random.key(0), x, 96, sigma, sigma))
   off = np.abs(levels(blur(x), picture.filter(ImageFilter.GaussianBlur(sigma))))
   assert off.max() < 3
   assert off.mean() < 0.7
   untouched = np.abs(levels(x, picture.filter(ImageFilter.GaussianBlur(sigma))))
-  assert sigma < 1 or untouched.max() > 3  # below, this smooth picture shows no blur
+  assert sigma < 1 or untouched.max() > 3  # smaller sigmas hardly change this smooth image
 
 
 def distribution_distance(a, b):
-  """The largest distance of two samples' distribution functions."""
+  """The Kolmogorov-Smirnov statistic of two samples."""
   values = np.union1d(a, b)
   at = (np.searchsorted(np.sort(x), values, 'right') / len(x) for x in (a, b))
   return np.abs(np.subtract(*at)).max()
@@ -197,7 +201,7 @@ def distribution_distance(a, b):
 
 @pytest.mark.parametrize('shape', [(375, 500), (32, 32)])
 def test_crop_equals_tensorflows_sampler(shape):
-  """Breaks if areas, heights, widths or corners are drawn otherwise than by TensorFlow's op."""
+  """Breaks if areas, heights, widths or corners have other distributions than in TensorFlow's op."""
   n = 8_000
   keys = jax.random.split(jax.random.key(1), n)
   ours = np.asarray(jax.jit(jax.vmap(lambda k: crop.tensorflow_box(k, *shape)))(keys))
@@ -215,18 +219,18 @@ def test_crop_equals_tensorflows_sampler(shape):
     # 0.031 is the 99.9 % quantile for this n.
     assert distribution_distance(ours[:, column], theirs[:, column]) < 0.031, name
   area = ours[:, 2] * ours[:, 3] / np.prod(shape)
-  assert area.min() >= 0.1  # min_object_covered and not the area range's 0.08
-  if shape == (32, 32):  # quantiles published for SimCLR's code; one step of area there is 0.02
-    found = np.quantile(area, [0.01, 0.1, 0.25, 0.5, 0.75, 0.9])
-    np.testing.assert_allclose(found, [0.106, 0.141, 0.220, 0.404, 0.610, 0.781], atol=0.02)
-  # The far edge is touched by boxes that fill the side only.
+  assert area.min() >= 0.1  # min_object_covered, not the 0.08 of the area range
+  if shape == (32, 32):  # quantiles published for SimCLR's code; the area has steps of 0.02
+    quantiles = np.quantile(area, [0.01, 0.1, 0.25, 0.5, 0.75, 0.9])
+    np.testing.assert_allclose(quantiles, [0.106, 0.141, 0.220, 0.404, 0.610, 0.781], atol=0.02)
+  # Only boxes that fill a side touch the far edge.
   top, left, h, w = ours.T
   assert ((top + h < shape[0]) | (h == shape[0])).all()
   assert ((left + w < shape[1]) | (w == shape[1])).all()
 
 
 def torchvision_boxes(n, height, width, low, rng):
-  """A simulation of RandomResizedCrop.get_params that looks at one draw at a time."""
+  """A scalar implementation of RandomResizedCrop.get_params."""
   for _ in range(n):
     for _ in range(10):
       area = height * width * rng.uniform(low, 1)
@@ -242,7 +246,7 @@ def torchvision_boxes(n, height, width, low, rng):
 
 @pytest.mark.parametrize('shape, low', [((375, 500), 0.2), ((32, 32), 0.08), ((20, 64), 0.6)])
 def test_crop_equals_torchvisions_sampler(shape, low):
-  """Breaks if area, aspect, corner or the central fallback is drawn otherwise than by torchvision."""
+  """Breaks if area, aspect, corner or the central fallback have other distributions than in torchvision."""
   n = 20_000
   keys = jax.random.split(jax.random.key(1), n)
   draw = jax.jit(jax.vmap(lambda k: crop.torchvision_box(k, *shape, (low, 1.0))))
@@ -252,7 +256,7 @@ def test_crop_equals_torchvisions_sampler(shape, low):
     assert distribution_distance(ours[:, column], theirs[:, column]) < 0.02, name
   assert distribution_distance(ours[:, 3] / ours[:, 2], theirs[:, 3] / theirs[:, 2]) < 0.02
   assert (ours[:, 0] + ours[:, 2]).max() == shape[0]  # the far edge is reached
-  if shape == (20, 64):  # too wide for most draws
+  if shape == (20, 64):  # most attempts do not fit
     fallback = np.mean((theirs == [0, 18, 20, 27]).all(1))
     assert fallback > 0.9 and abs(np.mean((ours == [0, 18, 20, 27]).all(1)) - fallback) < 0.02
 
@@ -280,12 +284,12 @@ np.savez(
 
 
 def test_torchvision_itself(tmp_path):
-  """Breaks if the oracles written here are not torchvision's own."""
+  """Breaks if the reference implementations in this file differ from torchvision."""
   if not importlib.util.find_spec('torchvision'):
-    pytest.skip('torchvision is not installed')
+    pytest.skip('torchvision is not installed: pip install torch torchvision')
   picture, x = pillow(100, 150)
   np.save(tmp_path / 'in.npy', picture)
-  # In a process of its own: beside TensorFlow, importing torch may crash.
+  # In its own process: importing torch beside TensorFlow may crash.
   command = [sys.executable, '-c', TORCHVISION, tmp_path / 'in.npy', tmp_path / 'out.npz']
   subprocess.run(command, check=True)
   theirs = np.load(tmp_path / 'out.npz')

@@ -1,4 +1,4 @@
-"""Data sets of TFDS that the tests write themselves: order, hosts, resume, damage, evaluation."""
+"""TFDS data sets written by the tests: order, several hosts, resuming, damaged files, evaluation."""
 
 import functools
 import gc
@@ -28,7 +28,7 @@ CLASSES = 4
 
 @functools.cache
 def jpeg(i, height=0, width=0):
-  """A smooth picture with all its chroma, so that a window of it is cut out of it exactly."""
+  """A smooth JPEG without chroma subsampling: decoding a window gives exactly the pixels of the whole image."""
   rng = np.random.default_rng(i)
   coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
   picture = coarse.resize((width or 40, height or 24 + i % 3), Image.Resampling.BICUBIC)
@@ -49,10 +49,10 @@ def settings(dir, source='tfds', **values):  # noqa: A002
 
 
 def write(
-  where, images=IMAGES, shards=SHARDS, kind='tfrecord', shape=(None, None, 3), labels=LABELS
+  directory, images=IMAGES, shards=SHARDS, kind='tfrecord', shape=(None, None, 3), labels=LABELS
 ):
-  """A prepared data set; the records' bytes are put together here, not by TFDS."""
-  where.mkdir(parents=True)
+  """Writes a prepared data set; the records are serialized here, not by TFDS."""
+  directory.mkdir(parents=True)
   records = []
   for image, label in zip(images, labels):
     feature = {
@@ -64,7 +64,7 @@ def write(
   ends = np.cumsum([0, *shards])
   assert ends[-1] == len(records)
   for i, (start, end) in enumerate(zip(ends, ends[1:])):
-    path = str(where / f'mine-train.{kind}-{i:05d}-of-{len(shards):05d}')
+    path = str(directory / f'mine-train.{kind}-{i:05d}-of-{len(shards):05d}')
     if kind == 'array_record':
       module = pytest.importorskip('array_record.python.array_record_module')
       writer = module.ArrayRecordWriter(path, 'group_size:1,uncompressed')
@@ -74,7 +74,7 @@ def write(
       writer.write(record)
     writer.close()
   tfds.folder_dataset.write_metadata(
-    data_dir=where,
+    data_dir=directory,
     features=tfds.features.FeaturesDict({
       'image': tfds.features.Image(shape=shape, encoding_format='jpeg'),
       'label': tfds.features.ClassLabel(num_classes=CLASSES),
@@ -85,27 +85,27 @@ def write(
     filename_template='{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
     check_data=False,
   )  # fmt: skip
-  return where
+  return directory
 
 
-def tfds_writes(root, name, parts, examples, kind='tfrecord'):
-  """A data set as TFDS itself writes it, four examples a file."""
-  where = root / name / '1.2.0'
-  where.mkdir(parents=True)
+def write_with_tfds(root, name, features, examples, kind='tfrecord'):
+  """Writes a data set with TFDS itself, four examples per file."""
+  directory = root / name / '1.2.0'
+  directory.mkdir(parents=True)
   identity = tfds.core.dataset_info.DatasetIdentity(
-    name=name, version=tfds.core.Version('1.2.0'), data_dir=str(where), module_name=''
+    name=name, version=tfds.core.Version('1.2.0'), data_dir=str(directory), module_name=''
   )
-  info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(parts))
+  info = tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features))
   writer = tfds.core.SequentialWriter(info, 4, file_format=kind)
   writer.initialize_splits(list(examples))
   writer.add_examples(examples)
   writer.close_all()
-  return where
+  return directory
 
 
 @pytest.fixture(scope='module')
-def place(tmp_path_factory):
-  """The same images as TFRecord, as ArrayRecord and as a folder of files."""
+def folders(tmp_path_factory):
+  """The same images as TFRecord, as ArrayRecord and as image files, each in a sub-folder."""
   root = tmp_path_factory.mktemp('records')
   write(root / 'tfrecord')
   write(root / 'array_record', kind='array_record')
@@ -117,20 +117,20 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def load(place):
-  """A data set of `place` by its kind."""
+def load(folders):
+  """A function that loads a data set of `folders`."""
 
   @functools.cache
-  def of_kind(kind):
+  def load_kind(kind):
     if kind == 'files':
-      return data.load(settings(place / kind, 'folder'), 'train')
-    return data.load(settings(place / kind), 'train')
+      return data.load(settings(folders / kind, 'folder'), 'train')
+    return data.load(settings(folders / kind), 'train')
 
-  return of_kind
+  return load_kind
 
 
-def which(source, element):
-  """Which of IMAGES an element is, after checking that its index and label say the same."""
+def image_number(source, element):
+  """The index of an element in IMAGES, after checking that its index and label agree."""
   i = IMAGES.index(element['bytes'])
   assert element['label'] == LABELS[i]
   if isinstance(source, folder.Files):
@@ -141,13 +141,13 @@ def which(source, element):
 
 
 def take(source, count, batch_size=4, first=0, local=None, seed=0):
-  """`count` elements that a host with the rows `local` of each batch reads, from a step on."""
+  """The `count` elements from step `first` on that a host with the rows `local` of each batch reads."""
   local = np.arange(batch_size) if local is None else local
   examples = source.train_iterator(seed, batch_size, first, local).take(count)
   return list(stream.with_threads(examples, source.settings).as_numpy_iterator())
 
 
-def places(elements):
+def positions(elements):
   return [(e['epoch'], e['position'], e['index']) for e in elements]
 
 
@@ -155,12 +155,12 @@ def hosts(batch_size, count):
   return np.split(np.arange(batch_size), count)
 
 
-# What is in a data set.
+# Contents.
 
 
 @pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
-def test_what_tfds_wrote_itself_is_read(tmp_path, kind):
-  """Breaks if names, versions, other features, shards or the order differ from TFDS's own reader."""
+def test_data_sets_written_by_tfds(tmp_path, kind):
+  """Breaks if names, versions, other features, shards or the order are read differently than by TFDS."""
   if kind == 'array_record':
     pytest.importorskip('array_record')
   pictures = [np.array(Image.open(io.BytesIO(x))) for x in IMAGES[:9]]
@@ -168,7 +168,7 @@ def test_what_tfds_wrote_itself_is_read(tmp_path, kind):
     {'id': f'{i}', 'image': x, 'label': LABELS[i], 'box': {'area': i}}
     for i, x in enumerate(pictures)
   ]
-  where = tfds_writes(
+  directory = write_with_tfds(
     tmp_path, 'own',
     {
       'id': tfds.features.Text(),
@@ -178,14 +178,16 @@ def test_what_tfds_wrote_itself_is_read(tmp_path, kind):
     },
     {'train': examples, 'test': examples[:3]}, kind,
   )  # fmt: skip
-  assert len(list(where.glob('own-train.*'))) == 3
+  assert len(list(directory.glob('own-train.*'))) == 3
   for name, split, start, end in (
     ('own', 'train', 0, 9), ('own:1.2.0', 'train[2:7]', 2, 7), ('', 'test', 0, 3),
   ):  # fmt: skip
-    got = data.load(settings(tmp_path if name else where, name=name, train_split=split), 'train')
-    elements = list(got.iterate_once().as_numpy_iterator())
-    assert len(got) == len(elements) == end - start
-    assert got.labelled and got.classes == CLASSES and got.class_names[1] == 'class 1'
+    source = data.load(
+      settings(tmp_path if name else directory, name=name, train_split=split), 'train'
+    )
+    elements = list(source.iterate_once().as_numpy_iterator())
+    assert len(source) == len(elements) == end - start
+    assert source.labelled and source.classes == CLASSES and source.class_names[1] == 'class 1'
     for i, e in enumerate(elements):
       np.testing.assert_array_equal(Image.open(io.BytesIO(e['bytes'])), pictures[start + i])
       assert e['label'] == LABELS[start + i]
@@ -193,13 +195,13 @@ def test_what_tfds_wrote_itself_is_read(tmp_path, kind):
 
 
 def test_gray_images_of_one_size_are_read_into_memory(tmp_path):
-  """Breaks if MNIST's kind of data set loses its third dimension, its order or its labels."""
+  """Breaks if a gray data set, such as MNIST, has other channels, another order or made-up labels."""
   pictures = np.random.default_rng(0).integers(0, 256, (11, 12, 10, 1), dtype=np.uint8)
-  parts = {'image': tfds.features.Image(shape=(12, 10, 1))}
-  tfds_writes(tmp_path, 'gray', parts, {'train': [{'image': x} for x in pictures]})
-  got = data.load(settings(tmp_path, name='gray'), 'train')
-  assert isinstance(got, data.Arrays) and not got.labelled and (got.labels == -1).all()
-  np.testing.assert_array_equal(got.images, np.repeat(pictures, 3, -1))
+  features = {'image': tfds.features.Image(shape=(12, 10, 1))}
+  write_with_tfds(tmp_path, 'gray', features, {'train': [{'image': x} for x in pictures]})
+  arrays = data.load(settings(tmp_path, name='gray'), 'train')
+  assert isinstance(arrays, data.Arrays) and not arrays.labelled and (arrays.labels == -1).all()
+  np.testing.assert_array_equal(arrays.images, np.repeat(pictures, 3, -1))
 
 
 @pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
@@ -207,47 +209,48 @@ def test_gray_images_of_one_size_are_read_into_memory(tmp_path):
   'split, start, end',
   [('train[:50%]', 0, 12), ('train[4:17]', 4, 17), ('train[-3:]', 20, 23), ('train[5:8]', 5, 8)],
 )
-def test_a_part_of_a_split(place, kind, split, start, end):
-  """Breaks if a slice that begins or ends inside a shard gives other images, or wrong names."""
-  got = data.load(settings(place / kind, train_split=split), 'train')
-  elements = list(got.iterate_once().as_numpy_iterator())
+def test_a_part_of_a_split(folders, kind, split, start, end):
+  """Breaks if a slice that starts or ends inside a shard has other images or names."""
+  source = data.load(settings(folders / kind, train_split=split), 'train')
+  elements = list(source.iterate_once().as_numpy_iterator())
   assert [e['bytes'] for e in elements] == IMAGES[start:end]
   assert [e['index'] for e in elements] == list(range(end - start))
-  pass_ = take(got, end - start)
-  assert sorted(e['bytes'] for e in pass_) == sorted(IMAGES[start:end])
-  assert all(e['bytes'] == IMAGES[start + e['index']] for e in pass_)
+  epoch = take(source, end - start)
+  assert sorted(e['bytes'] for e in epoch) == sorted(IMAGES[start:end])
+  assert all(e['bytes'] == IMAGES[start + e['index']] for e in epoch)
   for index in (0, end - start - 1):
+    name = source.name(index)
     if kind == 'array_record':
-      assert got.name(index).startswith('record ') and str(place / kind) in got.name(index)
+      assert name.startswith('record ') and str(folders / kind) in name
       continue
-    _, number, _, path = got.name(index).split()
+    _, number, _, path = name.split()
     record = list(tf.data.TFRecordDataset(path))[int(number)].numpy()
     assert IMAGES[start + index] in record
 
 
-def test_samples_and_choices(load):
-  """Breaks if the images that a part consists of have other indices or labels than their own."""
+def test_subset_and_sample(load):
+  """Breaks if the images of a subset or sample have other indices, labels or names."""
   for kind in ('tfrecord', 'array_record', 'files'):
     source = load(kind)
-    whole = list(source.iterate_once().as_numpy_iterator())
+    everything = list(source.iterate_once().as_numpy_iterator())
     keep = np.array([0, 4, 5, 7, 16, 22])
     for part, indices in ((source.subset(keep), keep), (source.sample(100), range(len(source)))):
       elements = list(part.iterate_once().as_numpy_iterator())
-      assert [e['bytes'] for e in elements] == [whole[i]['bytes'] for i in indices]
-      assert [e['label'] for e in elements] == [whole[i]['label'] for i in indices]
+      assert [e['bytes'] for e in elements] == [everything[i]['bytes'] for i in indices]
+      assert [e['label'] for e in elements] == [everything[i]['label'] for i in indices]
       assert [e['index'] for e in elements] == list(range(len(part)))
       assert [part.name(i) for i in range(len(part))] == [source.name(i) for i in indices]
     few = source.subset(keep).sample(3)
     assert len(few) == 3 and few.labelled and few.classes == CLASSES
     assert {e['bytes'] for e in few.iterate_once().as_numpy_iterator()} < {
-      whole[i]['bytes'] for i in keep
+      everything[i]['bytes'] for i in keep
     }
     assert sorted(e['index'] for e in take(few, 3, batch_size=1)) == [0, 1, 2]
 
 
 @pytest.mark.parametrize('kind', ['tfrecord', 'array_record', 'files'])
 def test_fingerprints(load, kind):
-  """Breaks if hosts with other images, or other labels, pass for equal, or equal ones for others."""
+  """Breaks if data sets with different images or labels have one fingerprint, or equal data sets two."""
   source = load(kind)
   assert source.fingerprint() == load(kind).fingerprint()
   keep = np.arange(6)
@@ -255,54 +258,48 @@ def test_fingerprints(load, kind):
   assert len({s.fingerprint() for s in (source, *others)}) == 4
 
 
-# Order: passes, seeds, resume, hosts.
+# Order: epochs, seeds, resuming, hosts.
 
 
 @pytest.mark.parametrize('count', [1, 2, 4])
-def test_every_record_once_a_pass_on_all_hosts_together(load, count):
-  """Breaks if hosts share a record, leave one out, or drift apart at the end of a pass."""
-  source, passes = load('tfrecord'), 4
-  of_hosts = [take(source, 24 * passes // count, local=rows) for rows in hosts(4, count)]
-  together = [(e['epoch'], e['position'], which(source, e)) for h in of_hosts for e in h]
+def test_hosts_read_every_record_once_per_epoch(load, count):
+  """Breaks if two hosts read one record, a record is skipped, or hosts read different epochs."""
+  source, epochs = load('tfrecord'), 4
+  of_hosts = [take(source, 24 * epochs // count, local=rows) for rows in hosts(4, count)]
+  elements = [(e['epoch'], e['position'], image_number(source, e)) for h in of_hosts for e in h]
   orders = []
-  for epoch in range(passes - 1):
-    mine = sorted((p, i) for e, p, i in together if e == epoch)
-    assert [p for p, _ in mine] == list(range(len(IMAGES)))
-    assert sorted(i for _, i in mine) == list(range(len(IMAGES)))
-    orders.append([i for _, i in mine])
+  for epoch in range(epochs - 1):
+    of_epoch = sorted((p, i) for e, p, i in elements if e == epoch)
+    assert [p for p, _ in of_epoch] == list(range(len(IMAGES)))
+    assert sorted(i for _, i in of_epoch) == list(range(len(IMAGES)))
+    orders.append([i for _, i in of_epoch])
   assert orders[0] != orders[1] != orders[2] != list(range(len(IMAGES)))
-  if count > 1:  # a host does not read the same files for ever
-    first = [[which(source, e) for e in of_hosts[0] if e['epoch'] == k] for k in range(2)]
+  if count > 1:  # a host reads other files in the next epoch
+    first = [[image_number(source, e) for e in of_hosts[0] if e['epoch'] == k] for k in range(2)]
     assert set(first[0]) != set(first[1])
 
 
 @pytest.mark.parametrize('kind', ['tfrecord', 'array_record', 'files'])
-def test_any_step_is_found_again(load, kind):
-  """Breaks if what follows a restart depends on where it began, or two runs or seeds agree."""
+def test_resuming_at_any_step(load, kind):
+  """Breaks if the images after a restart depend on the step of the restart, or two seeds have one order."""
   source, rows = load(kind), np.arange(2, 4)
-  whole = take(source, 80, local=rows)
-  assert all(which(source, e) < len(IMAGES) for e in whole)
-  for first in (
-    1,
-    5,
-    6,
-    11,
-    12,
-    13,
-    30,
-  ):  # a pass of this host is 11 or 12 images: 5 1/2 or 6 steps
-    rest = take(source, 80 - 2 * first, first=first, local=rows)
-    assert places(rest) == places(whole[2 * first :]), first
-    assert [e['bytes'] for e in rest] == [e['bytes'] for e in whole[2 * first :]]
+  uninterrupted = take(source, 80, local=rows)
+  assert all(image_number(source, e) < len(IMAGES) for e in uninterrupted)
+  # An epoch of this host has 11 or 12 images, that is, 5 1/2 or 6 steps.
+  for first in (1, 5, 6, 11, 12, 13, 30):
+    resumed = take(source, 80 - 2 * first, first=first, local=rows)
+    assert positions(resumed) == positions(uninterrupted[2 * first :]), first
+    assert [e['bytes'] for e in resumed] == [e['bytes'] for e in uninterrupted[2 * first :]]
   other = take(source, 24, local=rows, seed=1)
-  assert places(other) != places(whole[:24])
-  assert [e['index'] for e in whole[:12]] != [e['index'] for e in whole[12:24]]
+  assert positions(other) != positions(uninterrupted[:24])
+  index = [e['index'] for e in uninterrupted]
+  assert index[:12] != index[12:24]
 
 
-def test_the_order_of_records_is_mixed(place):
+def test_the_order_of_records_is_shuffled(folders):
   """Breaks if neighbours in a file stay neighbours, or a small shuffle buffer loses records."""
   for buffer in (1000, 4, 1):
-    source = data.load(settings(place / 'tfrecord', shuffle_buffer=buffer), 'train')
+    source = data.load(settings(folders / 'tfrecord', shuffle_buffer=buffer), 'train')
     for seed in (0, 2**32 - 1):
       index = np.array([e['index'] for e in take(source, len(IMAGES), batch_size=1, seed=seed)])
       assert sorted(index) == list(range(len(IMAGES)))
@@ -312,7 +309,7 @@ def test_the_order_of_records_is_mixed(place):
 @pytest.mark.parametrize('kind', ['array_record', 'files'])
 @pytest.mark.parametrize('count', [1, 2, 4])
 def test_batches_do_not_depend_on_the_number_of_hosts(load, kind, count):
-  """Breaks if the rows of all hosts, put together, are not the batches of `order.rows`."""
+  """Breaks if the rows of all hosts together are not the batches of `order.rows`."""
   source, size, steps = load(kind), 8, 7
   parts = [take(source, steps * size // count, size, 3, rows, 5) for rows in hosts(size, count)]
   for step in range(steps):
@@ -322,16 +319,16 @@ def test_batches_do_not_depend_on_the_number_of_hosts(load, kind, count):
     for key in ('index', 'epoch', 'position'):
       np.testing.assert_array_equal([e[key] for e in batch], expected[key])
     for e in batch:
-      which(source, e)
+      image_number(source, e)
 
 
 def test_pixels_do_not_depend_on_the_number_of_hosts(load):
-  """Breaks if what is decoded or cut depends on the block, the host or the place in a batch."""
+  """Breaks if decoded pixels or crops depend on the block, the host or the position in a batch."""
   source, size, steps = load('files'), 32, 4
   pipelines = ('simclr_crop(0.08, 1)', 'torch_crop(0.2, 1)')
 
   def digests(rows, first):
-    encoded = source.examples(7, size, first, rows)
+    encoded = source.train_iterator(7, size, first, rows)
     canvases = decode.canvases(encoded, pipelines, 16, 7, source.settings).batch(len(rows))
     batches = stream.with_threads(canvases.take(steps - first), source.settings)
     return [
@@ -347,11 +344,11 @@ def test_pixels_do_not_depend_on_the_number_of_hosts(load):
     assert [sum(batch, []) for batch in zip(*parts)] == alone
 
 
-# Damage.
+# Damaged files.
 
 
 def read(source):
-  """The first batches of a training, or what it says instead."""
+  """Reads batches for training until every image was read."""
   if isinstance(source, data.Arrays):
     return
   mesh = jax.make_mesh((1,), ('data',), devices=jax.devices()[:1])
@@ -367,13 +364,13 @@ def sentence(call):
   with pytest.raises(ConfigError) as error:
     call()
   text = str(error.value)
-  del error  # its traceback and this frame would keep each other, and a pipeline, alive
+  del error  # otherwise its traceback and this frame keep each other and a pipeline alive
   assert '\n' not in text and len(text) < 500 and '{{' not in text, text
   return text
 
 
-def frame(content, number):
-  """Where a record of a TFRecord file begins: length (8 bytes), CRC, the bytes, CRC."""
+def offset_of_record(content, number):
+  """Offset of a record in a TFRecord file: a record is its length (8 bytes), a CRC, the bytes, a CRC."""
   at = 0
   for _ in range(number):
     at += 8 + 4 + struct.unpack('<Q', content[at : at + 8])[0] + 4
@@ -383,13 +380,13 @@ def frame(content, number):
 def damage(path, how):
   content = path.read_bytes()
   if how == 'flipped':
-    at = frame(content, 1) + 60
+    at = offset_of_record(content, 1) + 60
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
   elif how == 'missing':
     path.unlink()
   else:
     cut = {'between': 0, 'header': 7, 'middle': 100}
-    content = content[: frame(content, 2) + cut[how]] if how in cut else b''
+    content = content[: offset_of_record(content, 2) + cut[how]] if how in cut else b''
     path.write_bytes(b'<!DOCTYPE html><html>404</html>' if how == 'page' else content)
 
 
@@ -407,14 +404,14 @@ TFRECORD = [
 @pytest.mark.parametrize('size', [0, 24], ids=['stream', 'memory'])
 @pytest.mark.parametrize('how, expected', TFRECORD)
 def test_a_damaged_tfrecord_file_is_named(tmp_path, how, expected, size):
-  """Breaks if records get lost without a word, or the message says not in which file."""
+  """Breaks if records are lost without an error, or the message does not name the file."""
   images = [jpeg(i, size, size) for i in range(8)]
-  where = write(
+  directory = write(
     tmp_path / 'mine', images, (5, 3), shape=(size or None, size or None, 3), labels=LABELS[:8]
   )
-  bad = where / 'mine-train.tfrecord-00001-of-00002'
+  bad = directory / 'mine-train.tfrecord-00001-of-00002'
   damage(bad, how)
-  text = sentence(lambda: read(data.load(settings(where), 'train')))
+  text = sentence(lambda: read(data.load(settings(directory), 'train')))
   assert text.startswith(f'{bad} {expected}'), text
 
 
@@ -440,11 +437,11 @@ def damage_array_record(path, how):
 
 @pytest.mark.parametrize('how, expected', ARRAY_RECORD)
 def test_a_damaged_array_record_file_is_an_error(tmp_path, how, expected):
-  """Breaks if an ArrayRecord file that is cut, empty or gone gives a traceback or fewer images."""
-  where = write(tmp_path / 'mine', IMAGES[:8], (5, 3), 'array_record', labels=LABELS[:8])
-  damage_array_record(where / 'mine-train.array_record-00001-of-00002', how)
-  text = sentence(lambda: read(data.load(settings(where), 'train')))
-  assert str(where) in text and expected in text, text
+  """Breaks if a truncated, empty or missing ArrayRecord file causes a traceback, or images are lost."""
+  directory = write(tmp_path / 'mine', IMAGES[:8], (5, 3), 'array_record', labels=LABELS[:8])
+  damage_array_record(directory / 'mine-train.array_record-00001-of-00002', how)
+  text = sentence(lambda: read(data.load(settings(directory), 'train')))
+  assert str(directory) in text and expected in text, text
 
 
 @pytest.mark.parametrize('skip_bad', [1, 100])
@@ -452,13 +449,13 @@ def test_a_damaged_array_record_file_is_an_error(tmp_path, how, expected):
   'kind, how',
   [('tfrecord', 'flipped'), ('tfrecord', 'between'), ('array_record', 'flipped')],
 )
-def test_a_damaged_file_is_no_bad_image(tmp_path, kind, how, skip_bad):
-  """Breaks if `data.skip_bad` leaves out good images because of a damaged file beside them."""
-  where = write(tmp_path / 'mine', IMAGES[:8], (5, 3), kind, labels=LABELS[:8])
-  bad = where / f'mine-train.{kind}-00001-of-00002'
+def test_skip_bad_does_not_skip_damaged_files(tmp_path, kind, how, skip_bad):
+  """Breaks if `data.skip_bad` skips intact images because the file that contains them is damaged."""
+  directory = write(tmp_path / 'mine', IMAGES[:8], (5, 3), kind, labels=LABELS[:8])
+  bad = directory / f'mine-train.{kind}-00001-of-00002'
   (damage if kind == 'tfrecord' else damage_array_record)(bad, how)
-  text = sentence(lambda: len(data.load(settings(where, skip_bad=skip_bad), 'train')))
-  assert str(bad if kind == 'tfrecord' else where) in text and '8 of 8' not in text, text
+  text = sentence(lambda: len(data.load(settings(directory, skip_bad=skip_bad), 'train')))
+  assert str(bad if kind == 'tfrecord' else directory) in text and '8 of 8' not in text, text
 
 
 BAD = {
@@ -469,63 +466,66 @@ BAD = {
 
 
 @pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
-def test_bad_images_in_good_records(tmp_path, kind):
-  """Breaks if the message names another record, or leaving some out shifts labels or indices."""
+def test_corrupt_images_in_intact_records(tmp_path, kind):
+  """Breaks if the message names another record, or skipping images shifts labels or indices."""
   images = [BAD[i][0] if i in BAD else IMAGES[i] for i in range(12)]
-  where = write(tmp_path / 'mine', images, (5, 7), kind, labels=LABELS[:12])
-  whole = data.load(settings(where), 'train')
+  directory = write(tmp_path / 'mine', images, (5, 7), kind, labels=LABELS[:12])
+  source = data.load(settings(directory), 'train')
   sentences = []
-  for i, (_, what) in BAD.items():
-    file = where / f'mine-train.tfrecord-0000{i // 5}-of-00002'
+  for i, (_, problem) in BAD.items():
+    file = directory / f'mine-train.tfrecord-0000{i // 5}-of-00002'
     number = i - 5 if i > 5 else i
     name = f'record {number} of {file}'
     if kind == 'array_record':
-      name = f'record {i} of the split in {where}'
-    assert whole.name(i) == name
-    sentences.append(f'{name} {what}')
-    assert whole.find_problem([i]).startswith(sentences[-1])
-  text = sentence(lambda: read(whole))
+      name = f'record {i} of the split in {directory}'
+    assert source.name(i) == name
+    sentences.append(f'{name} {problem}')
+    assert source.find_problem([i]).startswith(sentences[-1])
+  text = sentence(lambda: read(source))
   assert text.startswith(tuple(sentences)) and '--config.data.skip_bad=N' in text, text
 
-  left = data.load(settings(where, skip_bad=3), 'train')
-  kept = [i for i in range(12) if i not in BAD]
-  assert len(left) == 9 and [left.name(i) for i in range(9)] == [whole.name(i) for i in kept]
-  elements = list(left.iterate_once().as_numpy_iterator())
-  assert [e['bytes'] for e in elements] == [IMAGES[i] for i in kept]
+  intact = data.load(settings(directory, skip_bad=3), 'train')
+  numbers = [i for i in range(12) if i not in BAD]
+  assert len(intact) == 9
+  assert [intact.name(i) for i in range(9)] == [source.name(i) for i in numbers]
+  elements = list(intact.iterate_once().as_numpy_iterator())
+  assert [e['bytes'] for e in elements] == [IMAGES[i] for i in numbers]
   assert [e['index'] for e in elements] == list(range(9))
-  of_hosts = [take(left, 24, local=rows) for rows in hosts(4, 2)]
+  of_hosts = [take(intact, 24, local=rows) for rows in hosts(4, 2)]
   both = [e for h in of_hosts for e in h]
   for epoch in range(3):
     assert sorted(e['index'] for e in both if e['epoch'] == epoch) == list(range(9))
   for e in elements + both:
-    i = kept[e['index']]
+    i = numbers[e['index']]
     assert e['bytes'] == IMAGES[i] and e['label'] == LABELS[i]
-  assert places(take(left, 24 - 14, first=7, local=np.arange(2))) == places(of_hosts[0][14:])
-  read(left)
+  assert positions(take(intact, 24 - 14, first=7, local=np.arange(2))) == positions(
+    of_hosts[0][14:]
+  )
+  read(intact)
 
 
 @pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
-def test_more_bad_images_than_allowed(tmp_path, kind):
-  """Breaks if the limit does not hold, or the message lacks the count or the first of them."""
+def test_more_corrupt_images_than_allowed(tmp_path, kind):
+  """Breaks if the limit is ignored, or the message lacks the number or the first of the corrupt images."""
   images = [*IMAGES[:3], b'x', *IMAGES[4:7], b'']
-  where = write(tmp_path / 'mine', images, (5, 3), kind, labels=LABELS[:8])
-  text = sentence(lambda: data.load(settings(where, skip_bad=1), 'train'))
+  directory = write(tmp_path / 'mine', images, (5, 3), kind, labels=LABELS[:8])
+  text = sentence(lambda: data.load(settings(directory, skip_bad=1), 'train'))
   assert text.startswith('2 of 8 images cannot be decoded, ')
   assert 'data.skip_bad=1' in text and 'record 3' in text
-  assert len(data.load(settings(where, skip_bad=2), 'train')) == 6
+  assert len(data.load(settings(directory, skip_bad=2), 'train')) == 6
 
 
 @pytest.mark.parametrize('contents', [b'<html>404</html>'], ids=['page'])
-def test_a_promised_size_that_is_not_kept(tmp_path, contents):
-  """Breaks if an image of another size than the data set's stops the reading without its name."""
+def test_a_corrupt_image_in_a_data_set_of_one_size(tmp_path, contents):
+  """Breaks if the message for an image that does not have the declared size lacks the name of the image."""
   images = [contents if i == 6 else jpeg(i, 24, 24) for i in range(8)]
-  where = write(tmp_path / 'mine', images, (5, 3), shape=(24, 24, 3), labels=LABELS[:8])
-  text = sentence(lambda: data.load(settings(where), 'train'))
-  assert text.startswith(f'record 1 of {where}/mine-train.tfrecord-00001-of-00002 '), text
+  directory = write(tmp_path / 'mine', images, (5, 3), shape=(24, 24, 3), labels=LABELS[:8])
+  text = sentence(lambda: data.load(settings(directory), 'train'))
+  assert text.startswith(f'record 1 of {directory}/mine-train.tfrecord-00001-of-00002 '), text
 
 
-def test_turned_images_do_not_depend_on_where_they_are_kept(tmp_path):
-  """Breaks if EXIF's orientation counts for images that are streamed, but not for those in memory."""
+def test_exif_orientation_in_memory_and_streamed(tmp_path):
+  """Breaks if the EXIF orientation is applied to streamed images, but not to images in memory."""
   exif = Image.Exif()
   exif[0x0112] = 6
   images = []
@@ -533,26 +533,28 @@ def test_turned_images_do_not_depend_on_where_they_are_kept(tmp_path):
     file = io.BytesIO()
     Image.open(io.BytesIO(jpeg(i, 24, 24))).save(file, 'JPEG', quality=95, exif=exif)
     images.append(file.getvalue())
-  where = write(tmp_path / 'mine', images, (5, 3), shape=(24, 24, 3), labels=LABELS[:8])
-  kept, streamed = (
-    encoders.preprocess(data.load(settings(where, on_device=x), 'train'), 'resize', 24)[0]
+  directory = write(tmp_path / 'mine', images, (5, 3), shape=(24, 24, 3), labels=LABELS[:8])
+  in_memory, streamed = (
+    encoders.preprocess(data.load(settings(directory, on_device=x), 'train'), 'resize', 24)[0]
     for x in ('yes', 'no')
   )
-  np.testing.assert_allclose(kept, streamed, atol=1e-6)
+  np.testing.assert_allclose(in_memory, streamed, atol=1e-6)
 
 
-def test_no_good_image_is_an_error(tmp_path):
-  """Breaks if a large `data.skip_bad` leaves nothing, and the training waits for ever."""
-  where = write(tmp_path / 'mine', [b'x'] * 8, (5, 3), labels=LABELS[:8])
-  text = sentence(lambda: len(data.load(settings(where, skip_bad=100), 'train')))
-  assert str(where) in text
+def test_no_intact_image_is_an_error(tmp_path):
+  """Breaks if a large `data.skip_bad` skips all images, and the training waits forever."""
+  directory = write(tmp_path / 'mine', [b'x'] * 8, (5, 3), labels=LABELS[:8])
+  text = sentence(lambda: len(data.load(settings(directory, skip_bad=100), 'train')))
+  assert str(directory) in text
 
 
 @pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
-def test_a_reading_that_failed_leaves_nothing_behind(tmp_path, kind):
-  """Breaks if a pipeline lives until a garbage collection: in a thread with a lock that may dead-lock."""
-  where = write(tmp_path / 'mine', [*IMAGES[:6], b'x', IMAGES[7]], (5, 3), kind, labels=LABELS[:8])
-  source = data.load(settings(where), 'train')
+def test_failed_reading_frees_its_pipeline(tmp_path, kind):
+  """Breaks if a pipeline is freed only by the garbage collector, which may deadlock in another thread."""
+  directory = write(
+    tmp_path / 'mine', [*IMAGES[:6], b'x', IMAGES[7]], (5, 3), kind, labels=LABELS[:8]
+  )
+  source = data.load(settings(directory), 'train')
 
   def pipelines():
     return {id(x) for x in gc.get_objects() if type(x).__name__ == 'OwnedIterator'}
@@ -566,12 +568,12 @@ def test_a_reading_that_failed_leaves_nothing_behind(tmp_path, kind):
     gc.enable()
 
 
-# What is asked for.
+# Wrong arguments.
 
 
 @pytest.fixture(scope='module')
-def named(place, tmp_path_factory):
-  """A `data_dir` of TFDS with one data set in it."""
+def data_dir(tmp_path_factory):
+  """A `data_dir` of TFDS with one data set."""
   root = tmp_path_factory.mktemp('named')
   write(root / 'mine' / '1.0.0')
   (root / 'a space').mkdir()
@@ -586,7 +588,7 @@ def named(place, tmp_path_factory):
     (dict(name='mnist'), 'train', 'prepare it: tfds build mnist --data_dir={dir}'),
     (dict(name='mnist:9.9.9'), 'train', "data.name='mnist:9.9.9': TFDS has no such version or config of it"),
     (dict(name='mine'), 'valid', "mine has no split 'valid', only train"),
-    (dict(name='mine'), '', 'data.train_split is empty'),
+    (dict(name='mine'), '', 'no train split: put images into the sub-folders train/ and test/, or name the split'),
     (dict(name='mine'), 'train[5:', "mine has no split 'train[5:'"),
     (dict(name='mine'), 'train[:1000%]', "mine has no split 'train[:1000%]'"),
     (dict(name='mine'), 'train[9:5]', "mine has no images in 'train[9:5]'"),
@@ -595,51 +597,51 @@ def named(place, tmp_path_factory):
     (dict(name='', dir='/nowhere'), 'train', '/nowhere is not the folder of a prepared data set'),
   ],
 )  # fmt: skip
-def test_wrong_requests_are_one_sentence(named, values, split, expected):
-  """Breaks if a typing error dumps TFDS's catalogue or a traceback, or the mend is not named."""
-  c = settings(**{'dir': named, 'train_split': split, **values})
+def test_wrong_arguments_are_one_sentence(data_dir, values, split, expected):
+  """Breaks if a typing error causes a traceback or a list of all of TFDS, or the message lacks the fix."""
+  c = settings(**{'dir': data_dir, 'train_split': split, **values})
   text = sentence(lambda: data.load(c, 'train'))
-  assert expected.format(dir=named) in text, text
+  assert expected.format(dir=data_dir) in text, text
 
 
-def test_the_command_that_prepares_can_be_pasted(named):
-  """Breaks if a folder with a space in its name makes two words of the printed command."""
-  text = sentence(lambda: data.load(settings(named / 'a space', name='mnist'), 'train'))
-  assert text.endswith(f"tfds build mnist --data_dir='{named / 'a space'}'"), text
+def test_the_printed_tfds_build_command_is_quoted(data_dir):
+  """Breaks if a folder with a space in its name becomes two arguments of the printed command."""
+  text = sentence(lambda: data.load(settings(data_dir / 'a space', name='mnist'), 'train'))
+  assert text.endswith(f"tfds build mnist --data_dir='{data_dir / 'a space'}'"), text
 
 
 def test_a_data_set_without_images(tmp_path):
   """Breaks if a data set of texts fails later, or with a traceback."""
-  tfds_writes(tmp_path, 'texts', {'text': tfds.features.Text()}, {'train': [{'text': 'a'}]})
+  write_with_tfds(tmp_path, 'texts', {'text': tfds.features.Text()}, {'train': [{'text': 'a'}]})
   text = sentence(lambda: data.load(settings(tmp_path, name='texts'), 'train'))
   assert 'texts has no images, only text' in text
 
 
 def test_other_file_formats_are_refused(tmp_path):
   """Breaks if Riegeli or Parquet is read as if it were TFRecord."""
-  where = write(tmp_path / 'mine')
-  about = where / 'dataset_info.json'
-  about.write_text(about.read_text().replace('"tfrecord"', '"riegeli"'))
-  for path in where.glob('*.tfrecord-*'):
+  directory = write(tmp_path / 'mine')
+  info = directory / 'dataset_info.json'
+  info.write_text(info.read_text().replace('"tfrecord"', '"riegeli"'))
+  for path in directory.glob('*.tfrecord-*'):
     path.rename(str(path).replace('tfrecord', 'riegeli'))
-  text = sentence(lambda: read(data.load(settings(where), 'train')))
+  text = sentence(lambda: read(data.load(settings(directory), 'train')))
   assert 'riegeli' in text and 'damaged' not in text, text
 
 
-def test_a_damaged_description(tmp_path):
-  """Breaks if half a dataset_info.json or features.json gives a traceback."""
+def test_a_truncated_dataset_info(tmp_path):
+  """Breaks if a truncated dataset_info.json or features.json causes a traceback."""
   for name in ('dataset_info.json', 'features.json'):
-    where = write(tmp_path / name / 'mine')
-    path = where / name
+    directory = write(tmp_path / name / 'mine')
+    path = directory / name
     path.write_text(path.read_text()[:100])
-    assert str(where) in sentence(lambda w=where: data.load(settings(w), 'train'))
+    assert str(directory) in sentence(lambda w=directory: data.load(settings(w), 'train'))
 
 
-def test_a_batch_larger_than_the_data_set(place, tmp_path):
-  """Breaks if a batch has the same image twice, or the training waits for one that never comes."""
+def test_a_batch_larger_than_the_data_set(folders, tmp_path):
+  """Breaks if a batch has the same image twice, or the training waits for a batch forever."""
   recipe = config.load(
     'simclr_digits',
-    {**TINY, 'data.source': 'tfds', 'data.dir': str(place / 'tfrecord'), 'data.num_classes': '0'},
+    {**TINY, 'data.source': 'tfds', 'data.dir': str(folders / 'tfrecord'), 'data.num_classes': '0'},
   )
   text = sentence(lambda: train.pretrain(recipe, tmp_path / 'run'))
   assert 'batch_size=32 is larger than the data set, 23 images' in text
@@ -656,7 +658,7 @@ def encoder():
 
 @pytest.fixture(scope='module')
 def one_by_one(encoder):
-  """h of each of IMAGES, decoded whole and embedded alone."""
+  """Features of each of IMAGES, each image decoded and embedded by itself."""
   forward = jax.jit(classifier.forward(encoder.architecture))
   view = functools.partial(augment.eval_view, pipeline=encoder.architecture['eval_view'], size=32)
   pixels = [tf.io.decode_jpeg(x, 3).numpy() for x in IMAGES]
@@ -665,11 +667,11 @@ def one_by_one(encoder):
 
 @pytest.mark.parametrize('kind', ['tfrecord', 'array_record', 'files'])
 def test_every_image_is_embedded_once_and_in_order(load, encoder, one_by_one, kind):
-  """Breaks if the last, partial batch on eight devices is dropped, repeated or filled with features."""
+  """Breaks if the last, partial batch on eight devices is dropped or repeated, or padding gets features."""
   source = load(kind)
-  of_index = [which(source, e) for e in source.iterate_once().as_numpy_iterator()]
+  of_index = [image_number(source, e) for e in source.iterate_once().as_numpy_iterator()]
   assert sorted(of_index) == list(range(len(IMAGES)))
-  for size in (16, 1):  # 23 images: 16 and 7, or by eights
+  for size in (16, 1):  # 23 images: batches of 16 and 7, or of 8
     done = []
     h, labels = encoder.embed(source, size, done.append)
     np.testing.assert_allclose(h, one_by_one[of_index], rtol=0, atol=1e-5)
@@ -682,24 +684,24 @@ def test_every_image_is_embedded_once_and_in_order(load, encoder, one_by_one, ki
 
 
 def test_arrays_are_embedded_once_and_in_order(encoder):
-  """Breaks if images in memory come back in another order, or with the filling of the last batch."""
+  """Breaks if features of images in memory have another order, or include the padding of the last batch."""
   images = np.random.default_rng(0).integers(0, 256, (19, 32, 32, 3), dtype=np.uint8)
   labels = np.arange(19, dtype=np.int32) % 3
   forward = jax.jit(classifier.forward(encoder.architecture))
   alone = [forward(encoder.variables, x[None] / np.float32(255)) for x in images]
   for size in (8, 16, 256):
-    h, got = encoder.embed(data.Arrays(images, labels), size)
+    h, returned_labels = encoder.embed(data.Arrays(images, labels), size)
     np.testing.assert_allclose(h, np.concatenate(alone), rtol=0, atol=1e-5)
-    np.testing.assert_array_equal(got, labels)
+    np.testing.assert_array_equal(returned_labels, labels)
   with pytest.raises(ValueError, match='no images'):
     encoder.embed(data.Arrays(images[:0], labels[:0]))
 
 
-def test_images_that_vanish_before_an_evaluation(tmp_path, encoder):
-  """Breaks if an evaluation averages over fewer images than there are."""
-  where = write(tmp_path / 'mine', IMAGES[:8], (5, 3), labels=LABELS[:8])
-  source = data.load(settings(where), 'train')
-  bad = where / 'mine-train.tfrecord-00001-of-00002'
+def test_images_that_disappear_before_an_evaluation(tmp_path, encoder):
+  """Breaks if an evaluation silently uses fewer images than the data set has."""
+  directory = write(tmp_path / 'mine', IMAGES[:8], (5, 3), labels=LABELS[:8])
+  source = data.load(settings(directory), 'train')
+  bad = directory / 'mine-train.tfrecord-00001-of-00002'
   damage(bad, 'between')
   assert f'{bad} has 2 of its 3 records' in sentence(lambda: encoder.embed(source))
 
@@ -713,13 +715,14 @@ def test_images_that_vanish_before_an_evaluation(tmp_path, encoder):
   )
 
 
-def test_parts_of_an_evaluation_cover_everything_once(load):
-  """Breaks if hosts leave images between their parts, or look at some twice."""
+def test_parts_of_an_evaluation_cover_every_image_once(load):
+  """Breaks if no host, or two hosts, evaluate an image."""
   for kind in ('tfrecord', 'array_record', 'files'):
     source = load(kind)
     for parts in (2, 3, 8):
-      found = [
-        [e['index'] for e in source.once(p, parts).as_numpy_iterator()] for p in range(parts)
+      indices = [
+        [e['index'] for e in source.iterate_once(p, parts).as_numpy_iterator()]
+        for p in range(parts)
       ]
-      assert sum(found, []) == list(range(len(IMAGES)))
-      assert max(map(len, found)) - min(map(len, found)) <= 1
+      assert sum(indices, []) == list(range(len(IMAGES)))
+      assert max(map(len, indices)) - min(map(len, indices)) <= 1

@@ -1,7 +1,7 @@
-"""Images in, batches and augmented views out.
+"""Data sets, batches on the devices, and augmented views.
 
-A source is a module with `load(config, split) -> Dataset`, where `config` is the recipe's `data` part;
-`config.source` is its name.
+A source is a module with `load(config, split) -> Dataset`, where `config` is the `data` part of a recipe;
+`config.source` is the name of the module.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ __all__ = ['Arrays', 'Dataset', 'check_same', 'load']
 
 
 def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
-  """The images of a split.
+  """Loads a split of the data set of a recipe.
 
   Args:
     config: the `data` part of a recipe.
-    split: 'train' or 'test'; the recipe says what its source calls it.
+    split: 'train' or 'test'; `data.train_split` and `data.test_split` are their names in the source.
 
   Raises:
-    ConfigError: the data is missing, broken or not what the recipe says.
+    ConfigError: the data is missing, corrupt, or not what the recipe says.
   """
   module = importlib.import_module(f'{__name__}.{config.source}')
   name = config[f'{split}_split']
@@ -45,7 +45,8 @@ def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
 
 
 def check_same(datasets: Mapping[str, Dataset | None]) -> None:
-  """Raises ConfigError, by name, if the processes of a run do not have the same images."""
+  """Raises ConfigError, with the name of the data set, if the processes of a run have different images."""
   if jax.process_count() > 1:
-    prints = {name: images.fingerprint() if images else None for name, images in datasets.items()}
-    distributed.check_equal(prints)
+    distributed.check_equal(
+      {name: images.fingerprint() if images else None for name, images in datasets.items()}
+    )

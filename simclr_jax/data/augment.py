@@ -1,11 +1,11 @@
-"""Views of images, made on the device inside the training step by pipelines of ops.
+"""Augmented views of images, computed on the device in the training step by pipelines of ops.
 
-A pipeline is text: ops of `ops.py` with their arguments, or the name of one of `PIPELINES`, joined by
-`|`, such as `resize | rotate | cutout(0.25, p=0.5)` or `moco_v2 | solarize(p=0.2)`. It starts with
-an op that sets the size of the view; all others take `p`, the probability that they are applied to an
-image (default: 1; for `flip` 1/2). `path/to/ops.py: ` before a pipeline makes the ops of that file available.
+A pipeline is a string: ops of `ops.py` with their arguments, or names of `PIPELINES`, joined by `|`, such as
+`resize | rotate | cutout(0.25, p=0.5)` or `moco_v2 | solarize(p=0.2)`. The first op sets the size of the view;
+all other ops take `p`, the probability that the op is applied to an image (default: 1; for `flip` 0.5).
+`path/to/ops.py: ` before a pipeline makes the ops of that file available.
 
-Pixel values are in [0, 1]; networks that want other ranges normalise them themselves.
+Pixel values are in [0, 1]; networks that need another range normalise their input themselves.
 """
 
 import ast
@@ -25,7 +25,7 @@ from simclr_jax.errors import ConfigError
 from simclr_jax.validation import Range, did_you_mean
 
 # As in the released code of SimCLR (v1: additive brightness, v2: multiplicative) and MoCo. Both blurs
-# draw sigma from U(0.1, 2). MoCo v1 drops the colour before the jitter, v2 after it.
+# draw sigma from U(0.1, 2). MoCo v1 converts to grayscale before the jitter, v2 after it.
 PIPELINES = {
   'simclr_v1': (
     'simclr_crop(0.08, 1) | flip | simclr_jitter(1, "additive", p=0.8) | grayscale(p=0.2)'
@@ -54,7 +54,7 @@ PIPELINES = {
   'moco_eval': 'torch_center_crop(0.875)',
 }
 
-# SimCLR's code does not clip what its bicubic crop leaves outside [0, 1] before these.
+# SimCLR's code does not clip values outside [0, 1], which its bicubic crop produces, before these ops.
 _UNCLIPPED = ('flip', 'simclr_jitter', 'grayscale')
 
 
@@ -64,9 +64,9 @@ class Op:
 
   Attributes:
     name: of the op.
-    definition: its function, and what it allows.
-    arguments: all arguments, defaults included.
-    p: the probability that it is applied.
+    definition: its function and the allowed arguments.
+    arguments: all arguments, including defaults.
+    p: probability that the op is applied to an image.
   """
 
   name: str
@@ -76,7 +76,7 @@ class Op:
 
   @property
   def random(self) -> bool:
-    """Whether its result depends on a key."""
+    """Whether the result depends on a key."""
     return self.definition.draws or self.p < 1
 
   @property
@@ -88,7 +88,7 @@ class Op:
     return self.definition.function(key, *args, **self.arguments)
 
 
-# From text to ops.
+# Parsing.
 
 
 @functools.cache
@@ -96,72 +96,73 @@ def parse(text: str, random: bool = True) -> tuple[Op, ...]:
   """The ops of a pipeline.
 
   Args:
-    text: of the pipeline.
-    random: whether its ops may be random; False for evaluations.
+    text: the pipeline.
+    random: whether the ops may be random; False for evaluations.
 
   Raises:
-    ConfigError: one sentence: what in `text` is wrong and what is allowed.
+    ConfigError: the pipeline, or the file with ops, is invalid. The message names the mistake and what is
+      allowed, in one sentence.
   """
   path, text = split_ops(text)
-  known = {**OPS, **_own_ops(path)} if path else OPS
+  available = {**OPS, **_own_ops(path)} if path else OPS
   try:
-    ops = tuple(_ops(ast.parse(text.strip(), mode='eval').body, known))
+    ops = tuple(_ops(ast.parse(text.strip(), mode='eval').body, available))
   except (SyntaxError, RecursionError, MemoryError):
     raise ConfigError(f'{text!r} is not a pipeline: write ops joined by |, such as '
                      f'{PIPELINES["supervised"]!r}') from None  # fmt: skip
   if not ops[0].definition.sized:
-    sized = ', '.join(name for name, op in known.items() if op.sized)
+    sized = ', '.join(name for name, op in available.items() if op.sized)
     raise ConfigError(
       f'the pipeline {text!r} does not start with an op that sets the size: {sized}'
     )
-  drawn = [op.name for op in ops if op.random]
-  if drawn and not random:
-    raise ConfigError(f'the pipeline {text!r} is for evaluation but {drawn[0]} is random')
+  random_ops = [op.name for op in ops if op.random]
+  if random_ops and not random:
+    raise ConfigError(f'the pipeline {text!r} is for evaluation but {random_ops[0]} is random')
   return ops
 
 
 def with_ops(pipeline: str, path: str) -> str:
-  """A pipeline that may use the ops of the file `path`; '' is no file."""
+  """A pipeline that may use the ops of the file `path`; unchanged without a file."""
   return f'{path}: {pipeline}' if path and pipeline else pipeline
 
 
 def split_ops(pipeline: str) -> tuple[str, str]:
-  """The arguments of `with_ops`, in its order reversed: (path, pipeline)."""
+  """The inverse of `with_ops`: the path of the file with ops, empty without one, and the pipeline."""
   path, separator, rest = pipeline.partition('.py: ')
   return (f'{path}.py', rest) if separator else ('', pipeline)
 
 
 def _own_ops(path):
-  own = defined_in(vars(plugins.load(path, 'ops')))
-  if not own:
+  ops = defined_in(vars(plugins.load(path, 'ops')))
+  if not ops:
     raise ConfigError(f'{path} has no ops: decorate functions with simclr_jax.data.ops.op')
-  return own
+  return ops
 
 
-def _ops(tree, known: Mapping[str, Definition]):
+def _ops(tree, available: Mapping[str, Definition]):
   """The ops below a node of the syntax tree, from left to right."""
   if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.BitOr):
-    return [*_ops(tree.left, known), *_ops(tree.right, known)]
+    return [*_ops(tree.left, available), *_ops(tree.right, available)]
   call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
   if not isinstance(call.func, ast.Name):
     raise ConfigError(f'{ast.unparse(tree)!r} is not an op: write name or name(arguments)')
   name = call.func.id
   if name in PIPELINES and call is not tree:
     return parse(PIPELINES[name])
-  if name not in known:
-    names = [*known, *PIPELINES]
+  if name not in available:
+    names = [*available, *PIPELINES]
     hint = did_you_mean(name, names) or f'; available: {", ".join(names)}'
     raise ConfigError(f'{name} is neither an op nor a published pipeline{hint}')
-  return [_bind(name, known[name], call)]
+  return [_bind(name, available[name], call)]
 
 
 def _bind(name, definition, call):
-  """An op with the arguments of a call, checked."""
-  allowed = definition.allowed if definition.sized else {**definition.allowed, 'p': Range(0.0, 1.0)}
-  parameters = list(inspect.signature(definition.function).parameters.values())
-  parameters = parameters[4 if definition.sized else 3 :]
+  """Checks the arguments of a call and returns the op."""
+  allowed, parameters = definition.allowed, definition.parameters
   if not definition.sized:
-    parameters.append(inspect.Parameter('p', inspect.Parameter.KEYWORD_ONLY, default=definition.p))
+    allowed = {**allowed, 'p': Range(0.0, 1.0)}
+    p = inspect.Parameter('p', inspect.Parameter.KEYWORD_ONLY, default=definition.p)
+    parameters = [*parameters, p]
   try:
     args = [ast.literal_eval(a) for a in call.args]
     bound = inspect.Signature(parameters).bind(
@@ -183,7 +184,7 @@ def _bind(name, definition, call):
   return Op(name, definition, dict(values), p)
 
 
-# From images to views.
+# Views.
 
 
 def view(
@@ -197,13 +198,13 @@ def view(
   """One random view of one image.
 
   Args:
-    key: all of the view's randomness.
+    key: the source of all randomness of the view.
     image: `[h, w, 3]`, uint8 or float in [0, 1].
-    pipeline: its text or name.
+    pipeline: ops, or the name of a pipeline.
     size: of the view.
-    shared: a key that the examples of a batch share, for ops with per='batch'; without it these
-      draw for the example alone.
-    place: the crop `[2, 4]` to take instead of the one that `key` draws.
+    shared: a key that all images of a batch share, for ops with per='batch'; without it these ops use
+      `key`.
+    place: the crop, float32 `[2, 4]`; by default a crop drawn with `key`.
 
   Returns:
     float32 `[size, size, 3]` in [0, 1].
@@ -232,42 +233,41 @@ def views(
   epoch: jax.Array,
   position: jax.Array,
   pipelines: tuple[str, ...],
-  seed: int,
+  seed: int | jax.Array,
   size: int,
   crops: jax.Array | None = None,
 ) -> jax.Array:
   """Views of every image of a batch.
 
-  What is drawn for an image depends on (seed, epoch, position) alone, so it is the same on any
-  number of devices and after any restart; only what a batch shares also depends on the place of the
-  batch in the epoch.
+  The augmentation of an image depends only on (seed, epoch, position), so it is the same on any number of
+  devices and after any restart. Ops with per='batch' also depend on the position of the batch in the epoch.
 
   Args:
     images: `[n, h, w, 3]`, uint8 or float in [0, 1].
-    epoch, position: int32 `[n]`: the pass over the data, and the place in its order.
+    epoch, position: int32 `[n]`: the epoch, and the position of the image in its order.
     pipelines: of each view.
-    seed: of the run.
+    seed: of the run; may be traced.
     size: of the views.
-    crops: `[n, views, 2, 4]`, where `images` are only the parts of images that `places` asked for.
+    crops: float32 `[n, views, 2, 4]`, if `images` are only parts of images, as of `decode.canvases`.
 
   Returns:
     float32 `[n, views, size, size, 3]` in [0, 1].
   """
   base = jax.random.key(seed)
-  # What a batch shares comes from its first place.
+  # The key that a batch shares comes from its first image.
   shared = jax.random.fold_in(
     jax.random.fold_in(jax.random.fold_in(base, 1), epoch[0]), position[0]
   )
   shared = jax.random.split(shared)
 
-  def of_one(image, epoch, position, crops):
+  def views_of_image(image, epoch, position, crops):
     keys = _view_keys(base, epoch, position)
     return jnp.stack([
       view(keys[i], image, pipeline, size, shared[i], None if crops is None else crops[i])
       for i, pipeline in enumerate(pipelines)
     ])  # fmt: skip
 
-  return jax.vmap(of_one)(images, epoch, position, crops)
+  return jax.vmap(views_of_image)(images, epoch, position, crops)
 
 
 @functools.partial(jax.jit, static_argnames=('pipelines', 'size'))
@@ -277,34 +277,34 @@ def places(
   epoch: jax.Array,
   position: jax.Array,
   pipelines: tuple[str, ...],
-  seed: int,
+  seed: int | jax.Array,
   size: int,
 ) -> jax.Array:
-  """Where `views` will crop, so that only that part of an image needs to be read.
+  """The crops that `views` will take, so that only these parts of the images need to be decoded.
 
   Args:
     height, width: int32 `[n]`, of the images.
     epoch, position, seed, size: as for `views`.
-    pipelines: of each view; one that is not random ignores `epoch`, `position` and `seed`.
+    pipelines: of each view; the crop of one that is not random is the crop of `eval_view`.
 
   Returns:
     float32 `[n, views, 2, 4]`, crops as in `crop.py`.
   """
   base = jax.random.key(seed)
 
-  def of_one(height, width, epoch, position):
+  def crops_of_image(height, width, epoch, position):
     keys = _view_keys(base, epoch, position)
-    found = []
+    crops = []
     for key, pipeline in zip(keys, pipelines):
       ops = parse(pipeline)
       place = ops[0](jax.random.split(key, (len(ops), 2))[0, 1], height, width, size)
       if not any(op.random for op in ops):  # as in `eval_view`
-        right = (height == size) & (width == size)
-        place = jnp.where(right, crop.whole(height, width), place)
-      found.append(jnp.broadcast_to(place, (2, 4)).astype(jnp.float32))
-    return jnp.stack(found)
+        same_size = (height == size) & (width == size)
+        place = jnp.where(same_size, crop.whole(height, width), place)
+      crops.append(jnp.broadcast_to(place, (2, 4)).astype(jnp.float32))
+    return jnp.stack(crops)
 
-  return jax.vmap(of_one)(height, width, epoch, position)
+  return jax.vmap(crops_of_image)(height, width, epoch, position)
 
 
 def pipelines(config: ml_collections.ConfigDict, count: int) -> tuple[str, ...]:
@@ -314,7 +314,7 @@ def pipelines(config: ml_collections.ConfigDict, count: int) -> tuple[str, ...]:
 
 
 def _view_keys(base, epoch, position):
-  # The base key is folded with 0 and 1 here, with 2 for the method's own draws.
+  # The base key is folded with 0 and 1 in this file, and with 2 for the randomness of the method.
   return jax.random.split(
     jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(base, 0), epoch), position)
   )
@@ -323,9 +323,9 @@ def _view_keys(base, epoch, position):
 def eval_view(
   image: jax.Array, pipeline: str, size: int, place: jax.Array | None = None
 ) -> jax.Array:
-  """The evaluation's view of one image `[h, w, 3]`: float32 `[size, size, 3]` in [0, 1].
+  """The view of one image `[h, w, 3]` for an evaluation: float32 `[size, size, 3]` in [0, 1].
 
-  An image that has that size already is not cropped. `place` is as for `view`.
+  An image that already has this size is not cropped. `place` is as for `view`.
   """
   ops = parse(pipeline, random=False)
   image = _to_float(image)

@@ -1,9 +1,9 @@
-"""Boxes of random crops, and the resizing of what they cut out.
+"""Random and central crops, and resizing.
 
-Two libraries' definitions: TensorFlow's, of SimCLR's code, and torchvision's, of MoCo's.
+There are two definitions: of TensorFlow, which SimCLR's code uses, and of torchvision, which MoCo's code uses.
 
-A crop is float32 `[2, 4]`, two rectangles (top, left, height, width) in pixels: what the view shows, and
-the pixels that may be looked at for it. They differ only where an image is resized before it is cut.
+A crop is float32 `[2, 4]`, two rectangles (top, left, height, width) in pixels: the region that the view shows,
+and the region of the pixels that may be read for it. They differ only if an image is resized before it is cropped.
 """
 
 import math
@@ -24,20 +24,19 @@ def tensorflow_box(
 ) -> jax.Array:
   """Draws the box of a random crop like `tf.image.sample_distorted_bounding_box`.
 
-  The aspect ratio is uniform, the height a uniform integer among those that the area range allows,
-  the corner uniform but never so that the box touches the bottom or right edge unless it fills that
-  side. With the whole image as the object, `min_object_covered` is a second lower bound on the area:
-  SimCLR's 0.1 is above its 0.08, so the smallest crop is 10 % of the image. An attempt that breaks a
-  bound is drawn again; if all do, the box is the image. TensorFlow tries 100 times; an attempt fails
-  so seldom that 10 make no difference (all fail less than once in 10^9 on a square image).
+  The aspect ratio is uniform, the height is a uniform integer among those that the area range allows, and the
+  corner is uniform, but the box never touches the bottom or right edge unless it fills that side. Since the
+  object is the whole image, `min_object_covered` is a second lower bound on the area: SimCLR's 0.1 is above its
+  0.08, so the smallest crop is 10 % of the image. If all attempts violate a bound, the box is the image.
+  TensorFlow makes 100 attempts; 10 make no difference (on a square image all fail less than once in 10^9).
 
   Args:
     key: the randomness.
     height, width: of the image, in pixels; may be traced.
-    area: range of the box's area over the image's.
+    area: range of the box's area over the image's area.
     aspect: range of the box's width over its height.
-    min_object_covered: least share of the image that the box covers.
-    attempts: how often to draw.
+    min_object_covered: minimum fraction of the image that the box covers.
+    attempts: number of boxes that are drawn; the first valid box is used.
 
   Returns:
     int32 `[4]`: top, left, height, width.
@@ -56,7 +55,7 @@ def tensorflow_box(
   highest = jnp.minimum(highest, height)
   lowest = jnp.minimum(jnp.round(jnp.sqrt(min_area / ratio)), highest)
   h = lowest + jnp.floor(jax.random.uniform(height_key, (attempts,)) * (highest - lowest + 1))
-  # Rounding may leave the area just outside its range: one pixel puts it back.
+  # Rounding may leave the area just outside its range: one pixel corrects this.
   h = jnp.where(h * to_width(h) < min_area, h + 1, h)
   h = jnp.where(h * to_width(h) > max_area, h - 1, h)
   w = to_width(h)
@@ -84,8 +83,8 @@ def torchvision_box(
 ) -> jax.Array:
   """Draws the box of a random crop like torchvision's `RandomResizedCrop.get_params`.
 
-  The area is uniform, the aspect ratio log-uniform, the corner uniform over all places. A box that
-  does not fit is drawn again; after ten of them it is the largest central one within `aspect`.
+  The area is uniform, the aspect ratio log-uniform, and the corner uniform over all positions. If no attempt
+  fits into the image, the box is the largest central box within `aspect`.
 
   Args and returns as in `tensorflow_box`.
   """
@@ -97,24 +96,24 @@ def torchvision_box(
   ratio = jnp.exp(jax.random.uniform(ratio_key, (attempts,), minval=low, maxval=high))
   h, w = jnp.round(jnp.sqrt(target / ratio)), jnp.round(jnp.sqrt(target * ratio))
   ok = (h > 0) & (h <= height) & (w > 0) & (w <= width)
-  first, found = jnp.argmax(ok), ok.any()
-  h = jnp.where(found, h[first], jnp.minimum(height, jnp.round(width / aspect[0])))
-  w = jnp.where(found, w[first], jnp.minimum(width, jnp.round(height * aspect[1])))
+  first, any_ok = jnp.argmax(ok), ok.any()
+  h = jnp.where(any_ok, h[first], jnp.minimum(height, jnp.round(width / aspect[0])))
+  w = jnp.where(any_ok, w[first], jnp.minimum(width, jnp.round(height * aspect[1])))
   top = jnp.floor(jax.random.uniform(top_key) * (height - h + 1))
   left = jnp.floor(jax.random.uniform(left_key) * (width - w + 1))
-  top = jnp.where(found, top, (height - h) // 2)
-  left = jnp.where(found, left, (width - w) // 2)
+  top = jnp.where(any_ok, top, (height - h) // 2)
+  left = jnp.where(any_ok, left, (width - w) // 2)
   return jnp.stack([top, left, h, w]).astype(jnp.int32)
 
 
 def tensorflow_center(height: int, width: int, fraction: float) -> jax.Array:
-  """The box of the central square with `fraction` of the shorter side, as `tensorflow_box`."""
+  """The box of the central square whose side is `fraction` of the shorter side; as `tensorflow_box`."""
   side = jnp.maximum(jnp.round(fraction * jnp.minimum(height, width)), 1).astype(jnp.int32)
   return jnp.stack([(height - side + 1) // 2, (width - side + 1) // 2, side, side])
 
 
 def torchvision_center(height: int, width: int, size: int, fraction: float) -> jax.Array:
-  """The crop `[2, 4]` of torchvision's `Resize(size / fraction)` of the shorter side, `CenterCrop(size)`."""
+  """The crop `[2, 4]` of torchvision's `Resize(size / fraction)` and `CenterCrop(size)`."""
   shorter = jnp.minimum(height, width)
   resized = math.floor(size / fraction + 0.5)
 
@@ -140,15 +139,15 @@ def resize_matrix(
   kernel: str = 'bicubic',
   support: tuple[float | jax.Array, float | jax.Array] | None = None,
 ) -> jax.Array:
-  """The linear map that cuts `length` of `size` pixels at `start` and resizes them to `out`.
+  """The linear map that crops `length` of `size` pixels at `start` and resizes them to `out` pixels.
 
-  Half-pixel centres, weights outside the support left out and the others scaled to sum 1.
+  Pixel centres are at half-integers; weights outside the support are 0, and the other weights have sum 1.
 
   Args:
     start, length, size, out: in pixels; only the first two may be traced.
-    kernel: 'bicubic', Keys' with a = -0.5 and no antialiasing, as `tf.image.resize`; or 'triangle',
-      bilinear with antialiasing, as Pillow and so torchvision resize.
-    support: start and length of the pixels that count, if not those that are cut.
+    kernel: 'bicubic', Keys' kernel with a = -0.5 and no antialiasing, as `tf.image.resize`; or 'triangle',
+      bilinear with antialiasing, as Pillow and therefore torchvision.
+    support: start and length of the pixels that may be read; by default the cropped pixels.
 
   Returns:
     float32 `[out, size]`.
@@ -156,7 +155,7 @@ def resize_matrix(
   first, count = support or (start, length)
   scale = jnp.asarray(length, jnp.float32) / out
   pixel = np.arange(size)
-  centre = (np.arange(out) + 0.5) * scale - 0.5  # in pixels of the cut
+  centre = (np.arange(out) + 0.5) * scale - 0.5  # in pixels of the crop
   d = jnp.abs(centre[:, None] - (pixel - start)[None, :])
   if kernel == 'bicubic':
     near = (1.5 * d - 2.5) * d * d + 1
@@ -176,9 +175,9 @@ def apply_matrices(rows: jax.Array, image: jax.Array, columns: jax.Array) -> jax
 def crop_and_resize(
   image: jax.Array, crop: jax.Array, size: int, kernel: str = 'bicubic'
 ) -> jax.Array:
-  """`image` `[h, w, 3]` cut by a crop `[2, 4]` or a box `[4]`, as `[size, size, 3]`.
+  """Crops an image `[h, w, 3]` by a crop `[2, 4]` or box `[4]` and resizes it to `[size, size, 3]`.
 
-  Bicubic values may leave [0, 1] a little.
+  Bicubic values may be slightly outside [0, 1].
   """
   crop = jnp.broadcast_to(crop, (2, 4))
   rows, columns = (
@@ -192,8 +191,8 @@ def crop_and_resize(
 def canvas_shape(size: int, views: int, resize_on: str) -> tuple[int, int]:
   """Height and width of the canvas for views of this size.
 
-  More than twice the view: of photographs of 500 pixels and views of 224, nineteen in twenty windows
-  fit. Resizing on the host needs room for the views alone.
+  The canvas has 2.25 times the side of the view: for photographs of 500 pixels and views of 224 pixels, 95 % of
+  the windows fit. If the host resizes, the canvas holds only the views.
   """
   if resize_on == 'host':
     return size, views * size

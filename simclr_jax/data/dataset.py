@@ -1,8 +1,8 @@
-"""What a data set is, and the one that lies in memory."""
+"""The interface of every data set, and the data set that is an array in memory."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, Self
 
 import ml_collections
 import numpy as np
@@ -13,13 +13,12 @@ from simclr_jax.runtime.checksum import crc32
 ON_DEVICE = 4 * 2**30  # bytes of images up to which a data set is kept in device memory
 
 
-@runtime_checkable
 class Dataset(Protocol):
-  """Images, with labels or without: `Arrays` in memory, or a stream of encoded images (`stream.Stream`)."""
+  """Images, with or without labels: either `Arrays`, or a stream of encoded images (`stream.Stream`)."""
 
   @property
   def labels(self) -> np.ndarray:
-    """int32 `[N]`, -1 where unknown. Streams of records read them in a pass over the files."""
+    """int32 `[N]`, -1 where unknown. TFRecord and ArrayRecord files are read once for them."""
     ...
 
   @property
@@ -42,23 +41,23 @@ class Dataset(Protocol):
     ...
 
   def names(self) -> Sequence[str] | None:
-    """The name of each image, such as its path below the folder; None: they have only indices."""
+    """Names of the images, such as their paths below the folder; None if they have only indices."""
     ...
 
   def fingerprint(self) -> int:
-    """A checksum that tells data sets apart."""
+    """A checksum that differs between data sets."""
     ...
 
-  def subset(self, indices: np.ndarray) -> 'Dataset':
-    """The data set of these images."""
+  def subset(self, indices: np.ndarray) -> Self:
+    """The data set of the images with these indices, int `[n]`."""
     ...
 
-  def with_labels(self, labels: np.ndarray) -> 'Dataset':
+  def with_labels(self, labels: np.ndarray) -> Self:
     """The same images with other labels, int32 `[N]`."""
     ...
 
-  def sample(self, count: int) -> 'Dataset':
-    """`count` images, or all: always the same ones."""
+  def sample(self, count: int) -> Self:
+    """`count` images, or all if there are fewer; always the same images."""
     ...
 
 
@@ -70,8 +69,8 @@ class Arrays:
     images: uint8 `[N, h, w, 3]`.
     labels: int32 `[N]`, -1 where unknown.
     resident: whether a run keeps the images in device memory.
-    image_names: of the images, if they have any.
-    class_names: of the classes, if they have any.
+    image_names: names of the images, if they have any.
+    class_names: names of the classes, if they have any.
   """
 
   images: np.ndarray
@@ -103,34 +102,34 @@ class Arrays:
     return int(self.labels.max(initial=-1)) + 1
 
   def names(self) -> list[str] | None:
-    """The names of the images, if they have any."""
+    """Names of the images, if they have any."""
     return self.image_names
 
   def fingerprint(self) -> int:
     """CRC-32 of pixels and labels."""
     return crc32(self.images, self.labels)
 
-  def subset(self, indices: np.ndarray) -> 'Arrays':
-    """The data set of these images."""
+  def subset(self, indices: np.ndarray) -> Self:
+    """The data set of the images with these indices."""
     names = self.image_names and [self.image_names[i] for i in indices]
     return dataclasses.replace(
       self, images=self.images[indices], labels=self.labels[indices], image_names=names
     )
 
-  def with_labels(self, labels: np.ndarray) -> 'Arrays':
+  def with_labels(self, labels: np.ndarray) -> Self:
     """The same images with other labels, int32 `[N]`."""
     return dataclasses.replace(self, labels=labels)
 
-  def sample(self, count: int) -> 'Arrays':
-    """`count` images, or all: always the same ones."""
+  def sample(self, count: int) -> Self:
+    """`count` images, or all if there are fewer; always the same images."""
     return self.subset(choose(count, len(self)))
 
 
 def choose(count: int, total: int) -> np.ndarray:
-  """`count` of the integers below `total`, or all of them, in order: always the same ones."""
+  """`count` of the integers below `total`, or all of them, ascending; always the same integers."""
   return np.sort(np.random.default_rng(0).permutation(total)[:count])
 
 
 def fits_on_device(config: ml_collections.ConfigDict, size: int) -> bool:
-  """Whether images of `size` bytes are to be kept in device memory."""
+  """Whether images of `size` bytes are kept in device memory."""
   return config.on_device == 'yes' or (config.on_device == 'auto' and size <= ON_DEVICE)

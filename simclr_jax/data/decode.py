@@ -1,9 +1,9 @@
-"""Encoded images -> what the device cuts its views from: the part of TensorFlow that runs on the host.
+"""Encoded images -> canvases from which the device cuts the views: the host's part of the augmentation.
 
-An image is decoded once for all of its views, and only the window that they need. The window goes onto a
-canvas, the device cuts and resizes the views out of it. A window that is larger than the canvas is
-resized here, each view for itself. Everything is a tf.data graph of TensorFlow's C++ kernels; Python
-sees a block of headers at a time.
+An image is decoded once for all of its views, and only the window that the views need. The window is put onto a
+canvas; the device cuts the views out of the canvas and resizes them. If a window is larger than the canvas, each
+view is cut and resized here. Everything is a tf.data graph of TensorFlow's C++ kernels; Python processes one
+block of headers at a time.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import numpy as np
 
 from simclr_jax.data import augment, crop, headers, stream
 from simclr_jax.data.dataset import Arrays
-from simclr_jax.data.stream import tf
+from simclr_jax.data.stream import Stream, tf
 from simclr_jax.errors import ConfigError
 
 BLOCK = 64  # images planned at a time
@@ -31,67 +31,53 @@ def canvases(
   """Encoded images -> canvases, in the same order.
 
   Args:
-    encoded: elements with `bytes`, the file; `epoch` and `position`, int32; and anything else, which
-      is passed on.
-    pipelines: of each view. `augment.places` says where they cut.
+    encoded: elements with `bytes`, the encoded image, and int32 `epoch` and `position`. Other components are
+      kept.
+    pipelines: of each view; `augment.places` computes their crops.
     size: of the views.
     seed: of the run.
-    config: the recipe's `data` part.
+    config: the `data` part of the recipe.
 
   Returns:
-    Elements with `images` uint8 `[h, w, 3]`, `crop.canvas_shape` large, and `crops` float32 `[views, 2, 4]`,
-    instead of `bytes`.
+    Elements with `images`, uint8 `[h, w, 3]` of shape `crop.canvas_shape`, and `crops`, float32
+    `[views, 2, 4]`, instead of `bytes`.
   """
   parallel = stream.threads(config)
-  canvas = crop.canvas_shape(size, len(pipelines), config.resize_on)
+  shape = crop.canvas_shape(size, len(pipelines), config.resize_on)
   kernels = [augment.parse(p)[0].kernel for p in pipelines]
 
-  def plan(head, shape, epoch, position):
-    out = ('branch', 'orientation', 'window', 'crops')
-    found = tf.numpy_function(
-      lambda *a: _plan(*a, pipelines, size, seed, config.scaled_decoding, config.max_pixels),
-      (head, shape, epoch, position),
-      (tf.int32, tf.int32, tf.int32, tf.float32),
-    )
-    for tensor, rest in zip(found, ([], [], [4], [len(pipelines), 2, 4])):
-      tensor.set_shape([None, *rest])
-    return dict(zip(out, found))
+  def plan(head, jpeg_shape, epoch, position):
+    return _plan(
+      head, jpeg_shape, epoch, position, pipelines=pipelines, size=size, seed=seed,
+      scaled=config.scaled_decoding, max_pixels=config.max_pixels,
+    )  # fmt: skip
 
-  def planned(e):
-    head, shape = e.pop('head'), e.pop('shape')
-    return {**e, **plan(head, shape, e['epoch'], e['position'])}
+  def add_plan(e):
+    outputs = {
+      'branch': (tf.int32, []),
+      'orientation': (tf.int32, []),
+      'window': (tf.int32, [4]),
+      'crops': (tf.float32, [len(pipelines), 2, 4]),
+    }
+    inputs = [e.pop('head'), e.pop('shape'), e['epoch'], e['position']]
+    return {**e, **_call_numpy(plan, inputs, outputs)}
 
-  def drawn(e):
-    image = _decode(e.pop('bytes'), e.pop('branch'), e.pop('window'))
-    image = _turn(image, e.pop('orientation'))
-    crops = e.pop('crops')
+  def add_canvas(e):
+    window = _decode(e.pop('bytes'), e.pop('branch'), e.pop('window'))
+    window = _turn(window, e.pop('orientation'))
+    canvas, crops = _canvas(window, e.pop('crops'), shape, size, kernels, config.resize_on)
+    return {**e, 'images': canvas, 'crops': crops}
 
-    def pad():
-      h, w = tf.shape(image)[0], tf.shape(image)[1]
-      flat = tf.reshape(image, [h, 3 * w])  # padding is much faster in two dimensions
-      flat = tf.pad(flat, [[0, canvas[0] - h], [0, 3 * (canvas[1] - w)]])
-      return tf.reshape(flat, [*canvas, 3]), crops
+  blocks = encoded.map(_with_header, parallel).batch(BLOCK)
+  return blocks.map(add_plan).unbatch().map(add_canvas, parallel)
 
-    def resize():
-      views = [_resize(image, crops[v], size, kernel) for v, kernel in enumerate(kernels)]
-      below, right = canvas[0] - size, canvas[1] - len(views) * size
-      boxes = [[0, v * size, size, size] for v in range(len(views))]
-      return (
-        tf.pad(tf.concat(views, 1), [[0, below], [0, right], [0, 0]]),
-        tf.constant([[box, box] for box in boxes], tf.float32),
-      )
 
-    if config.resize_on == 'host':
-      images, crops = resize()
-    else:
-      fits = tf.reduce_all(tf.shape(image)[:2] <= canvas)
-      images, crops = tf.cond(fits, pad, resize)
-    images.set_shape([*canvas, 3])
-    return {**e, 'images': images, 'crops': crops}
-
-  return (
-    encoded.map(_with_header, parallel).batch(BLOCK).map(planned).unbatch().map(drawn, parallel)
-  )
+def _call_numpy(function, inputs, outputs):
+  """Calls a numpy function for a block; `outputs`: name -> dtype and shape for one image."""
+  tensors = tf.numpy_function(function, inputs, [dtype for dtype, _ in outputs.values()])
+  for tensor, (_, shape) in zip(tensors, outputs.values()):
+    tensor.set_shape([None, *shape])
+  return dict(zip(outputs, tensors))
 
 
 def _with_header(e):
@@ -105,27 +91,28 @@ def _with_header(e):
   return {**e, 'head': head, 'shape': tf.ensure_shape(shape, [2])}
 
 
-# Which part of which file.
+# Planning: which part of which file is decoded.
 
 
-def _plan(head, jpeg_shape, epoch, position, pipelines, size, seed, scaled, max_pixels):
-  """For a block of images: the branch of `_decode`, orientation, window, crops in the window."""
+def _plan(head, jpeg_shape, epoch, position, *, pipelines, size, seed, scaled, max_pixels):
+  """For a block of images: the branch of `_decode`, orientation, window, and crops relative to the window."""
   n = len(head)
   kind, shape, orientation = headers.read(head, jpeg_shape)
   ok = np.array([not p for p in headers.problems(kind, shape, max_pixels)])
   shown = headers.shown(np.where(ok[:, None], shape, 1), orientation)
 
-  def block(x):  # one shape, one compilation
+  def pad_block(x):  # one shape, one compilation
     return np.concatenate([x, np.ones((BLOCK - n, *x.shape[1:]), x.dtype)]).astype(np.int32)
 
   with jax.default_device(_cpu()):
-    crops = augment.places(
-      *block(shown).T, block(epoch), block(position), pipelines=pipelines, seed=seed, size=size
-    )
-  crops = np.asarray(crops)[:n]  # [n, v, 2, 4]
+    places = augment.places(
+      *pad_block(shown).T, pad_block(epoch), pad_block(position),
+      pipelines=pipelines, seed=seed, size=size,
+    )  # fmt: skip
+  crops = np.asarray(places)[:n]  # [n, v, 2, 4]
 
   ratio = np.ones(n)
-  if scaled:  # DCT scaling: never below the size of the view
+  if scaled:  # DCT scaling, never below the size of the view
     smallest = crops[:, :, 0, 2:].min((1, 2)) / size
     ratio = 2.0 ** np.floor(np.log2(np.clip(smallest, 1, 8)))
     ratio = np.where(kind == headers.JPEG, ratio, 1.0)
@@ -136,13 +123,13 @@ def _plan(head, jpeg_shape, epoch, position, pipelines, size, seed, scaled, max_
   high = np.clip(np.ceil((crops[:, :, 1, :2] + crops[:, :, 1, 2:]).max(1)), low + 1, limit)
   crops[..., :2] -= low[:, None, None]
   window = _stored(low, high, limit, orientation)
-  branch = np.where(kind == headers.JPEG, np.log2(ratio), np.where(ok, OTHER, BAD))
+  branch = np.where(kind == headers.JPEG, np.log2(ratio), OTHER)
   branch = np.where(ok, branch, BAD)
   return branch.astype(np.int32), orientation, window.astype(np.int32), crops.astype(np.float32)
 
 
 def _stored(low, high, limit, orientation):
-  """A window of the image as it is shown -> (top, left, height, width) of the image as it is stored."""
+  """A window of the displayed image -> (top, left, height, width) in the stored image."""
   mirrored = np.stack(_mirrored(orientation), 1)
   start = np.where(mirrored, limit - high, low)
   window = np.stack([start, high - low], 1)  # [n, 2 (start, length), 2 (y, x)]
@@ -151,7 +138,7 @@ def _stored(low, high, limit, orientation):
 
 
 def _mirrored(orientation):
-  """Whether EXIF's orientation mirrors rows and columns, after transposing it from 5 on."""
+  """Whether an EXIF orientation mirrors rows and columns; orientations from 5 on also transpose, first."""
   rows = (orientation == 3) | (orientation == 4) | (orientation == 7) | (orientation == 8)
   columns = (orientation == 2) | (orientation == 3) | (orientation == 6) | (orientation == 7)
   return rows, columns
@@ -160,19 +147,19 @@ def _mirrored(orientation):
 def _cpu():
   try:
     return jax.local_devices(backend='cpu')[0]
-  except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
+  except RuntimeError:  # JAX_PLATFORMS names only an accelerator
     return jax.local_devices()[0]
 
 
-# Pixels.
+# Decoding and drawing.
 
 
 def _decode(contents, branch, window):
-  """The window of the image: uint8 `[h, w, 3]`."""
+  """The window of an image as stored: uint8 `[h, w, 3]`."""
 
   def jpeg(ratio):
     def decode():
-      # One op for both would lack the ratio.
+      # tf.io.decode_and_crop_jpeg has no ratio.
       return tf.raw_ops.DecodeAndCropJpeg(
         contents=contents, crop_window=window, channels=3, ratio=ratio
       )
@@ -187,11 +174,11 @@ def _decode(contents, branch, window):
 
 
 def _bad():
-  return tf.io.decode_jpeg('', channels=3)  # an error; `errors` finds out which
+  return tf.io.decode_jpeg('', channels=3)  # fails; `stream.read` then finds the reason
 
 
 def _rgb(contents):
-  """The first frame of any image, in RGB: gray is repeated, alpha dropped, 16 bits cut to 8."""
+  """The first frame of any image in RGB: gray is repeated, alpha is discarded, 16 bits are reduced to 8."""
   image = tf.io.decode_image(contents, expand_animations=False)
   image.set_shape([None, None, None])
   channels = tf.shape(image)[-1]
@@ -201,7 +188,7 @@ def _rgb(contents):
 
 
 def _cut(image, window):
-  """A part of an image, black where the image ends before it: the frame of a GIF may."""
+  """A part of an image, padded with black: the frame of a GIF may be smaller than its header says."""
   top, left, height, width = tf.unstack(window)
   image = image[top : top + height, left : left + width]
   missing = [height, width] - tf.shape(image)[:2]
@@ -209,7 +196,7 @@ def _cut(image, window):
 
 
 def _turn(image, orientation):
-  """An image as it is stored -> as it is shown."""
+  """An image as stored -> as displayed, by its EXIF orientation."""
   rows, columns = _mirrored(orientation)
 
   def turn():
@@ -220,11 +207,45 @@ def _turn(image, orientation):
   return tf.cond(orientation > 1, turn, lambda: image)
 
 
+def _canvas(window, crops, shape, size, kernels, resize_on):
+  """The canvas of a window, uint8 `[*shape, 3]`, and its crops, float32 `[views, 2, 4]`."""
+
+  def resized():
+    return _resized_views(window, crops, shape, size, kernels)
+
+  if resize_on == 'host':
+    canvas, new_crops = resized()
+  else:
+    fits = tf.reduce_all(tf.shape(window)[:2] <= shape)
+    canvas, new_crops = tf.cond(fits, lambda: (_padded(window, shape), crops), resized)
+  canvas.set_shape([*shape, 3])
+  return canvas, new_crops
+
+
+def _padded(window, shape):
+  """A canvas with the window in its upper left corner."""
+  h, w = tf.shape(window)[0], tf.shape(window)[1]
+  flat = tf.reshape(window, [h, 3 * w])  # padding is much faster in two dimensions
+  flat = tf.pad(flat, [[0, shape[0] - h], [0, 3 * (shape[1] - w)]])
+  return tf.reshape(flat, [*shape, 3])
+
+
+def _resized_views(window, crops, shape, size, kernels):
+  """A canvas with the resized views side by side, and their crops."""
+  views = [_resize(window, crops[v], size, kernel) for v, kernel in enumerate(kernels)]
+  below, right = shape[0] - size, shape[1] - len(views) * size
+  boxes = [[0, v * size, size, size] for v in range(len(views))]
+  return (
+    tf.pad(tf.concat(views, 1), [[0, below], [0, right], [0, 0]]),
+    tf.constant([[box, box] for box in boxes], tf.float32),
+  )
+
+
 def _resize(image, box, size, kernel):
-  """The view of a crop of a window, as `crop.crop_and_resize` and rounded: uint8 `[size, size, 3]`."""
+  """The view of a crop `[2, 4]`: `crop.crop_and_resize`, rounded to uint8 `[size, size, 3]`."""
   top, left, height, width = tf.unstack(tf.cast(tf.round(box[1]), tf.int32))
   image = image[None, top : top + height, left : left + width]
-  if kernel == 'bicubic':  # what it shows and what it may look at are the same
+  if kernel == 'bicubic':  # both rectangles of the crop are equal
     view = tf.raw_ops.ResizeBicubic(images=image, size=[size, size], half_pixel_centers=True)
   else:
     scale = size / box[0, 2:]
@@ -233,7 +254,7 @@ def _resize(image, box, size, kernel):
       images=image, size=[size, size], scale=scale, translation=-start * scale,
       kernel_type='triangle', antialias=True,
     )  # fmt: skip
-  # One op that rounds and clips.
+  # This op rounds and clips.
   view = tf.raw_ops.QuantizeV2(input=view[0], min_range=0.0, max_range=255.0, T=tf.quint8).output
   return tf.bitcast(view, tf.uint8)
 
@@ -244,46 +265,52 @@ def _resize(image, box, size, kernel):
 def sized(
   encoded: tf.data.Dataset, config: ml_collections.ConfigDict, skip: bool = False
 ) -> tf.data.Dataset:
-  """Encoded images and what `headers` says of each: `kind`, `shape` as shown, `orientation`, `branch`.
+  """Adds to encoded images what their headers say: `kind`, `shape` as displayed, `orientation`, `branch`.
 
-  With `skip`, those that cannot be read or have no header are left out.
+  Args:
+    encoded: elements with `bytes`.
+    config: the `data` part of the recipe.
+    skip: whether images that cannot be read are skipped; otherwise reading them fails.
   """
 
-  def look(head, jpeg_shape):
+  def read_headers(head, jpeg_shape):
     kind, shape, orientation = headers.read(head, jpeg_shape)
     bad = [bool(p) for p in headers.problems(kind, shape, config.max_pixels)]
     branch = np.where(bad, BAD, OTHER).astype(np.int32)
     return branch, kind, headers.shown(shape, orientation).astype(np.int32), orientation
 
-  def looked(e):
-    found = tf.numpy_function(look, [e.pop('head'), e.pop('shape')], [tf.int32] * 4)
-    for tensor, rest in zip(found, ([], [], [2], [])):
-      tensor.set_shape([None, *rest])
-    return {**e, **dict(zip(('branch', 'kind', 'shape', 'orientation'), found))}
+  def add_headers(e):
+    outputs = {
+      'branch': (tf.int32, []),
+      'kind': (tf.int32, []),
+      'shape': (tf.int32, [2]),
+      'orientation': (tf.int32, []),
+    }
+    return {**e, **_call_numpy(read_headers, [e.pop('head'), e.pop('shape')], outputs)}
 
   if skip:
     encoded = encoded.ignore_errors()
   headed = encoded.map(_with_header, stream.threads(config))
   if skip:
     headed = headed.ignore_errors()
-  return headed.batch(BLOCK).map(looked).unbatch()
+  return headed.batch(BLOCK).map(add_headers).unbatch()
 
 
 def whole(e: dict[str, tf.Tensor]) -> tf.Tensor:
-  """The whole of one image of `sized`, as it is shown: uint8 `[h, w, 3]`; an error if it is bad."""
+  """The whole image of an element of `sized`, as displayed: uint8 `[h, w, 3]`; fails for a corrupt image."""
   decoded = tf.switch_case(e['branch'] - OTHER, [lambda: _rgb(e['bytes']), _bad])
   return _cut(_turn(decoded, e['orientation']), tf.concat([[0, 0], e['shape']], 0))
 
 
-def read_all(source, height: int, width: int) -> Arrays | None:
-  """A stream of images of one size, decoded into memory; None if one has another size.
+def read_all(source: Stream, height: int, width: int) -> Arrays | None:
+  """Decodes a stream of images of one size into memory; returns None if an image has another size.
 
   Raises:
     ConfigError: an image cannot be decoded.
   """
 
   def decoded(e):
-    # What is bad must fail here, and not pass for a black image.
+    # A corrupt image must fail here instead of becoming a black image.
     fits = tf.reduce_all(e['shape'] == [height, width]) | (e['branch'] == BAD)
     image = tf.cond(fits, lambda: whole(e), lambda: tf.zeros([height, width, 3], tf.uint8))
     return tf.ensure_shape(image, [height, width, 3]), e['label'], fits
@@ -304,11 +331,11 @@ def read_all(source, height: int, width: int) -> Arrays | None:
   return Arrays(images, labels, class_names=source.class_names)
 
 
-# What is wrong.
+# Error messages.
 
 
 def header(contents: bytes) -> tuple[int, np.ndarray]:
-  """Kind, an index into `headers.KINDS`, and height and width of an encoded image as it is shown."""
+  """Kind, an index into `headers.KINDS`, and displayed height and width of an encoded image."""
   head = np.zeros((1, headers.HEAD), np.uint8)
   start = np.frombuffer(contents[: headers.HEAD], np.uint8)
   head[0, : len(start)] = start
@@ -321,14 +348,14 @@ def header(contents: bytes) -> tuple[int, np.ndarray]:
 
 
 def problem(contents: bytes, max_pixels: int) -> str:
-  """What is wrong with an encoded image, to follow its name; '' for one that can be decoded."""
+  """Why an encoded image cannot be decoded, a phrase that follows its name; empty if it can be."""
   if not contents:
     return 'is empty'
   kind, shape = header(contents)
-  found = headers.problems([kind], [shape], max_pixels)[0]
-  if found:
+  reason = headers.problems(np.array([kind]), shape[None], max_pixels)[0]
+  if reason:
     is_page = kind == headers.UNKNOWN and contents.lstrip()[:1] == b'<'
-    return found + (', but a page of HTML or XML' if is_page else '')
+    return reason + (', but a page of HTML or XML' if is_page else '')
   try:
     _rgb(contents)
   except tf.errors.OpError as error:

@@ -1,8 +1,8 @@
-"""The embedded data set: scikit-learn's 1,797 scans of handwritten digits, placed on a canvas.
+"""The bundled data set: scikit-learn's 1,797 scans of handwritten digits, placed on a canvas.
 
-The scans are 8x8 and centred, which leaves nothing to learn. So each is enlarged to 16-28 pixels and
-put somewhere on a dark 32x32 canvas in a bright random tint: in raw pixels, two placements of one
-scan then have little in common.
+The scans are 8x8 and centred, which makes raw pixels good features. So each scan is enlarged to 16-28 pixels
+and put at a random place on a dark 32x32 canvas in a bright random tint: two placements of one scan then have
+few pixels in common.
 """
 
 import ml_collections
@@ -14,12 +14,12 @@ from simclr_jax.data.dataset import Arrays
 from simclr_jax.errors import ConfigError
 
 CANVAS = 32
-SCANS = {'train': slice(0, 1500), 'test': slice(1500, None)}  # of the shuffled scans
-PLACEMENTS = 4  # of each scan
+SCANS = {'train': slice(0, 1500), 'test': slice(1500, None)}  # after shuffling
+PLACEMENTS = 4  # images per scan
 
 
 def load(config: ml_collections.ConfigDict, split: str) -> Arrays:
-  """6,000 training images of 1,500 scans, or 1,188 test images of the other 297; always the same."""
+  """6,000 training images of 1,500 scans, or 1,188 test images of the other 297 scans; always the same."""
   del config
   if split not in SCANS:
     raise ConfigError(f'the digits have the splits train and test, not {split!r}')

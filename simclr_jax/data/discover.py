@@ -1,4 +1,4 @@
-"""What `--data=DATASET` means."""
+"""The fields of a recipe that `--data=DATASET` stands for."""
 
 import os
 import pathlib
@@ -9,35 +9,36 @@ TRAIN = ('train', 'training')
 TEST = ('test', 'validation', 'valid', 'val')
 
 
-def fields(what: str) -> dict[str, str]:
-  """The fields of a recipe that say where the images are.
+def fields(dataset: str) -> dict[str, str]:
+  """The fields of a recipe that specify a data set.
 
   Args:
-    what: a folder of images, with or without `train` and `test` in it; npz or npy files or a folder of
-      them; the folder of a prepared TFDS data set; TFDS's name for one; or `digits`.
+    dataset: a folder of images, with or without sub-folders `train` and `test`; an npz or npy file, or a
+      folder of such files; the folder or the TFDS name of a prepared data set; or `digits`.
 
   Raises:
-    ConfigError: it is none of these.
+    ConfigError: `dataset` is none of these.
   """
-  if what == 'digits':
+  if dataset == 'digits':
     return _fields('digits', '', 'train', 'test')
-  path = pathlib.Path(what).expanduser()
-  if '://' in what or path.is_dir():
-    return _folder(what.rstrip('/') if '://' in what else str(path))
+  path = pathlib.Path(dataset).expanduser()
+  if '://' in dataset or path.is_dir():
+    return _folder(dataset.rstrip('/') if '://' in dataset else str(path))
   if path.suffix in ('.npz', '.npy') and path.is_file():
     name = path.stem.removesuffix('_images')
-    beside = [p.name.removesuffix(path.name[len(name) :]) for p in path.parent.iterdir()]
-    return {**_choose('arrays', str(path.parent), beside), 'data.train_split': name}
+    suffix = path.name[len(name) :]
+    splits = [p.name.removesuffix(suffix) for p in path.parent.iterdir()]
+    return {**_choose('arrays', str(path.parent), splits), 'data.train_split': name}
   if path.exists():
-    raise ConfigError(f'--data={what} is neither a folder nor an npz or npy file')
+    raise ConfigError(f'--data={dataset} is neither a folder nor an npz or npy file')
   from simclr_jax.data import tfds
 
-  if not tfds.known(what):
+  if not tfds.exists(dataset):
     raise ConfigError(
-      f'--data={what}: there is no such folder or file, and no TFDS data set of that name'
-      + tfds.did_you_mean(what)
+      f'--data={dataset}: no such folder or file, and no TFDS data set of this name'
+      + tfds.did_you_mean(dataset)
     )
-  return {**_choose('tfds', '', tfds.split_names(what, '')), 'data.name': what}
+  return {**_choose('tfds', '', tfds.split_names(dataset, '')), 'data.name': dataset}
 
 
 def _folder(path):
@@ -56,18 +57,18 @@ def _folder(path):
     newest = sorted(infos)[-1].removesuffix('/dataset_info.json')
     return _choose('tfds', newest, tfds.split_names('', newest))
   for suffix in ('.npz', '_images.npy'):
-    held = [n.removesuffix(suffix) for n in names if n.endswith(suffix)]
-    if any(n in TRAIN for n in held):
-      return _choose('arrays', path, held)
+    splits = [n.removesuffix(suffix) for n in names if n.endswith(suffix)]
+    if any(n in TRAIN for n in splits):
+      return _choose('arrays', path, splits)
   if not any(n in TRAIN for n in names):
     return _fields('folder', path, '.', '')
   return _choose('folder', path, names)
 
 
-def _choose(source, folder, names):
-  """Of the names of splits, those that are for training and for tests."""
-  train = next((n for n in TRAIN if n in names), TRAIN[0])
-  return _fields(source, folder, train, next((n for n in TEST if n in names), ''))
+def _choose(source, folder, splits):
+  """The fields of a data set with these splits; the first of `TRAIN` and of `TEST` are used."""
+  train = next((n for n in TRAIN if n in splits), TRAIN[0])
+  return _fields(source, folder, train, next((n for n in TEST if n in splits), ''))
 
 
 def _fields(source, folder, train, test):

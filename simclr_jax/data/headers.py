@@ -1,11 +1,11 @@
-"""What the first bytes of an image file say: its kind, its size, which way up it is.
+"""Format, size and orientation of image files, from their first bytes.
 
-For many files at a time, in numpy, and without TensorFlow: nothing is decoded before these are known.
+For many files at a time, in numpy and without TensorFlow: no image is decoded before its size is known.
 """
 
 import numpy as np
 
-HEAD = 2048  # bytes of a file that are looked at
+HEAD = 2048  # bytes of a file that are searched
 KINDS = ('unknown', 'JPEG', 'PNG', 'GIF', 'BMP', 'WebP', 'BMP with a palette', 'animated WebP')
 UNKNOWN, JPEG, PNG, GIF, BMP, WEBP, PALETTE_BMP, ANIMATED_WEBP = range(8)
 
@@ -14,13 +14,12 @@ def read(head: np.ndarray, jpeg_shape: np.ndarray) -> tuple[np.ndarray, np.ndarr
   """Kind, stored size and orientation of images.
 
   Args:
-    head: uint8 `[n, HEAD]`, their first bytes, then zeros.
-    jpeg_shape: int `[n, 2]`, height and width of those that are JPEG: these stand too deep in it.
+    head: uint8 `[n, HEAD]`, the first bytes of each file, padded with zeros.
+    jpeg_shape: int `[n, 2]`, height and width of the JPEG images, which may not be in the first bytes.
 
   Returns:
     `kind` int32 `[n]`, an index into `KINDS`; `shape` int64 `[n, 2]`, height and width as stored, 0
-    where unknown; `orientation` int32 `[n]`, from 1 to 8 as in EXIF's tag, which is looked for in
-    JPEG alone.
+    where unknown; `orientation` int32 `[n]`, from 1 to 8 as in the EXIF tag, which is read from JPEG only.
   """
   kind, shape = np.zeros(len(head), np.int32), np.zeros((len(head), 2), np.int64)
 
@@ -58,8 +57,8 @@ def read(head: np.ndarray, jpeg_shape: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 
 def _orientation(head):
-  """The value of EXIF's tag 0x0112, type SHORT, count 1, in either byte order; 1 without it."""
-  found = np.ones(len(head), np.int32)
+  """The value of the EXIF tag 0x0112, type SHORT, count 1, in either byte order; 1 without the tag."""
+  orientation = np.ones(len(head), np.int32)
   mark = np.frombuffer(b'Exif', np.uint8)
   has_exif = np.all([head[:, i : HEAD - 4 + i] == mark[i] for i in range(4)], axis=0).any(1)
   rows = np.flatnonzero(has_exif)
@@ -68,31 +67,38 @@ def _orientation(head):
     (b'\x12\x01\x03\x00\x01\x00\x00\x00', 8),
     (b'\x01\x12\x00\x03\x00\x00\x00\x01', 9),
   ):
-    here = (windows[..., :8] == np.frombuffer(tag, np.uint8)).all(-1)
-    value = windows[np.arange(len(rows)), here.argmax(1), at]
-    valid = here.any(1) & (value >= 1) & (value <= 8)
-    found[rows] = np.where(valid, value, found[rows])
-  return found
+    is_tag = (windows[..., :8] == np.frombuffer(tag, np.uint8)).all(-1)
+    value = windows[np.arange(len(rows)), is_tag.argmax(1), at]
+    valid = is_tag.any(1) & (value >= 1) & (value <= 8)
+    orientation[rows] = np.where(valid, value, orientation[rows])
+  return orientation
 
 
 def shown(shape: np.ndarray, orientation: np.ndarray) -> np.ndarray:
-  """Sizes `[n, 2]` as stored -> as the images are looked at."""
+  """Sizes `[n, 2]` as stored -> as displayed, that is, after applying the orientation `[n]`."""
   return np.where(orientation[:, None] >= 5, shape[:, ::-1], shape)
 
 
 def problems(kind: np.ndarray, shape: np.ndarray, max_pixels: int) -> list[str]:
-  """What forbids decoding, to follow the name of each file; '' where nothing does."""
-  found = []
+  """Why each image must not be decoded, a phrase that follows the name of a file; empty if it may be.
+
+  Args:
+    kind, shape: as of `read`.
+    max_pixels: larger images are refused.
+  """
+  reasons = []
   for k, (h, w) in zip(kind, shape):
     if k == UNKNOWN:
-      found.append('is not a JPEG, PNG, WebP, BMP or GIF image')
+      reasons.append('is not a JPEG, PNG, WebP, BMP or GIF image')
     elif k in (PALETTE_BMP, ANIMATED_WEBP):
-      # TensorFlow 2.21 takes numbers in a palette for colours, and corrupts its memory on the other.
-      found.append(f'is {"an" if k == ANIMATED_WEBP else "a"} {KINDS[k]}, which cannot be decoded')
+      # TensorFlow 2.21 reads indices of a palette as colours, and corrupts its memory on an animated WebP.
+      reasons.append(
+        f'is {"an" if k == ANIMATED_WEBP else "a"} {KINDS[k]}, which cannot be decoded'
+      )
     elif h * w > max_pixels:
-      found.append(f'has {w:,} x {h:,} pixels, more than data.max_pixels={max_pixels:,}')
+      reasons.append(f'has {w:,} x {h:,} pixels, more than data.max_pixels={max_pixels:,}')
     elif h * w == 0:
-      found.append(f'is a broken {KINDS[k]}: its header gives no size')
+      reasons.append(f'is a broken {KINDS[k]}: its header gives no size')
     else:
-      found.append('')
-  return found
+      reasons.append('')
+  return reasons

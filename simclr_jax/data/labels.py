@@ -1,4 +1,4 @@
-"""Subsets of the training labels, and of the training images."""
+"""Subsets of the training labels and of the training images."""
 
 import re
 
@@ -10,27 +10,27 @@ from simclr_jax.errors import ConfigError
 
 
 def per_class(text: str, examples: int, classes: int) -> int:
-  """How many labels per class `data.labels` asks for.
+  """The number of labels per class that `data.labels` specifies.
 
   Args:
-    text: a number, or a share of all images, such as '1%'.
-    examples, classes: of the whole training set.
+    text: a number of labels per class, or a fraction of all images, such as '1%'.
+    examples, classes: number of images and classes of the training set.
 
   Raises:
-    ConfigError: it is neither, or less than one label per class.
+    ConfigError: the text is neither, or is less than one label per class.
   """
-  found = re.fullmatch(r'(\d+)|(\d+\.?\d*|\.\d+) ?%', text)
-  if not found:
+  match = re.fullmatch(r'(\d+)|(\d+\.?\d*|\.\d+) ?%', text)
+  if not match:
     raise ConfigError(
-      f'data.labels={text!r} is neither a number of labels per class, such as 25, nor a share, such as 10%'
+      f'data.labels={text!r} is neither a number of labels per class, such as 25, nor a fraction, such as 10%'
     )
-  if found[1]:
-    count = int(found[1])
+  if match[1]:
+    count = int(match[1])
   else:
-    share = float(found[2])
-    if share > 100:
+    percent = float(match[2])
+    if percent > 100:
       raise ConfigError(f'data.labels={text} is more than 100 %')
-    count = round(share / 100 * examples / classes)
+    count = round(percent / 100 * examples / classes)
   if not count:
     raise ConfigError(
       f'data.labels={text} of {examples:,} images of {classes:,} classes is less than one label per class'
@@ -39,15 +39,15 @@ def per_class(text: str, examples: int, classes: int) -> int:
 
 
 def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-  """`count` images of every class, drawn by `seed`; a smaller subset is a part of a larger one.
+  """`count` random images of every class; a smaller subset of the same seed is part of a larger one.
 
   Args:
-    labels: int `[N]`; -1 is none.
-    count: of each class; of a class that has fewer, all.
-    seed: of the draw.
+    labels: int `[N]`; images with -1 are not chosen.
+    count: images per class; all images of a class that has fewer.
+    seed: of the choice.
 
   Returns:
-    Their indices, ascending.
+    int `[n]`, indices of the images, ascending.
   """
   order = np.random.default_rng(seed).permutation(len(labels))
   chosen = [order[labels[order] == c][:count] for c in np.unique(labels[labels >= 0])]
@@ -55,10 +55,10 @@ def balanced_subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def select(dataset: Dataset, config: ml_collections.ConfigDict) -> Dataset:
-  """The training set as `data.labels`, `data.label_seed` and `data.unlabelled` define it.
+  """The training set with only the labels that `data.labels`, `data.label_seed` and `data.unlabelled` select.
 
   Raises:
-    ConfigError: the images have no labels, or a class has too few.
+    ConfigError: the images have no labels, or a class has too few images.
   """
   if not dataset.labelled:
     raise ConfigError(f'data.labels={config.labels}, but not all training images have a label')
@@ -73,9 +73,9 @@ def select(dataset: Dataset, config: ml_collections.ConfigDict) -> Dataset:
   chosen = balanced_subset(labels, count, config.label_seed)
   if config.unlabelled == 'drop':
     return dataset.subset(chosen)
-  known = np.full(len(labels), -1, np.int32)
-  known[chosen] = labels[chosen]
-  return dataset.with_labels(known)
+  chosen_labels = np.full(len(labels), -1, np.int32)
+  chosen_labels[chosen] = labels[chosen]
+  return dataset.with_labels(chosen_labels)
 
 
 def hold_out(
@@ -84,16 +84,16 @@ def hold_out(
   """Splits a training set for validation.
 
   Args:
-    count: of the images.
-    share: of the images that are held out, from 0 to 1.
+    count: number of images.
+    share: fraction of the images that is held out, from 0 to 1.
     seed: of the choice.
-    labels: int `[count]`: the share is that of every class.
+    labels: int `[count]`; if present, this fraction of every class is held out.
 
   Returns:
-    Indices of the rest and of the held-out images, ascending.
+    Indices of the remaining and of the held-out images, both ascending.
 
   Raises:
-    ConfigError: there are too few images to hold one out.
+    ConfigError: no image would be held out.
   """
   order = np.random.default_rng(seed).permutation(count)
   groups = [order] if labels is None else [order[labels[order] == c] for c in np.unique(labels)]

@@ -1,5 +1,6 @@
-"""Batches on the devices, prefetched for the steps that need them."""
+"""Batches on the devices, prefetched for the next steps."""
 
+import functools
 import queue
 import threading
 import weakref
@@ -16,40 +17,50 @@ from simclr_jax.errors import ConfigError
 PREFETCH = 2  # batches on the devices that no step has used yet
 
 Batch = dict[str, np.ndarray]
+DeviceBatch = dict[str, jax.Array]
 
 
 class Loader:
-  """The batches of a run: `loader(i)` is that of step i, its rows split over the devices.
+  """The batches of a run: `loader(i)` is the batch of step i, whose rows are split over the devices.
 
   Consecutive steps are prefetched in a thread; any other step makes the loader seek.
 
   Attributes:
-    constants: arrays that all steps use, whole on every device.
+    constants: arrays that all steps use, replicated on every device.
   """
 
   def __init__(
     self,
     batches: Callable[[int], Iterator[Batch]],
-    put: Callable[[Batch], dict[str, jax.Array]],
-    constants: dict[str, jax.Array],
+    put: Callable[[Batch], DeviceBatch],
+    constants: DeviceBatch,
   ):
+    """A loader.
+
+    Args:
+      batches: first step -> the batches of this process from that step on.
+      put: transfers a batch to the devices.
+      constants: see the class.
+    """
     self.constants = constants
     self._batches, self._put = batches, put
-    self._next, self._batch, self._queue = -1, None, queue.Queue()
-    self.close = lambda: None  # stops the thread, if there is one
+    self._next = -1
+    self._batch: DeviceBatch | BaseException | None = None
+    self._queue: queue.Queue[DeviceBatch | BaseException] = queue.Queue()
+    self._finalizer: weakref.finalize | None = None
 
   def ready(self, step: int) -> bool:
     """Whether the batch of this step is available without waiting."""
     return step == self._next and not (self._batch is None and self._queue.empty())
 
   def wait(self, step: int) -> None:
-    """Waits until the batch of this step is on the devices."""
+    """Waits until the batch of this step is on the devices, or reading it has failed."""
     if step != self._next:
       self._seek(step)
     if self._batch is None:
       self._batch = self._queue.get()
 
-  def __call__(self, step: int) -> dict[str, jax.Array]:
+  def __call__(self, step: int) -> DeviceBatch:
     """The batch of a step.
 
     Raises:
@@ -62,9 +73,15 @@ class Loader:
       try:
         raise batch
       finally:
-        del batch  # or this frame and the error would keep each other
+        del batch  # otherwise this frame and the error keep each other alive
+    assert batch is not None
     self._next += 1
     return batch
+
+  def close(self) -> None:
+    """Stops prefetching."""
+    if self._finalizer:
+      self._finalizer()
 
   def _seek(self, step):
     self.close()
@@ -73,7 +90,7 @@ class Loader:
     args = (self._batches(step), self._put, self._queue, stopped)
     thread = threading.Thread(target=_fill, args=args, daemon=True)
     thread.start()
-    self.close = weakref.finalize(self, _stop, thread, stopped, self._queue)
+    self._finalizer = weakref.finalize(self, _stop, thread, stopped, self._queue)
 
 
 def _fill(batches, put, ready, stopped):
@@ -88,7 +105,7 @@ def _fill(batches, put, ready, stopped):
           pass
       if stopped.is_set():
         return
-  except BaseException as error:  # for the thread that waits for it
+  except BaseException as error:  # raised again in the thread that waits for the batch
     ready.put(error)
 
 
@@ -112,7 +129,7 @@ def for_training(
   Args:
     dataset: the training images.
     seed, batch_size: of the run.
-    pipelines, size: of the views, which `augment.views` makes.
+    pipelines, size: of the views that `augment.views` will compute.
     mesh: the devices.
 
   Returns:
@@ -123,25 +140,41 @@ def for_training(
   def put(batch):
     return sharding.put_local_rows(mesh, batch, batch_size)
 
-  def rows(step):
-    while True:
-      yield {k: v[local] for k, v in order.rows(seed, step, batch_size, len(dataset)).items()}
-      step += 1
-
-  def gathered(step):
-    for batch in rows(step):
-      index = batch['index']
-      yield {**batch, 'images': dataset.images[index], 'label': dataset.labels[index]}
-
-  def streamed(step):
-    return _streamed(dataset, seed, batch_size, pipelines, size, local, step)
-
   if not isinstance(dataset, Arrays):
+    streamed = functools.partial(_streamed, dataset, seed, batch_size, pipelines, size, local)
     return Loader(streamed, put, {})
+  rows = functools.partial(_rows, len(dataset), seed, batch_size, local)
   if not dataset.resident:
-    return Loader(gathered, put, {})
+    return Loader(functools.partial(_gathered, dataset, rows), put, {})
   arrays = {'images': dataset.images, 'label': dataset.labels}
   return Loader(rows, put, sharding.put_replicated(mesh, arrays))
+
+
+def _rows(examples, seed, batch_size, local, step) -> Iterator[Batch]:
+  while True:
+    yield {k: v[local] for k, v in order.rows(seed, step, batch_size, examples).items()}
+    step += 1
+
+
+def _gathered(dataset: Arrays, rows, step) -> Iterator[Batch]:
+  for batch in rows(step):
+    index = batch['index']
+    yield {**batch, 'images': dataset.images[index], 'label': dataset.labels[index]}
+
+
+def _streamed(dataset: Dataset, seed, batch_size, pipelines, size, local, step) -> Iterator[Batch]:
+  from simclr_jax.data import decode, stream  # TensorFlow is needed for streams only
+
+  source = stream.as_stream(dataset)
+  encoded = source.train_iterator(seed, batch_size, step, local)
+  canvases = decode.canvases(encoded, pipelines, size, seed, source.settings)
+  batches = canvases.batch(len(local), drop_remainder=True).prefetch(1)
+
+  def suspects(count):  # a block that is decoded at once may include images of later batches
+    for i in range(step + count, step + count + decode.BLOCK // len(local) + 2):
+      yield from order.rows(seed, i, batch_size, len(source))['index'][local]
+
+  return stream.read(batches, source, None if source.sequential else suspects)
 
 
 def shapes(
@@ -152,7 +185,7 @@ def shapes(
   resize_on: str,
   resident: tuple[int, int] | None = None,
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
-  """Shapes of what a step of `for_training` gets: `constants`, and a batch. For programs that have no images.
+  """Shapes of the `constants` and of a batch of `for_training`, to compile a step without images.
 
   Args:
     examples, batch_size: of the run.
@@ -171,45 +204,32 @@ def shapes(
   return {}, {**rows, 'images': images, 'crops': crops, 'label': integers}
 
 
-def with_images(
-  constants: dict[str, jax.Array], batch: dict[str, jax.Array]
-) -> dict[str, jax.Array]:
-  """A batch of `for_training` with `images` `[n, h, w, 3]` and `label` `[n]`, inside jit.
+def with_images(constants: DeviceBatch, batch: DeviceBatch) -> DeviceBatch:
+  """Adds `images` `[n, h, w, 3]` and `label` `[n]` to a batch of `for_training`, inside jit.
 
-  Arrays that are kept on the devices are `constants`, and the batch says which; of others it has the
-  images already. Of streams they are the canvases of `decode`, and `crops` `[n, views, 2, 4]`.
+  Images that are kept on the devices are `constants`, from which the batch selects by `index`; other batches
+  have their images already. The images of streams are the canvases of `decode`, with `crops` `[n, views, 2, 4]`.
   """
   return {**batch, **{k: v[batch['index']] for k, v in constants.items()}}
 
 
-def _streamed(dataset, seed, batch_size, pipelines, size, local, step):
-  from simclr_jax.data import decode, stream  # TensorFlow is for streams alone
-
-  encoded = dataset.train_iterator(seed, batch_size, step, local)
-  canvases = decode.canvases(encoded, pipelines, size, seed, dataset.settings)
-  batches = canvases.batch(len(local), drop_remainder=True).prefetch(1)
-
-  def suspects(count):  # what is decoded in blocks may be of the next batch already
-    for i in range(step + count, step + count + decode.BLOCK // len(local) + 2):
-      yield from order.rows(seed, i, batch_size, len(dataset))['index'][local]
-
-  return stream.read(batches, dataset, None if dataset.sequential else suspects)
-
-
 def iterate_once(
   dataset: Dataset, pipeline: str, size: int, batch_size: int, mesh: jax.sharding.Mesh
-) -> Iterator[dict[str, jax.Array]]:
+) -> Iterator[DeviceBatch]:
   """Every image of a data set once, for an evaluation: batches on the devices.
 
   Args:
     dataset: images.
-    pipeline, size: of the views, which `augment.eval_view` makes.
+    pipeline, size: of the views that `augment.eval_view` will compute.
     batch_size: a multiple of the number of devices.
     mesh: the devices.
 
   Yields:
     `images` `[n, h, w, 3]`, with the `crops` of streams `[n, 1, 2, 4]`; `label` and `index` `[n]`,
-    -1 in rows that pad the last batch.
+    -1 in the padding of the last batch.
+
+  Raises:
+    ConfigError: an image cannot be read, or there are fewer images than processes.
   """
   local = sharding.local_rows(mesh, batch_size)
   part, parts = int(local[0]) // len(local), batch_size // len(local)
@@ -218,9 +238,10 @@ def iterate_once(
   else:
     blocks = _streamed_once(dataset, pipeline, size, part, parts, len(local))
   if len(dataset) < parts:
-    raise ConfigError(f'{len(dataset)} images cannot be shared among {parts} processes')
-  largest, block = -(-len(dataset) // parts), {}
-  for _ in range(-(-largest // len(local))):  # as many on every host
+    raise ConfigError(f'{len(dataset)} images are too few for {parts} processes')
+  largest_part = -(-len(dataset) // parts)
+  block: Batch = {}
+  for _ in range(-(-largest_part // len(local))):  # as many batches on every host
     block = next(blocks, {k: v[:0] for k, v in block.items()})
     missing = len(local) - len(block['index'])
     padded = {
@@ -230,17 +251,18 @@ def iterate_once(
     yield sharding.put_local_rows(mesh, padded, batch_size)
 
 
-def _blocks(dataset, part, parts, size):
+def _blocks(dataset: Arrays, part, parts, size) -> Iterator[Batch]:
   start, end = (len(dataset) * p // parts for p in (part, part + 1))
-  for at in range(start, end, size):
-    index = np.arange(at, min(at + size, end), dtype=np.int32)
+  for i in range(start, end, size):
+    index = np.arange(i, min(i + size, end), dtype=np.int32)
     yield {'images': dataset.images[index], 'label': dataset.labels[index], 'index': index}
 
 
-def _streamed_once(dataset, pipeline, size, part, parts, count):
+def _streamed_once(dataset: Dataset, pipeline, size, part, parts, count) -> Iterator[Batch]:
   from simclr_jax.data import decode, stream
 
-  encoded = dataset.iterate_once(part, parts)
-  batches = decode.canvases(encoded, (pipeline,), size, 0, dataset.settings).batch(count)
-  for batch in stream.read(batches.prefetch(1), dataset):
+  source = stream.as_stream(dataset)
+  encoded = source.iterate_once(part, parts)
+  batches = decode.canvases(encoded, (pipeline,), size, 0, source.settings).batch(count)
+  for batch in stream.read(batches.prefetch(1), source):
     yield {k: batch[k] for k in ('images', 'crops', 'label', 'index')}

@@ -1,13 +1,13 @@
-"""The augmentation ops that pipelines consist of.
+"""The augmentation ops of pipelines.
 
-An op is a function (key, image `[h, w, 3]`, size of the views, **arguments) -> image. Ops that
-set the size of views return a crop instead, (key, height, width, size, **arguments) -> as in
-`crop.py`, so that an image can be cropped where it is stored. Values are in [0, 1]; only SimCLR's
-bicubic crops exceed this range a little. Ops that differ between SimCLR's code
-(TensorFlow) and MoCo's (torchvision) have a prefix that says which one they follow.
+An op is a function (key, image `[h, w, 3]`, size of the views, **arguments) -> image. An op that sets the size
+of the views is a function (key, height, width, size, **arguments) -> crop, as in `crop.py`, so that the host
+can crop while it decodes. Values are in [0, 1]; only SimCLR's bicubic crops exceed this range slightly. Ops
+that differ between SimCLR's code (TensorFlow) and MoCo's (torchvision) have the prefix simclr_ or torch_.
 """
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from simclr_jax.data import crop, pixels
+from simclr_jax.errors import ConfigError
 from simclr_jax.validation import Choices, Range
 
 AREA, FACTOR, SIGMA = Range(1e-4, 1.0), Range(0.0, 10.0), Range(0.01, 20.0)
@@ -24,16 +25,16 @@ SHARE = Range(0.0, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Definition:
-  """An op as it may be used in a pipeline.
+  """The definition of an op.
 
   Attributes:
-    function: (key, image, size, **arguments) -> image; for one with a kernel
-      (key, height, width, size, **arguments) -> crop.
+    function: (key, image, size, **arguments) -> image; with a kernel (key, height, width, size, **arguments)
+      -> crop.
     allowed: argument -> its range or choices.
-    kernel: of the resizing, if the op sets the size of views: a pipeline starts with such an op, which
-      takes no `p`.
-    draws: whether the op uses its key.
-    p: probability that the op is applied to an image, where the pipeline has none.
+    kernel: of the resizing, 'bicubic' or 'triangle', if the op sets the size of the views. A pipeline starts
+      with such an op, which takes no `p`.
+    draws: whether the op is random, that is, uses its key.
+    p: default of the probability that the op is applied to an image.
   """
 
   function: Callable[..., jax.Array]
@@ -44,15 +45,31 @@ class Definition:
 
   @property
   def sized(self) -> bool:
-    """Whether the op sets the size of views."""
+    """Whether the op sets the size of the views."""
     return bool(self.kernel)
+
+  @property
+  def parameters(self) -> list[inspect.Parameter]:
+    """The arguments that a pipeline sets."""
+    return list(inspect.signature(self.function).parameters.values())[4 if self.sized else 3 :]
 
 
 def op(kernel: str = '', draws: bool = False, p: float = 1.0, **allowed: Range | Choices):
-  """Makes an op of a function; see `Definition`. Files with ops of your own use this decorator, too."""
+  """Decorator that makes a function an op; see `Definition`. It also serves for ops in your own files.
+
+  Raises:
+    ConfigError: the arguments of the function are not those in `allowed`.
+  """
 
   def define(function):
-    function.definition = Definition(function, allowed, kernel, draws, p)
+    definition = Definition(function, allowed, kernel, draws, p)
+    arguments = [parameter.name for parameter in definition.parameters]
+    if arguments != list(allowed):
+      raise ConfigError(
+        f'the op {function.__name__} takes ({", ".join(arguments)}), but its decorator '
+        f'has ranges or choices for ({", ".join(allowed)})'
+      )
+    function.definition = definition
     return function
 
   return define
@@ -63,12 +80,12 @@ def defined_in(names: Mapping[str, Any]) -> dict[str, Definition]:
   return {k: v.definition for k, v in names.items() if hasattr(v, 'definition')}
 
 
-# Ops that set the size of views.
+# Ops that set the size of the views.
 
 
 @op('bicubic', draws=True, area_min=AREA, area_max=AREA, min_object_covered=SHARE)
 def simclr_crop(key, height, width, size, area_min, area_max, min_object_covered=0.1):
-  """TensorFlow's random box with this share of the image's area, resized bicubically."""
+  """TensorFlow's random box with this fraction of the image's area, resized bicubically."""
   return crop.tensorflow_box(
     key, height, width, (area_min, area_max), min_object_covered=min_object_covered
   )
@@ -109,16 +126,16 @@ def flip(key, image, size):
 
 @op(draws=True)
 def rotate(key, image, size):
-  """By 0, 90, 180 or 270 degrees, each as likely."""
+  """Rotation by 0, 90, 180 or 270 degrees with equal probability."""
   quarter = jax.random.randint(key, (), 0, 4)
   return jnp.select([quarter == i for i in range(4)], [jnp.rot90(image, i) for i in range(4)])
 
 
 @op(draws=True, fraction=SHARE)
 def cutout(key, image, size, fraction):
-  """A black square, its side this fraction of the image's, around a uniformly drawn pixel.
+  """A black square around a uniformly drawn pixel; `fraction` is its side over the side of the image.
 
-  DeVries & Taylor 2017; near the border part of the square falls outside.
+  DeVries & Taylor 2017; near the border a part of the square is outside the image.
   """
   row, column = jax.random.randint(key, (2,), 0, size)
   return pixels.cutout(image, row, column, round(fraction * size))
@@ -131,8 +148,8 @@ def cutout(key, image, size, fraction):
 def simclr_jitter(key, image, size, strength, brightness='multiplicative'):
   """Brightness, contrast, saturation and hue in random order, clipped to [0, 1] after each.
 
-  At strength s the factors of the first three are uniform in [max(1 - 0.8 s, 0), 1 + 0.8 s] (an
-  additive brightness in [-0.8 s, 0.8 s]), the hue turns by up to 0.2 s of the circle either way.
+  At strength s the factors of the first three are uniform in [max(1 - 0.8 s, 0), 1 + 0.8 s] (an additive
+  brightness in [-0.8 s, 0.8 s]); the hue is shifted by up to 0.2 s of a full turn in either direction.
   """
   order_key, *keys = jax.random.split(key, 5)
   wide, low = 0.8 * strength, max(1 - 0.8 * strength, 0.0)
@@ -143,8 +160,8 @@ def simclr_jitter(key, image, size, strength, brightness='multiplicative'):
   brighten = pixels.brightness_add if brightness == 'additive' else pixels.brightness_multiply
 
   def step(image, op):
-    # Mapped over a batch, every op runs in every place and the drawn one is kept; saturation and hue
-    # share their way through HSV.
+    # Under vmap every op runs at every step, and the drawn op is selected; saturation and hue share the
+    # conversion to HSV.
     turned = pixels.hue_and_saturation(
       image, jnp.where(op == 3, h, 0.0), jnp.where(op == 2, s, 1.0)
     )
@@ -159,8 +176,8 @@ def torch_jitter(key, image, size, brightness, contrast, saturation, hue):
   """torchvision's `ColorJitter` of a Pillow image: the four in random order, clipped after each.
 
   The factor of a strength b is uniform in [max(1 - b, 0), 1 + b] and blends the image with black
-  (brightness), with the mean of its grayscale (contrast) or with its grayscale (saturation). The hue
-  turns by up to `hue` of the circle either way.
+  (brightness), with the mean of its grayscale (contrast) or with its grayscale (saturation). The hue is
+  shifted by up to `hue` of a full turn in either direction.
   """
   order_key, factor_key, hue_key = jax.random.split(key, 3)
   strengths = jnp.array([brightness, contrast, saturation])
@@ -172,7 +189,7 @@ def torch_jitter(key, image, size, brightness, contrast, saturation, hue):
     gray = pixels.grayscale(image)
     other = jnp.select([op == 0, op == 1], [jnp.zeros_like(image), gray.mean() + 0 * gray], gray)
     blended = other + (image - other) * factors[jnp.minimum(op, 2)]
-    # Strength 0 leaves the op out: turning the hue by nothing would still round it.
+    # At strength 0 the op is skipped: a shift by 0 would still round the hue.
     turned = pixels.pillow_hue(image, turns) if hue else image
     return jnp.clip(jnp.where(op == 3, turned, blended), 0.0, 1.0), None
 
@@ -181,19 +198,19 @@ def torch_jitter(key, image, size, brightness, contrast, saturation, hue):
 
 @op()
 def grayscale(key, image, size):
-  """Colour drop: the luma in all three channels."""
+  """The luma in all three channels."""
   return pixels.grayscale(image)
 
 
 @op(threshold=SHARE)
 def solarize(key, image, size, threshold=0.5):
-  """Values from the threshold on inverted."""
+  """Values at or above the threshold are inverted."""
   return pixels.solarize(image, threshold)
 
 
 @op()
 def equalize(key, image, size):
-  """Each channel's histogram made flat."""
+  """Histogram equalisation of each channel."""
   return pixels.equalize(image)
 
 
@@ -204,8 +221,8 @@ def equalize(key, image, size):
 def simclr_blur(key, image, size, per='example'):
   """Gaussian blur, sigma uniform in [0.1, 2] pixels; zero-padded, which darkens the border.
 
-  SimCLR's kernel of a tenth of the size. With per='batch', as in its code, a view has one sigma
-  throughout a batch: `augment.view` then passes the same key for every image.
+  The kernel has a tenth of the size, as SimCLR's. With per='batch', as in SimCLR's code, all images of a
+  batch have the same sigma: `augment.view` passes them the same key.
   """
   sigma = jax.random.uniform(key, minval=0.1, maxval=2.0)
   return pixels.gaussian_blur(image, sigma, size // 10 // 2, 'constant')
@@ -213,10 +230,10 @@ def simclr_blur(key, image, size, per='example'):
 
 @op(draws=True, sigma_min=SIGMA, sigma_max=SIGMA)
 def torch_blur(key, image, size, sigma_min, sigma_max):
-  """Gaussian blur, sigma uniform in this range of pixels; the border continues its last pixels.
+  """Gaussian blur, sigma uniform in this range of pixels; the border is padded with its last pixels.
 
-  MoCo's code calls Pillow, which approximates it by box filters: on smooth images of 224 pixels the
-  two differ by up to 2 of 255 levels (mean 0.4 at sigma 2), on white noise by up to 25 (mean 1).
+  MoCo's code calls Pillow, which approximates the blur by box filters: on smooth images of 224 pixels the
+  difference is up to 2 of 255 levels (mean 0.4 at sigma 2), on white noise up to 25 (mean 1).
   """
   sigma = jax.random.uniform(key, minval=sigma_min, maxval=sigma_max)
   return pixels.gaussian_blur(image, sigma, math.ceil(4 * sigma_max), 'edge')
@@ -224,13 +241,13 @@ def torch_blur(key, image, size, sigma_min, sigma_max):
 
 @op(draws=True, std=SHARE)
 def noise(key, image, size, std):
-  """Gaussian noise, independent at every value."""
+  """Independent Gaussian noise."""
   return image + std * jax.random.normal(key, image.shape)
 
 
 @op()
 def sobel(key, image, size):
-  """The strength of edges in each channel."""
+  """The magnitude of the Sobel gradient of each channel."""
   return pixels.sobel(image)
 
 

@@ -1,7 +1,7 @@
-"""Arithmetic on the pixels of one float image `[h, w, 3]`, with all that is drawn as an argument.
+"""Arithmetic on the pixels of one float image `[h, w, 3]`; random values are arguments.
 
-Names say whose definition it is where two differ: TensorFlow's (SimCLR's code), or that of Pillow
-and torchvision (MoCo's). Pillow rounds to 8 bits after every op; here only where it matters (hue).
+Where TensorFlow (SimCLR's code) and Pillow or torchvision (MoCo's code) differ, the docstring names the
+definition. Pillow rounds to 8 bits after every op; here only the hue is rounded, where it matters.
 """
 
 import jax
@@ -17,17 +17,17 @@ LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
 
 
 def brightness_multiply(image: jax.Array, factor: jax.Array) -> jax.Array:
-  """SimCLR v2's brightness and torchvision's: a factor on every value."""
+  """Brightness of SimCLR v2 and torchvision: multiplies every value by `factor`."""
   return image * factor
 
 
 def brightness_add(image: jax.Array, delta: jax.Array) -> jax.Array:
-  """SimCLR v1's brightness: a shift of every value."""
+  """Brightness of SimCLR v1: adds `delta` to every value."""
   return image + delta
 
 
 def contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
-  """`tf.image.adjust_contrast`: distances from each channel's mean, times `factor`."""
+  """`tf.image.adjust_contrast`: multiplies differences from each channel's mean by `factor`."""
   mean = jnp.mean(image, axis=(-3, -2), keepdims=True)
   return (image - mean) * factor + mean
 
@@ -49,7 +49,7 @@ def _modulo(x, n):
 
 
 def _rgb(value, chroma, hue):
-  """The image of a value, chroma and hue as of `_hue`."""
+  """The inverse of `_hue`: the image `[h, w, 3]` of a value, chroma and hue."""
   k = _modulo(np.array([5.0, 3.0, 1.0], np.float32) + hue[..., None], 6)
   return value[..., None] - chroma[..., None] * jnp.clip(jnp.minimum(k, 4 - k), 0.0, 1.0)
 
@@ -57,7 +57,7 @@ def _rgb(value, chroma, hue):
 def hue_and_saturation(image: jax.Array, delta: jax.Array, factor: jax.Array) -> jax.Array:
   """`tf.image.adjust_hue` by `delta` turns and `tf.image.adjust_saturation` by `factor`, in HSV.
 
-  Value is kept; saturation is clipped to [0, 1]. (0, 1) changes nothing.
+  The value is unchanged; the saturation is clipped to [0, 1]. `delta` 0 and `factor` 1 change nothing.
   """
   value, chroma, hue = _hue(image)
   saturation = jnp.where(value > 0, chroma / jnp.where(value > 0, value, 1.0), 0.0)
@@ -67,7 +67,7 @@ def hue_and_saturation(image: jax.Array, delta: jax.Array, factor: jax.Array) ->
 def pillow_hue(image: jax.Array, turns: jax.Array) -> jax.Array:
   """torchvision's `adjust_hue` of a Pillow image: HSV in 8 bits, whose hue wraps around at 256.
 
-  A whole circle is 255 steps and not 256, so a shift that wraps loses one.
+  A full turn is 255 steps and not 256, so a shift that wraps around loses one step.
   """
   value, chroma, hue = _hue(jnp.round(255 * image))
   step = jnp.trunc(255 * turns)
@@ -83,12 +83,12 @@ def grayscale(image: jax.Array) -> jax.Array:
 
 
 def solarize(image: jax.Array, threshold: float) -> jax.Array:
-  """Values from `threshold` on inverted: Pillow's `ImageOps.solarize(..., 128)` at 0.5."""
+  """Inverts values at or above `threshold`; at 0.5, Pillow's `ImageOps.solarize(..., 128)`."""
   return jnp.where(image < threshold, image, 1 - image)
 
 
 def equalize(image: jax.Array) -> jax.Array:
-  """Pillow's `ImageOps.equalize`: each channel's 8-bit values to a uniform distribution."""
+  """Pillow's `ImageOps.equalize`: makes the distribution of each channel's 8-bit values uniform."""
   x = jnp.round(255 * image).astype(jnp.int32).reshape(-1, 3)
   levels = np.arange(256)
   count = jnp.sum(x[:, :, None] == levels, axis=0)  # [3, 256]
@@ -96,7 +96,7 @@ def equalize(image: jax.Array) -> jax.Array:
   brightest = jnp.sum(x == x.max(axis=0), axis=0)
   step = (len(x) - brightest[:, None]) // 255
   table = jnp.minimum((step // 2 + below) // jnp.maximum(step, 1), 255)
-  table = jnp.where(step > 0, table, levels)  # too few values to tell: unchanged
+  table = jnp.where(step > 0, table, levels)  # too few different values: unchanged
   return (jnp.take_along_axis(table.T, x, axis=0) / 255).reshape(image.shape)
 
 
@@ -109,8 +109,8 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array, radius: int, pad: str) -> 
   Args:
     image: `[h, w, 3]`.
     sigma: standard deviation in pixels, above 0.
-    radius: the kernel covers 2 * radius + 1 pixels.
-    pad: what is beyond the border: 'constant' (0), which darkens it, or 'edge'.
+    radius: the kernel has 2 * radius + 1 pixels.
+    pad: padding at the border: 'constant' (0), which darkens the border, or 'edge'.
   """
   offset = np.arange(-radius, radius + 1)
   kernel = jnp.exp(-(offset**2) / (2.0 * sigma**2))
@@ -127,9 +127,9 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array, radius: int, pad: str) -> 
 
 
 def sobel(image: jax.Array) -> jax.Array:
-  """Length of each channel's `tf.image.sobel_edges`, over 4: a step from 0 to 1 gives 1.
+  """Magnitude of each channel's `tf.image.sobel_edges`, divided by 4: a step from 0 to 1 gives 1.
 
-  The border is mirrored. SimCLR's paper does not say how its filter is scaled.
+  The border is mirrored. SimCLR's paper does not say how it scales the filter.
   """
   x = jnp.pad(image, ((1, 1), (1, 1), (0, 0)), 'reflect')
   smooth_rows = x[:-2] + 2 * x[1:-1] + x[2:]
@@ -140,11 +140,11 @@ def sobel(image: jax.Array) -> jax.Array:
 
 
 def cutout(image: jax.Array, row: jax.Array, column: jax.Array, side: int) -> jax.Array:
-  """A square of zeros around (row, column); what is beyond the border is cut off."""
+  """Zeroes a square around (row, column); the part outside the image is ignored."""
 
-  def hit(centre, size):
+  def inside(centre, size):
     offset = jnp.arange(size) - centre + side // 2
     return (offset >= 0) & (offset < side)
 
-  rows, columns = hit(row, image.shape[0]), hit(column, image.shape[1])
+  rows, columns = inside(row, image.shape[0]), inside(column, image.shape[1])
   return jnp.where((rows[:, None] & columns[None, :])[..., None], 0.0, image)

@@ -1,15 +1,14 @@
-"""What all streams of encoded images share: TensorFlow, its threads, the order, errors with names.
-
-A stream is `folder.Files`, `records.Records` or `records.IndexedRecords`.
-"""
+"""The interface of every stream of encoded images, and what streams share: TensorFlow, threads, order, errors."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, cast
 
 import ml_collections
 import numpy as np
 
 from simclr_jax.data import order
+from simclr_jax.data.dataset import Arrays, Dataset
 from simclr_jax.errors import ConfigError
 
 try:
@@ -19,17 +18,74 @@ except ImportError as error:
     f'reading images and TFDS needs TensorFlow ({error}): '
     'pip install tensorflow-cpu tensorflow-datasets'
   ) from None
-tf.config.set_visible_devices([], 'GPU')  # TensorFlow only feeds
+tf.config.set_visible_devices([], 'GPU')  # TensorFlow only reads and decodes
+
+
+class Stream(Dataset, Protocol):
+  """Encoded images that are read when they are needed.
+
+  `folder.Files`, `records.Records` or `records.IndexedRecords`.
+  """
+
+  @property
+  def settings(self) -> ml_collections.ConfigDict:
+    """The `data` part of the recipe."""
+    ...
+
+  @property
+  def sequential(self) -> bool:
+    """Whether the images can only be read in sequence; otherwise, in any order."""
+    ...
+
+  def train_iterator(
+    self, seed: int, batch_size: int, first: int, local: np.ndarray
+  ) -> tf.data.Dataset:
+    """An endless sequence of shuffled epochs, as of `order.rows` unless the stream is sequential.
+
+    Args:
+      seed, batch_size: of the run.
+      first: the step at which to start.
+      local: the rows of each batch to read, int `[n]`.
+
+    Returns:
+      An element for each image: `bytes`, the encoded image, and int32 `label`, `index`, `epoch`, `position`.
+    """
+    ...
+
+  def iterate_once(self, part: int = 0, parts: int = 1) -> tf.data.Dataset:
+    """Every image once, in order: elements as of `train_iterator`; of `parts` equal parts, only `part`."""
+    ...
+
+  def name(self, index: int) -> str:
+    """The name of an image in messages, such as its path."""
+    ...
+
+  def find_problem(self, suspects: Iterable[int] | None = None) -> str:
+    """Finds an image or file that cannot be read.
+
+    Args:
+      suspects: indices of the images to check; by default all.
+
+    Returns:
+      The name of the first one and the reason; empty if there is none.
+    """
+    ...
+
+
+def as_stream(dataset: Dataset) -> Stream:
+  """The same object with the type `Stream`: every data set is a stream unless it is `Arrays`."""
+  assert not isinstance(dataset, Arrays)
+  return cast(Stream, dataset)
 
 
 def threads(config: ml_collections.ConfigDict) -> int:
-  """How many work on a data set: one a core, or more where reading means waiting for a network."""
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  """Number of threads for a data set: one per core, or 8 per core where they wait for a network."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
   return config.threads or cores * (8 if '://' in config.dir else 1)
 
 
 def with_threads(dataset: tf.data.Dataset, config: ml_collections.ConfigDict) -> tf.data.Dataset:
-  """In the order given, on a pool of threads of its own."""
+  """The same elements in the same order, computed by a thread pool of its own."""
   options = tf.data.Options()
   options.deterministic = True
   options.threading.private_threadpool_size = threads(config)
@@ -38,39 +94,39 @@ def with_threads(dataset: tf.data.Dataset, config: ml_collections.ConfigDict) ->
 
 
 def expand(folder: str) -> str:
-  """A folder as the user gave it, `~` resolved; buckets (gs://) stay as they are."""
+  """Resolves `~` in the name of a folder; buckets (gs://) are unchanged."""
   return folder if '://' in folder else os.path.expanduser(folder)
 
 
 def rows(
   examples: int, seed: int, batch_size: int, first: int, local: np.ndarray
 ) -> tf.data.Dataset:
-  """The endless sequence of `order.rows`, from step `first` on: a batch of it at a time.
+  """The endless sequence of `order.rows`, one batch at a time.
 
   Args:
-    examples: in the data set.
+    examples: number of images.
     seed, batch_size: of the run.
-    first: a step.
-    local: which rows of each batch.
+    first: the step at which to start.
+    local: the rows of each batch to keep.
 
   Returns:
     Elements with int32 `[len(local)]`: `index`, `epoch`, `position`.
   """
   names = ('index', 'epoch', 'position')
 
-  def of_step(step):
-    found = order.rows(seed, int(step), batch_size, examples)
-    return [found[name][local] for name in names]
+  def local_rows(step):
+    batch = order.rows(seed, int(step), batch_size, examples)
+    return [batch[name][local] for name in names]
 
   def batch(step):
-    found = tf.numpy_function(of_step, [step], [tf.int32] * 3)
-    return {name: tf.ensure_shape(x, [len(local)]) for name, x in zip(names, found)}
+    columns = tf.numpy_function(local_rows, [step], [tf.int32] * 3)
+    return {name: tf.ensure_shape(x, [len(local)]) for name, x in zip(names, columns)}
 
   return tf.data.Dataset.counter(first).map(batch)
 
 
 def rows_once(examples: int, part: int, parts: int) -> tf.data.Dataset:
-  """Elements as of `rows`, one example each: the whole data set in its own order, or a part of it."""
+  """Elements as of `rows`, but for one image each: the data set in order, or one of `parts` equal parts."""
   ends = [examples * p // parts for p in (part, part + 1)]
 
   def row(i):
@@ -80,19 +136,23 @@ def rows_once(examples: int, part: int, parts: int) -> tf.data.Dataset:
   return tf.data.Dataset.range(*ends).map(row)
 
 
-def read(dataset: tf.data.Dataset, source, suspects: Callable[[int], Iterable[int]] | None = None):
-  """The elements of what was made of a stream, in numpy.
+def read(
+  dataset: tf.data.Dataset,
+  source: Stream,
+  suspects: Callable[[int], Iterable[int]] | None = None,
+) -> Iterator[Any]:
+  """The elements of a pipeline in numpy.
 
   Args:
-    dataset: made of `source.examples` or `source.once`.
+    dataset: a pipeline that starts with `source.train_iterator` or `source.iterate_once`.
     source: the stream.
-    suspects: i -> the indices of the images that element i may have been waiting for; by default all.
+    suspects: i -> indices of the images that element i may have been waiting for; by default all images.
 
   Yields:
     Elements.
 
   Raises:
-    ConfigError: in place of TensorFlow's error, one sentence that names the file.
+    ConfigError: instead of TensorFlow's error, one sentence that names the file.
   """
   elements = with_threads(dataset, source.settings).as_numpy_iterator()
   count = 0
@@ -101,13 +161,13 @@ def read(dataset: tf.data.Dataset, source, suspects: Callable[[int], Iterable[in
       yield element
       count += 1
   except tf.errors.OpError as error:
-    found = source.find_problem(suspects and suspects(count))
+    problem = source.find_problem(suspects and suspects(count))
     reason = error.message.split('}} ')[-1].split('\n')[0]
-    # Deleted by the garbage collector, in whatever thread, an iterator may wait for itself forever.
+    # If the garbage collector deletes an iterator, in whatever thread, it may wait for itself forever.
     error.__traceback__ = None
     raise ConfigError(
-      f'{found}; remove it, or leave out up to N such with --config.data.skip_bad=N'
-      if found
+      f'{problem}; remove it, or skip up to N such images with --config.data.skip_bad=N'
+      if problem
       else f'the data cannot be read: {reason}'
     ) from None
   finally:

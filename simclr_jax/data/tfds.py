@@ -3,13 +3,15 @@
 import difflib
 import posixpath
 import shlex
+from typing import Any
 
 import ml_collections
 import numpy as np
 
 from simclr_jax.data import decode, scan, stream
 from simclr_jax.data.dataset import Arrays, fits_on_device
-from simclr_jax.data.records import IndexedRecords, Records, Shard
+from simclr_jax.data.records import IndexedRecords, Records
+from simclr_jax.data.shards import Shard, Shards
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
 
@@ -19,80 +21,84 @@ except ImportError as error:
   raise ConfigError(
     f'data.source=tfds needs TensorFlow Datasets ({error}): pip install tensorflow-datasets'
   ) from None
+FileFormat = tfds.core.FileFormat
 
 
 def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | IndexedRecords:
   """A prepared data set; small images of one size are read into memory.
 
   Args:
-    config: `name` as TFDS knows it, such as `imagenet2012_subset/1pct`; empty if `dir` is itself the
-      folder of one data set's version. `dir`: TFDS's `data_dir`, empty for its default.
-    split: in TFDS's syntax, such as `train[:10%]`.
+    config: the `data` part of a recipe. `name`: the TFDS name, such as `imagenet2012_subset/1pct`; empty if
+      `dir` is the folder of one version of a data set. `dir`: the `data_dir` of TFDS, empty for its default.
+    split: in the syntax of TFDS, such as `train[:10%]`.
 
   Raises:
-    ConfigError: the data set, split or files are missing or broken.
+    ConfigError: the data set, the split or a file is missing or damaged.
   """
   builder = _builder(config)
-  info = builder.info
-  what, features = config.name or str(builder.data_dir), dict(info.features)
+  name, splits = config.name or str(builder.data_dir), builder.info.splits
   try:
-    chosen = info.splits[split]
+    files = splits[split].file_instructions
   except (KeyError, ValueError, AssertionError):
-    raise ConfigError(f'{what} has no split {split!r}, only {", ".join(info.splits)}') from None
+    raise ConfigError(f'{name} has no split {split!r}, only {", ".join(splits)}') from None
+  features = dict(builder.info.features)
   if not isinstance(features.get('image'), tfds.features.Image):
-    raise ConfigError(f'{what} has no images, only {", ".join(features)}')
-  label = features.get('label')
-  labelled = isinstance(label, tfds.features.ClassLabel)
-  class_names = label.names if labelled else []
-  parse = _parser(labelled)
-  formats = tfds.core.FileFormat
-  if info.file_format not in (formats.TFRECORD, formats.ARRAY_RECORD):
+    raise ConfigError(f'{name} has no images, only {", ".join(features)}')
+  file_format = builder.info.file_format
+  if file_format not in (FileFormat.TFRECORD, FileFormat.ARRAY_RECORD):
     raise ConfigError(
-      f'{what} is stored as {info.file_format.value}, and only tfrecord and array_record can be read'
+      f'{name} is stored as {file_format.value}, and only tfrecord and array_record can be read'
     )
-  missing = next((f for f in _files(chosen) if not tf.io.gfile.exists(f)), None)
+  missing = next((f.filename for f in files if not tf.io.gfile.exists(f.filename)), None)
   if missing:
-    raise ConfigError(f'{missing} is missing: prepare {what} again')
-  shards = [
+    raise ConfigError(f'{missing} is missing: prepare {name} again')
+  images = _records(config, builder, split)
+  if not len(images):
+    raise ConfigError(f'{name} has no images in {split!r}')
+  if config.skip_bad:
+    images = scan.without_bad(images)
+  h, w, _ = features['image'].shape
+  if h and w and fits_on_device(config, len(images) * h * w * 3):
+    return decode.read_all(images, h, w) or images
+  return images
+
+
+def _records(config, builder, split) -> Records | IndexedRecords:
+  label = dict(builder.info.features).get('label')
+  class_names = label.names if isinstance(label, tfds.features.ClassLabel) else []
+  common: dict[str, Any] = {
+    'parse': _parser(bool(class_names)),
+    'labelled': bool(class_names),
+    'class_names': class_names,
+    'settings': config,
+  }
+  files = [
     Shard(str(f.filename), f.skip, f.take if f.take >= 0 else f.examples_in_shard - f.skip,
           f.examples_in_shard)
-    for f in chosen.file_instructions
+    for f in builder.info.splits[split].file_instructions
   ]  # fmt: skip
-  if info.file_format == formats.ARRAY_RECORD:
-    _check_lengths(chosen)
-    source = builder.as_data_source(split).data_source
-    places = np.arange(len(source), dtype=np.int64)
-    found = IndexedRecords(
-      source, places, parse, labelled, class_names, config, str(builder.data_dir), shards
-    )
-  else:
-    found = Records(shards, parse, labelled, class_names, config)
-  if not len(found):
-    raise ConfigError(f'{what} has no images in {split!r}')
-  if config.skip_bad:
-    found = scan.without_bad(found)
-  h, w, _ = features['image'].shape
-  if h and w and fits_on_device(config, len(found) * h * w * 3):
-    return decode.read_all(found, h, w) or found
-  return found
+  if builder.info.file_format == FileFormat.TFRECORD:
+    return Records(shards=Shards(files), **common)
+  _check_lengths(files)
+  source = builder.as_data_source(split).data_source
+  numbers = np.arange(len(source), dtype=np.int64)
+  return IndexedRecords(
+    source=source, numbers=numbers, files=files, folder=str(builder.data_dir), **common
+  )
 
 
-def _files(split):
-  return [str(f.filename) for f in split.file_instructions]
-
-
-def _check_lengths(split):
-  """ArrayRecord gives empty records, and no error, for those that a file was cut off before."""
-  # TFDS does without it on some platforms.
+def _check_lengths(files):
+  """Raises ConfigError for a truncated ArrayRecord file: reading it gives empty records and no error."""
+  # On some platforms TFDS has no array_record.
   from array_record.python import array_record_module
 
-  for path, f in zip(_files(split), split.file_instructions):
+  for file in files:
     try:
-      count = array_record_module.ArrayRecordReader(path).num_records()
+      count = array_record_module.ArrayRecordReader(file.path).num_records()
     except Exception as error:  # whatever the reader raises
-      raise ConfigError(f'{path} cannot be read: {str(error).splitlines()[0]}') from None
-    if count != f.examples_in_shard:
-      raise ConfigError(f'{path} has {count:,} of its {f.examples_in_shard:,} records')
+      raise ConfigError(f'{file.path} cannot be read: {str(error).splitlines()[0]}') from None
+    if count != file.total:
+      raise ConfigError(f'{file.path} has {count:,} of its {file.total:,} records')
 
 
 def _builder(config):
@@ -102,7 +108,7 @@ def _builder(config):
   try:
     builder = tfds.builder(config.name, data_dir=folder)
   except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError, AssertionError):
-    if known(config.name):
+    if exists(config.name):
       raise ConfigError(
         f'data.name={config.name!r}: TFDS has no such version or config of it'
       ) from None
@@ -117,7 +123,9 @@ def _builder(config):
 
 def _from_directory(folder):
   if not folder:
-    raise ConfigError('data.name and data.dir are empty: one of them says which data set')
+    raise ConfigError(
+      'data.name and data.dir are empty: name the data set with --data or --config.data.name'
+    )
   if not tf.io.gfile.exists(posixpath.join(folder, 'dataset_info.json')):
     raise ConfigError(
       f'{folder} is not the folder of a prepared data set: it has no dataset_info.json'
@@ -139,35 +147,40 @@ def multilabels(config: ml_collections.ConfigDict, split: str) -> np.ndarray | N
   """
   builder = _builder(config)
   labels = dict(builder.info.features).get('labels')
-  classes = getattr(labels, 'feature', None)
+  if not isinstance(labels, tfds.features.Sequence):
+    return None
+  classes = labels.feature
   if not isinstance(classes, tfds.features.ClassLabel):
     return None
   examples = builder.as_dataset(
     split=split,
     decoders=tfds.decode.PartialDecoding({'labels': True}),
-    read_config=tfds.ReadConfig(interleave_cycle_length=1),  # file after file
+    read_config=tfds.ReadConfig(interleave_cycle_length=1),  # in the order of the files
   )
-  found = [np.isin(np.arange(classes.num_classes), e['labels']) for e in tfds.as_numpy(examples)]
-  return np.array(found)
+  return np.array(
+    [np.isin(np.arange(classes.num_classes), e['labels']) for e in tfds.as_numpy(examples)]
+  )
 
 
 def split_names(name: str, folder: str) -> list[str]:
-  """Of a prepared data set, by its name or its folder; otherwise the usual ones."""
+  """The splits of a prepared data set, by its name or folder; train and test if they are not known."""
   try:
-    place = stream.expand(folder) or None
-    builder = tfds.builder(name, data_dir=place) if name else tfds.builder_from_directory(place)
+    data_dir = stream.expand(folder) or None
+    builder = (
+      tfds.builder(name, data_dir=data_dir) if name else tfds.builder_from_directory(data_dir)
+    )
     return list(builder.info.splits) or ['train', 'test']
-  except Exception:  # whatever is wrong will be said when it is loaded
+  except Exception:  # `load` reports whatever is wrong
     return ['train', 'test']
 
 
-def known(name: str) -> bool:
+def exists(name: str) -> bool:
   """Whether TFDS has a data set of this name, which may be followed by `/config` and `:version`."""
   return name.split('/')[0].split(':')[0] in tfds.list_builders()
 
 
 def did_you_mean(name: str) -> str:
-  """A question with the names that are nearly this one, or nothing."""
+  """A question with the three most similar names of TFDS data sets, or an empty string."""
   close = difflib.get_close_matches(name.split('/')[0], tfds.list_builders(), 3)
   return f', did you mean {" or ".join(close)}?' if close else ''
 
