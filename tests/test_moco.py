@@ -307,8 +307,8 @@ def test_no_gradient_reaches_the_keys(symmetric):
 
 
 def test_key_encoder_update():
-  """Breaks if the key encoder of a step is not m key + (1 - m) query, with the query encoder from before its update; or if
-  its BatchNorm statistics are averaged with those of the query encoder.
+  """Breaks if the key encoder of a step is not m key + (1 - m) query, with the query encoder from before
+  its update; or if its BatchNorm statistics are averaged with those of the query encoder.
   """
   net, c = small_network(), small_recipe(shuffle='none')
   method = moco.from_network(net, c)
