@@ -216,7 +216,7 @@ def test_evaluations_and_report(run, tmp_path, capsys):
   page = report.read_text()
   images = re.findall(r'<img[^>]+alt="([^"]+)" src="data:image/', page)
   assert images.count('Embedding map') == 2 and images.count('Neighbour') == 6 * 9
-  assert {'Accuracy by number of labels', 'loss, nats', 'norms', 'Augmented views'} <= set(images)
+  assert {'Accuracy against labels', 'loss, nats', 'norms', 'Augmented views'} <= set(images)
   assert '<h2>Diagnostics</h2>' in page and 'effective rank of the embeddings' in page
   assert not re.search(r'(src|href)="(?!data:)', page) and '<script' not in page
   for content in ('raw pixels', 'simclr-jax pretrain', '&quot;batch_size&quot;: 32', 'jaxlib'):
