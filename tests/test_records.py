@@ -15,6 +15,7 @@ from PIL import Image
 
 from simclr_jax import config, data, encoder as encoders, train
 from simclr_jax.data import augment, folder, loader, order
+from simclr_jax.data.shards import Shard, Shards
 from simclr_jax.errors import ConfigError
 from simclr_jax.models import classifier
 
@@ -256,6 +257,42 @@ def test_fingerprints(load, kind):
   keep = np.arange(6)
   others = [source.subset(keep), source.subset(keep + 1), source.with_labels(source.labels[::-1])]
   assert len({s.fingerprint() for s in (source, *others)}) == 4
+
+
+def test_shards_equal_lists():
+  """Breaks if indices, subsets or parts of records are computed differently than on a list of all records."""
+  files = [Shard('a', 2, 5, 9), Shard('b', 0, 1, 1), Shard('c', 3, 4, 7)]
+  records = [(f.path, i) for f in files for i in range(f.skip, f.skip + f.take)]
+
+  def located(shards):
+    places = [shards.locate(i) for i in range(len(shards))]
+    return [(shard.path, number) for shard, number in places]
+
+  def in_spans(spans):
+    """(path, number in the file, number of the record) of the records that are read."""
+    rows = zip(*spans[:-1])
+    return [
+      (path.decode(), skip + i, first + i) for path, skip, take, first in rows for i in range(take)
+    ]
+
+  shards = Shards(files)
+  assert located(shards) == records
+  some = shards.subset(np.array([0, 2, 3, 7, 9]))
+  expected = [records[i] for i in (0, 2, 3, 7, 9)]
+  assert located(some) == expected and some.numbers.tolist() == [0, 2, 3, 7, 9]
+  assert some.indices().tolist() == [0, -1, 1, 2, -1, -1, -1, 3, -1, 4]
+  assert located(some.subset(np.array([1, 4]))) == [expected[1], expected[4]]
+  first = some.first(3)
+  assert located(first) == expected[:3] and [f.take for f in first.files] == [4]
+  assert located(some.first(4)) == expected[:4] and located(some.first(99)) == expected
+  order_of_files = np.array([2, 0, 1])
+  shuffled = [(*records[i], i) for i in (6, 7, 8, 9, 0, 1, 2, 3, 4, 5)]
+  for parts in (1, 2, 3, 4):
+    spans = [some.spans(order_of_files, part, parts) for part in range(parts)]
+    assert sum(map(in_spans, spans), []) == shuffled
+    assert [s.position for s in spans] == [len(shuffled) * part // parts for part in range(parts)]
+    read = [[i for _, _, i in in_spans(s) if i in some.numbers] for s in spans]
+    assert [some.count(s) for s in spans] == [len(indices) for indices in read]
 
 
 # Order: epochs, seeds, resuming, hosts.
@@ -548,12 +585,15 @@ def test_no_intact_image_is_an_error(tmp_path):
   assert str(directory) in text
 
 
+@pytest.mark.parametrize('how', ['corrupt image', 'flipped'])
 @pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
-def test_failed_reading_frees_its_pipeline(tmp_path, kind):
+def test_failed_reading_frees_its_pipeline(tmp_path, kind, how):
   """Breaks if a pipeline is freed only by the garbage collector, which may deadlock in another thread."""
-  directory = write(
-    tmp_path / 'mine', [*IMAGES[:6], b'x', IMAGES[7]], (5, 3), kind, labels=LABELS[:8]
-  )
+  images = [*IMAGES[:6], b'x' if how == 'corrupt image' else IMAGES[6], IMAGES[7]]
+  directory = write(tmp_path / 'mine', images, (5, 3), kind, labels=LABELS[:8])
+  if how == 'flipped':
+    file = directory / f'mine-train.{kind}-00001-of-00002'
+    (damage if kind == 'tfrecord' else damage_array_record)(file, how)
   source = data.load(settings(directory), 'train')
 
   def pipelines():

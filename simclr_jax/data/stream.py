@@ -155,20 +155,23 @@ def read(
     ConfigError: instead of TensorFlow's error, one sentence that names the file.
   """
   elements = with_threads(dataset, source.settings).as_numpy_iterator()
-  count = 0
+  count, message = 0, None
   try:
     for element in elements:
       yield element
       count += 1
   except tf.errors.OpError as error:
-    problem = source.find_problem(suspects and suspects(count))
-    reason = error.message.split('}} ')[-1].split('\n')[0]
-    # If the garbage collector deletes an iterator, in whatever thread, it may wait for itself forever.
-    error.__traceback__ = None
-    raise ConfigError(
-      f'{problem}; remove it, or skip up to N such images with --config.data.skip_bad=N'
-      if problem
-      else f'the data cannot be read: {reason}'
-    ) from None
+    message = error.message
   finally:
     del elements
+  if message is None:
+    return
+  # Not in the except block: errors raised there refer to the traceback, and the traceback to the iterator. If
+  # the garbage collector deletes an iterator, in whatever thread, it may wait for itself forever.
+  problem = source.find_problem(suspects and suspects(count))
+  if problem:
+    raise ConfigError(
+      f'{problem}; remove it, or skip up to N such images with --config.data.skip_bad=N'
+    )
+  reason = message.split('}} ')[-1].split('\n')[0]
+  raise ConfigError(f'the data cannot be read: {reason}')
