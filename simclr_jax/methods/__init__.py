@@ -1,25 +1,26 @@
-"""Pretraining methods, one file each.
+"""Training methods, one file each.
 
-A method is a module with `build(config) -> Method` and, for recipe fields of its own, `FIELDS`: name ->
-`fields.Field`. `method=NAME` finds it here, `method=path/to/mine.py` anywhere else. The trainer knows two pure
-functions of a method:
+A method is a module with a function `build(config) -> Method` and, if it has recipe fields of its own, a dict
+`FIELDS`: name -> `fields.Field`. `method=NAME` is a file of this folder, `method=path/to/mine.py` any other file.
+The training step calls two pure functions of a method:
 
   init(rng, batch) -> (params, state)
   loss(params, state, batch, rng) -> (loss, (state, metrics))
 
-Everything learned by gradient lives in `params`; everything else (BatchNorm statistics, an EMA encoder, a queue)
-lives in `state`. `loss` is what is minimised. `batch` holds
+`params` are the parameters that are learned by gradient, `state` is everything else: BatchNorm statistics, an EMA
+encoder, a queue. The returned `loss` is minimised. `batch` has the keys
 
   views        float32 `[n, v, h, w, 3]` in [0, 1]
-  label, index int32 `[n]`; label -1: unknown
+  label, index int32 `[n]`: label, -1 if unknown, and index in the data set
   step, steps  int32 `[]`: this step, from 0, and the number of steps of the training, for schedules
   teacher      a `Teacher`, for methods with `needs_teacher`
 
-`metrics['loss']` is what is logged. Two entries of `metrics` are arrays from which others compute metrics:
-`embeddings`, unit rows `[n, v, d]` (`simclr_jax.health`), and `features`, `[n v, d]`, on which the online probe trains.
+`init` gets a batch with `views` only. `metrics` are scalars; `metrics['loss']` is the logged loss. In addition,
+`metrics` has two arrays: `embeddings`, unit rows `[n, v, d]`, for `simclr_jax.health`; and optionally `features`,
+`[n v, d]`, for the online probe.
 
-`params['probe']` is the online probe and has an optimizer of its own; `params['classifier']` gets no layer-wise
-adaptation. Other top-level keys of `params` may be optimizer groups of their own, see `optim.Group`.
+`params['probe']` is the online probe, which has its own optimizer. `params['classifier']` is excluded from the
+layer-wise adaptation of LARS. Other top-level keys of `params` may have their own learning rate, see `optim.Group`.
 """
 
 import importlib
@@ -40,23 +41,24 @@ PyTree = Any
 
 
 class Method(NamedTuple):
-  """What `build` of a method's module returns.
+  """A training method, returned by `build` of its module.
 
   Attributes:
     init, loss: see above.
-    encoder: `encoder(params, state)`, the variables of the encoder to evaluate and export.
-    views: views of each image in `batch['views']`.
-    joint_views: how many of them go through the network in one batch, so that they share BatchNorm
+    encoder: `encoder(params, state)` -> the variables of the encoder that is evaluated and exported.
+    views: number of views of each image in `batch['views']`.
+    joint_views: how many of these views go through the network in one batch, so that they share BatchNorm
       statistics and, in a contrastive method, are candidates of each other.
-    contrastive: every device needs the embeddings of all devices.
-    sharded_state: keys of `state` whose arrays are split over the devices by rows, not replicated.
-    ema_state: keys of `state` that are moving averages of parameters; split as these with sharding=fsdp.
-    needs_labels: learns from `batch['label']` of every image.
-    needs_teacher: learns from `batch['teacher']`.
-    optimizer_groups: top-level key of `params` -> learning rate of that part.
-    load_pretrained: `load_pretrained(params, state, pretrained)`, outside jit: the `params` and `state` of
-      `init` with the weights of another run (`runs.load_pretrained`); None: starts from scratch.
-    classifier: `classifier(params, state)`, the variables of a `models.classifier`; None: has none.
+    contrastive: whether every device needs the embeddings of all devices.
+    sharded_state: keys of `state` whose rows are split over the devices; other keys are replicated.
+    ema_state: keys of `state` that are moving averages of parameters; with sharding=fsdp they are sharded, too.
+    needs_labels: whether every image needs a label.
+    needs_teacher: whether `batch` needs a teacher.
+    optimizer_groups: top-level key of `params` -> learning rate of these parameters.
+    load_pretrained: `load_pretrained(params, state, pretrained)`, called outside jit -> the `params` and `state` of
+      `init` with the weights that `runs.load_pretrained` returns; None: the method starts from scratch.
+    classifier: `classifier(params, state)` -> the variables of a `models.classifier.Classifier`; None: the method
+      trains no classifier.
   """
 
   init: Callable[..., tuple[PyTree, PyTree]]
@@ -76,11 +78,11 @@ class Method(NamedTuple):
 
 @flax.struct.dataclass
 class Teacher:
-  """A classifier that a student learns from.
+  """The classifier on whose predictions a student is trained.
 
   Attributes:
     variables: its weights.
-    architecture: JSON of `config.architecture`; compiled programs depend on it.
+    architecture: `config.architecture` as JSON; compiled programs depend on it.
   """
 
   variables: PyTree
@@ -88,37 +90,37 @@ class Teacher:
 
 
 def module(name: str) -> ModuleType:
-  """The file of a method.
+  """The module of a method: a built-in name, or the path of a Python file, which is executed.
 
   Raises:
-    ConfigError: there is none.
+    ConfigError: there is no such method, or its file has no `build`.
   """
-  fields.of_method(name)  # raises for an unknown name
+  fields.of_method(name)  # raises ConfigError for an unknown name
   if plugins.is_file(name):
     return plugins.load(name, 'method', 'build()')
   return importlib.import_module(f'{__name__}.{name}')
 
 
 def build(config: ml_collections.ConfigDict) -> Method:
-  """The recipe's method, its online probe included.
+  """The method of a recipe. Its `loss` includes the loss of the online probe, if the recipe has one.
 
   Raises:
     ConfigError: the method cannot be used with this recipe.
   """
   method = module(config.method).build(config)
-  groups, part = config.model.bn_groups, config.batch_size // config.accumulate_steps
-  if part * method.joint_views == groups:
+  groups, micro_batch = config.model.bn_groups, config.batch_size // config.accumulate_steps
+  if micro_batch * method.joint_views == groups:
     raise ConfigError(
-      f'model.bn_groups={groups} leaves one example in each group: use a larger batch_size'
+      f'model.bn_groups={groups} leaves one example per group: use a larger batch_size or fewer groups'
     )
 
   def loss(params, state, batch, rng):
-    objective, (state, metrics) = method.loss(params, state, batch, rng)
+    value, (state, metrics) = method.loss(params, state, batch, rng)
     h = metrics.pop('features', None)
     if h is not None and 'probe' in params:
       label = jnp.repeat(batch['label'], len(h) // len(batch['label']))
-      error, metrics['probe_acc'] = linear.online_loss(params['probe'], h, label)
-      objective += error
-    return objective, (state, metrics)
+      probe_loss, metrics['probe_acc'] = linear.online_loss(params['probe'], h, label)
+      value += probe_loss
+    return value, (state, metrics)
 
   return method._replace(loss=loss)

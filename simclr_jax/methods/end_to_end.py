@@ -1,4 +1,4 @@
-"""The end-to-end mechanism that MoCo is compared to: keys are trained too, negatives are the batch.
+"""The end-to-end mechanism that MoCo is compared with: the key encoder is trained by gradient; negatives are in-batch.
 
 Source: He et al. 2020 (MoCo), figure 2a and section 4.1.
 """
@@ -15,17 +15,17 @@ from simclr_jax.momentum import draw_permutation, shuffle, unshuffle
 FIELDS = {
   'temperature': Field(0.07, 'divides the similarities', Range(1e-3)),
   'shuffle': Field(
-    'permute', 'how BatchNorm groups are mixed for the keys', Choices('permute', 'transpose', 'none')
+    'permute', 'how keys are shuffled over BatchNorm groups', Choices('permute', 'transpose', 'none')
   ),
   'shared_encoder': Field(
-    False, 'one network for queries and keys; otherwise two with equal weights at the start',
+    False, 'one network for queries and keys; otherwise two networks with equal initial weights',
     Choices(False, True),
   ),
 }  # fmt: skip
 
 
 def build(config: ml_collections.ConfigDict) -> Method:
-  """Two encoders with gradients; for a query, the keys of the n - 1 other images are the negatives."""
+  """f, g for queries and f, g for keys, both with gradients; loss: InfoNCE with the n - 1 other keys as negatives."""
   net = network.build(config)
   groups = config.model.bn_groups
 
@@ -50,7 +50,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
       key_outputs, key_stats = net.apply(params['key'], state['key'], x)
       new = {'stats': stats, 'key': key_stats}
     k = losses.l2_normalize(key_outputs[-1])
-    k = unshuffle(config.shuffle, k, groups, permutation)  # [n, d], whole on every device
+    k = unshuffle(config.shuffle, k, groups, permutation)  # [n, d], replicated
     value, metrics = losses.info_nce_in_batch(q, k, config.temperature)
     metrics = {
       'loss': value,

@@ -1,8 +1,9 @@
-"""The memory bank that MoCo is compared to: one stored feature per image of the data set.
+"""The memory bank that MoCo is compared with: one stored feature per image of the data set.
 
-Source: Wu et al. 2018 (InstDisc), with MoCo's loss and evaluation (He et al. 2020, figure 2b). One view
-of each image is a query; its positive is the bank's row of the same image, its negatives are rows
-drawn with replacement, the positive's own not excluded.
+One view of each image is the query. The positive is the row of this image in the bank; the negatives are rows drawn
+with replacement, which may include the positive.
+
+Source: Wu et al. 2018 (InstDisc), with MoCo's loss and evaluation (He et al. 2020, figure 2b).
 """
 
 import jax
@@ -15,26 +16,27 @@ from simclr_jax.methods import Method
 from simclr_jax.models import network
 
 FIELDS = {
-  # Below 0.02, exp(1 / T) is not a float32 any more.
+  # Below 0.02, exp(1 / T) overflows float32.
   'temperature': Field(0.07, 'divides the similarities', Range(0.02)),
   'loss': Field(
-    'info_nce', "nce: InstDisc's, with the constant Z of the first batch",
+    'info_nce', 'nce: the loss of InstDisc, whose constant Z is estimated from the first batch',
     Choices('info_nce', 'nce'),
   ),
-  'negatives': Field(65536, 'rows of the bank that are drawn as negatives', Range(1)),
+  'negatives': Field(65536, 'number of rows of the bank that are drawn as negatives', Range(1)),
   'negatives_per': Field(
-    'batch', 'one draw per batch; or one per example: n times the memory, the whole bank on each device',
+    'batch', 'batch: all queries share one draw; example: one draw per query, which takes batch_size times '
+    'the memory and replicates the bank',
     Choices('batch', 'example'),
   ),
-  'bank_momentum': Field(0.5, 'share of its old value that a row keeps', Range(0.0, 1.0)),
+  'bank_momentum': Field(0.5, 'momentum of the rows of the bank', Range(0.0, 1.0)),
 }  # fmt: skip
 
 
 def build(config: ml_collections.ConfigDict) -> Method:
-  """f, g: ResNet and head; loss: InfoNCE or NCE against rows of the bank, which get no gradient."""
+  """f, g: encoder and projection head; loss: InfoNCE or NCE with rows of the bank, which get no gradient."""
   net = network.build(config)
   examples, d = config.data.examples, network.output_size(config)
-  rows = examples + -examples % config.batch_size  # divisible by the devices, as the batch is
+  rows = examples + -examples % config.batch_size  # divisible by the number of devices
 
   def init(rng, batch):
     net_key, bank_key = jax.random.split(rng)
@@ -59,8 +61,8 @@ def build(config: ml_collections.ConfigDict) -> Method:
 
     new = config.bank_momentum * old + (1 - config.bank_momentum) * sharding.replicate(v)
     new = losses.l2_normalize(jax.lax.stop_gradient(new))
-    # An image may stand in a batch twice, at the end of one pass and the start of the next: the
-    # later row wins, the earlier one is written past the end, which is nowhere.
+    # A batch that spans two epochs may contain an image twice. Only the later row is written: the index of the
+    # earlier one is out of bounds, and mode='drop' ignores it.
     repeated = jnp.triu(index[:, None] == index[None, :], k=1).any(axis=1)
     bank = bank.at[jnp.where(repeated, rows, index)].set(new, mode='drop')
     metrics = {

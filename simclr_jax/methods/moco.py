@@ -1,6 +1,6 @@
-"""MoCo (He et al. 2020; version 2: Chen et al. 2020): a query finds its key among a queue of others.
+"""MoCo (He et al. 2020; v2: Chen et al. 2020c): a query is matched to its key among a queue of negatives.
 
-The key encoder is an exponential moving average (EMA) of the query encoder, so keys of earlier batches stay
+The key encoder is an exponential moving average (EMA) of the query encoder, so that keys of earlier batches stay
 comparable and the number of negatives does not depend on the batch size.
 """
 
@@ -26,28 +26,33 @@ from simclr_jax.momentum import (
 
 FIELDS = {
   'temperature': Field(0.07, 'divides the similarities', Range(1e-3)),
-  'queue_size': Field(65536, 'keys in the queue', Range(1)),
+  'queue_size': Field(65536, 'number of keys in the queue', Range(1)),
   'key_momentum': Field(0.999, 'momentum of the EMA encoder', Range(0.0, 1.0)),
   'symmetric': Field(
-    False, 'each view is a query once; the published loss takes the first only',
+    False, 'whether both views are queries; in the published loss only the first view is',
     Choices(False, True),
   ),
   'shuffle': Field(
-    'permute', 'how BatchNorm groups are mixed for the keys', Choices('permute', 'transpose', 'none')
+    'permute', 'how keys are shuffled over BatchNorm groups', Choices('permute', 'transpose', 'none')
   ),
 }  # fmt: skip
 
 
 def build(config: ml_collections.ConfigDict) -> Method:
-  """f, g: ResNet and a head without BatchNorm; BatchNorm in groups; loss: InfoNCE (equation 1)."""
+  """f, g: encoder and projection head of the recipe; loss: InfoNCE (equation 1)."""
   return from_network(network.build(config), config)
 
 
 def from_network(net: network.Network, config: ml_collections.ConfigDict) -> Method:
-  """`build` for a network of your own, with z of size `network.output_size(config)`.
+  """`build` with another network.
 
-  `batch['permutation']`, int32 `[directions, n]`, replaces the drawn one of 'permute': row 0 orders
-  the second views, row 1, if symmetric, the first views.
+  Args:
+    net: its output z has the size `network.output_size(config)`.
+    config: a recipe.
+
+  Returns:
+    The method. For shuffle=permute, its `loss` uses `batch['permutation']`, int32 `[directions, n]`, instead of a
+    random permutation if the batch has this key: row 0 permutes the second views, row 1, if symmetric, the first.
   """
   groups = config.model.bn_groups
   directions = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]
@@ -66,7 +71,8 @@ def from_network(net: network.Network, config: ml_collections.ConfigDict) -> Met
     stats = state['stats']
     key = update_ema(state['key'], params, config.key_momentum)
     negatives = state['queue']['rows']
-    results, features, embeddings, new_keys = [], [], [], []
+    results, features, embeddings = [], [], []
+    new_keys: list[jax.Array] = []
     for i, (query_view, key_view) in enumerate(directions):
       permutation = draw_permutation(config.shuffle, batch, rng, i)
       outputs, stats = net.apply(params, stats, views[:, query_view])
@@ -77,9 +83,9 @@ def from_network(net: network.Network, config: ml_collections.ConfigDict) -> Met
       results.append(losses.info_nce(q, sharding.shard_rows(k), negatives, config.temperature))
       features.append(outputs[0])
       embeddings.append(jnp.stack([q, k], axis=1))
-      new_keys.insert(0, k)  # those of the first views come first, as in the CIFAR demo
-    values, metrics = zip(*results)
-    metrics = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+      new_keys.insert(0, k)  # keys of the first views come first, as in the CIFAR-10 demo
+    values, each = [value for value, _ in results], [metrics for _, metrics in results]
+    metrics = {name: sum(m[name] for m in each) / len(each) for name in each[0]}
     metrics |= {
       'loss': sum(values) / len(values),
       **queue_metrics(state['queue'], len(directions) * len(views)),

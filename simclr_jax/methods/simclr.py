@@ -1,9 +1,8 @@
-"""SimCLR (Chen et al. 2020): two views of an image agree, all other images in the batch differ.
+"""SimCLR (Chen et al. 2020a): the two views of an image are positives, all other images in the batch negatives.
 
-Version 2 (Chen et al. 2020, "Big self-supervised models...") has a deeper head, and with `queue_size`
-its memory: the outputs of an EMA copy of the network, for the last images seen, are additional
-negatives. The released code lacks the memory; here the EMA network sees both views, and the queue gets
-both of its outputs after the loss is computed.
+SimCLR v2 (Chen et al. 2020b) has a deeper projection head and, with `queue_size`, a memory: outputs of an EMA copy of
+the network for earlier batches are additional negatives. The released code of v2 lacks the memory. Here the EMA
+network encodes both views, and both outputs are enqueued after the loss is computed.
 """
 
 import jax
@@ -17,7 +16,7 @@ from simclr_jax.models import network
 from simclr_jax.momentum import encode, enqueue, init_ema, init_queue, queue_metrics, update_ema
 
 FIELDS = {
-  # All but the first are the alternatives of the paper's table 4, and the classic one.
+  # Alternatives to NT-Xent: those of the paper's table 4, and the pairwise margin loss of Hadsell et al. 2006.
   'loss': Field(
     'nt_xent', 'the contrastive loss',
     Choices('nt_xent', 'nt_logistic', 'margin_triplet', 'pairwise_margin'),
@@ -25,19 +24,21 @@ FIELDS = {
   'temperature': Field(0.1, 'divides the similarities', Range(1e-3)),
   'margin': Field(0.8, 'margin of the margin losses', Range(0.0, 2.0)),
   'semi_hard': Field(
-    False, 'nt_logistic, margin_triplet: only the semi-hard negative of each anchor',
+    False, 'nt_logistic, margin_triplet: use only the semi-hard negative of each anchor',
     Choices(False, True),
   ),
   'loss_scale': Field(1.0, 'factor on the loss that is minimised', Range(1e-6)),
-  'queue_size': Field(0, 'keys in the memory of SimCLR v2; 0: no memory', Range(0)),
+  'queue_size': Field(0, 'number of keys in the memory of SimCLR v2; 0: no memory', Range(0)),
   'key_momentum': Field(0.999, 'momentum of the EMA encoder of the memory', Range(0.0, 1.0)),
 }  # fmt: skip
 
 
 def build(config: ml_collections.ConfigDict) -> Method:
-  """f: ResNet with BatchNorm over the global batch; g: projection head; loss: NT-Xent."""
+  """f: encoder with BatchNorm over the global batch; g: projection head; loss: NT-Xent."""
   if config.queue_size and config.loss != 'nt_xent':
-    raise ConfigError(f'queue_size={config.queue_size}: the memory is for loss=nt_xent only')
+    raise ConfigError(
+      f'queue_size={config.queue_size}: the memory is for loss=nt_xent only; set queue_size=0'
+    )
   net = network.build(config)
   memory = config.queue_size > 0
 
@@ -62,7 +63,9 @@ def build(config: ml_collections.ConfigDict) -> Method:
   def loss(params, state, batch, rng):
     del rng
     n, views = batch['views'].shape[:2]
-    x = batch['views'].reshape(n * views, *batch['views'].shape[2:])  # rows 2i, 2i + 1: image i
+    x = batch['views'].reshape(
+      n * views, *batch['views'].shape[2:]
+    )  # rows 2i, 2i + 1: views of image i
     outputs, stats = net.apply(params, state['stats'], x)
     new, negatives = {'stats': stats}, None
     if memory:
