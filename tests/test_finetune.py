@@ -137,12 +137,12 @@ def test_fine_tuning_starts_from_the_pretrained_weights(pretrained):
 @pytest.mark.parametrize(
   'optimizer, block, frozen',
   [
-    ('nesterov', -1, ()),
-    ('nesterov', 0, ('stem',)),
+    pytest.param('nesterov', -1, (), marks=pytest.mark.slow),
+    pytest.param('nesterov', 0, ('stem',), marks=pytest.mark.slow),
     ('nesterov', 1, ('stem', 'group1')),
     ('nesterov', 4, ('stem', 'group1', 'group2', 'group3')),
-    ('lars', 1, ('stem', 'group1')),
-    ('adamw', 1, ('stem', 'group1')),
+    pytest.param('lars', 1, ('stem', 'group1'), marks=pytest.mark.slow),
+    pytest.param('adamw', 1, ('stem', 'group1'), marks=pytest.mark.slow),
   ],
 )
 def test_only_frozen_layers_stay_unchanged(pretrained, block, frozen, optimizer):
@@ -226,7 +226,7 @@ def test_distillation_loss(temperature):
   np.testing.assert_allclose(loss(student32, teacher32, True), hard_expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize('alpha', [1.0, 0.3])
+@pytest.mark.parametrize('alpha', [pytest.param(1.0, marks=pytest.mark.slow), 0.3])
 def test_alpha_weights_teacher_and_labels(pretrained, tmp_path, alpha):
   """Breaks if hidden labels contribute, alpha weights the wrong term, or the teacher is in training
   mode.
@@ -284,6 +284,7 @@ def test_each_test_image_is_evaluated_once(pretrained, tmp_path):
   np.testing.assert_allclose(batched, logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_finetune_and_distill_commands(pretrained, tmp_path, capsys):
   """Breaks if a command fails, its table lacks a row, or running it again trains finished runs
   again.

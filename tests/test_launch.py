@@ -836,7 +836,10 @@ def test_lock_has_all_packages():
 
 
 @pytest.mark.faults
-@pytest.mark.skipif(not shutil.which('gcloud'), reason='install gcloud, https://cloud.google.com/sdk, and run make test-faults')
+@pytest.mark.skipif(
+  not shutil.which('gcloud'),
+  reason='install gcloud, https://cloud.google.com/sdk, and run make test-faults',
+)
 def test_real_gcloud_accepts_the_arguments(cloud):
   """The real gcloud parses every kind of call, and then fails because it has no account here."""
   cloud.write('plan.json', [{'step': 1}])

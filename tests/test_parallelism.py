@@ -52,6 +52,7 @@ def test_fsdp_gives_the_same_training(baseline, monkeypatch):
     assert on_device < total / 6  # with 8 devices
 
 
+@pytest.mark.slow
 def test_rematerialisation_gives_the_same_training(baseline):
   """Breaks if rematerialisation changes gradients or BatchNorm statistics."""
   ts, metrics = train_steps(rematerialize='true')

@@ -204,6 +204,7 @@ def test_an_encoder_of_ones_own(tmp_path, capsys):
   assert str(path) in message
 
 
+@pytest.mark.slow
 def test_ops_of_ones_own(tmp_path, capsys):
   """Breaks if an op outside the package is unknown to training, resuming or evaluations."""
   path = tmp_path / 'ops.py'

@@ -114,7 +114,10 @@ def test_killed_and_restarted_equals_uninterrupted(folder, start, finish, uninte
   assert_same(workdir, uninterrupted)
 
 
-@pytest.mark.parametrize('signal_number, expected', [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+  'signal_number, expected',
+  [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_signals_save_and_resume(folder, start, finish, uninterrupted, signal_number, expected):
   """Breaks if SIGTERM or Ctrl-C loses steps, prints a traceback, or exits with 0."""
   workdir = folder / signal_number.name
@@ -146,6 +149,7 @@ def test_a_flipped_bit_is_detected_and_the_older_checkpoint_used(folder, finish,
   assert_same(workdir, uninterrupted)
 
 
+@pytest.mark.slow
 def test_all_checkpoints_damaged_is_an_error(folder, finish):
   """Breaks if a run whose checkpoints are all damaged silently starts again at step 0."""
   workdir = folder / 'all_damaged'
@@ -157,6 +161,7 @@ def test_all_checkpoints_damaged_is_an_error(folder, finish):
     assert code == 1 and 'no checkpoint in' in output and 'Traceback' not in output, output
 
 
+@pytest.mark.slow
 def test_empty_and_stray_files_are_ignored(folder, finish, uninterrupted):
   """Breaks if an empty step folder is taken for the newest checkpoint, or prevents saving."""
   workdir = folder / 'stray'
@@ -184,6 +189,7 @@ def test_a_changed_recipe_is_refused(finish, uninterrupted):
   assert checksums(uninterrupted) == before
 
 
+@pytest.mark.slow
 def test_a_run_without_checkpoints_can_be_changed(folder, finish):
   """Breaks if the workdir of a run that failed before its first checkpoint refuses a corrected
   command.
@@ -208,6 +214,7 @@ def test_nan_stops_before_the_next_checkpoint(folder, finish):
   assert all(step < nan_step for step in saved_steps)
 
 
+@pytest.mark.slow
 def test_one_run_in_a_workdir(folder, start, finish):
   """Breaks if two processes can write to the same workdir."""
   workdir = folder / 'shared'

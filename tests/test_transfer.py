@@ -91,6 +91,7 @@ def test_l2_strength_is_chosen_on_a_validation_split(monkeypatch):
   assert metrics.top_k(scores, test_labels) == pytest.approx(expected, abs=0.01)
 
 
+@pytest.mark.slow
 def test_transfer_command(tmp_path, capsys, monkeypatch):
   """Breaks if a data set is evaluated with the wrong metric, or a missing one is not reported."""
   monkeypatch.setattr(lbfgs, 'SWEEP', np.array([1e-1, 1e2]))
