@@ -63,9 +63,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
   def loss(params, state, batch, rng):
     del rng
     n, views = batch['views'].shape[:2]
-    x = batch['views'].reshape(
-      n * views, *batch['views'].shape[2:]
-    )  # rows 2i, 2i + 1: views of image i
+    x = batch['views'].reshape(n * views, *batch['views'].shape[2:])  # rows 2i, 2i + 1: image i
     outputs, stats = net.apply(params, state['stats'], x)
     new, negatives = {'stats': stats}, None
     if memory:
