@@ -76,7 +76,7 @@ def _summarise_files(dataset, found):
       h, w = found.shape[i]
       _line(name, f'{w} x {h}, {dataset.name(int(found.index[i]))}')
     _line('formats', ', '.join(f'{k} {n:,}' for k, n in found.kinds().items()))
-    _line('EXIF-rotated', f'{found.turned.sum():,}')
+    _line('EXIF-rotated', f'{found.rotated.sum():,}')
     _line('exact duplicates', f'{found.duplicates():,}')
   _line('corrupt', f'{len(found.bad):,}')
   for index in found.bad[:20]:

@@ -24,7 +24,7 @@ class Scan:
     index: int32 `[m]`, indices of the images that can be decoded, ascending.
     shape: int32 `[m, 2]`, their height and width as displayed.
     kind: int32 `[m]`, their formats, indices into `headers.KINDS`.
-    turned: bool `[m]`, whether they are EXIF-rotated: stored in another orientation than displayed.
+    rotated: bool `[m]`, whether they are EXIF-rotated: stored in another orientation than displayed.
     digest: int64 `[m]`, equal for files with equal bytes.
     label: int32 `[m]`, -1 where unknown.
     bad: indices of the images that cannot be decoded, ascending.
@@ -33,7 +33,7 @@ class Scan:
   index: np.ndarray
   shape: np.ndarray
   kind: np.ndarray
-  turned: np.ndarray
+  rotated: np.ndarray
   digest: np.ndarray
   label: np.ndarray
   bad: list[int]
@@ -56,7 +56,7 @@ def scan(source: Stream) -> Scan:
       'index': tf.cast(e['index'], tf.int32),
       'shape': tf.shape(image)[:2],
       'kind': e['kind'],
-      'turned': e['orientation'] > 1,
+      'rotated': e['orientation'] > 1,
       'label': e['label'],
       'digest': tf.strings.to_hash_bucket_strong(e['bytes'], 2**62, [1, 2]),
     }
