@@ -1,10 +1,11 @@
-"""Errors that a user can fix, and the exit codes of the program. This file imports nothing of the package."""
+"""The exceptions and exit codes of the program. This file imports nothing of the package."""
 
 import enum
+from typing import Self
 
 
 class ConfigError(ValueError):
-  """A recipe, option, data set or run directory that cannot be used.
+  """An error that the user can fix: an invalid recipe, argument, data set or run directory.
 
   The message is one sentence: what is wrong, where, and how to fix it.
   """
@@ -15,14 +16,20 @@ class NotFinite(RuntimeError):
 
 
 class Stopped(RuntimeError):
-  """A signal stopped the work; what was trained is saved. `args[0]` is the exit code."""
+  """A signal stopped the command after it saved its state. `args[0]` is the exit code."""
 
 
 class ExitCode(enum.IntEnum):
-  """The exit codes of `simclr-jax`; `meaning` is the text of the table in docs/reliability.md."""
+  """The exit codes of `simclr-jax`.
 
-  def __new__(cls, value: int, meaning: str):
-    """A code with its meaning."""
+  Attributes:
+    meaning: a description, as in the table in docs/reliability.md.
+  """
+
+  meaning: str
+
+  def __new__(cls, value: int, meaning: str) -> Self:
+    """An exit code with its description."""
     code = int.__new__(cls, value)
     code._value_ = value
     code.meaning = meaning

@@ -1,7 +1,7 @@
-"""Every field of a recipe: its default, what is allowed, one sentence, and how a run treats it.
+"""The table of recipe fields: default, allowed values, help, and how a run treats a changed value.
 
-Fields of one method stand in that method's file, as `FIELDS`. Nothing here imports JAX, so that a wrong field
-is reported at once.
+Fields of a single method are in the file of this method, as `FIELDS`. This file does not import JAX, so that
+invalid fields are reported at once.
 """
 
 import ast
@@ -19,13 +19,13 @@ class Field(NamedTuple):
   """A field of a recipe.
 
   Attributes:
-    default: its neutral value, whose type the field has.
+    default: the default value; values of the field have the same type.
     help: one sentence.
-    allowed: which values; None: any of the type.
-    resumable: a run may be resumed with another value, since it changes no result.
-    compiled: the compiled programs depend on it.
-    inherited: fine-tuning and distillation take it from the run that they start from.
-    local: each process of a run may have its own value.
+    allowed: the allowed values; None: all values of the type.
+    resumable: whether a run may be resumed with another value, because results do not depend on the field.
+    compiled: whether the compiled programs depend on the field.
+    inherited: whether fine-tuning and distillation take the value from the run that they start from.
+    local: whether processes of one run may have different values.
   """
 
   default: Any
@@ -42,7 +42,7 @@ SEED = Range(0, 2**32 - 1)
 FLAG = Choices(False, True)
 
 TABLE: dict[str, Field] = {
-  'method': Field('simclr', 'a built-in method, or the path of a Python file with one'),
+  'method': Field('simclr', 'a built-in method, or the path of a Python file that defines one'),
   'code': Field((), 'checksums of your own files that the recipe names; filled in by the program'),
   'seed': Field(0, 'seed of all randomness', SEED, compiled=False),
   'epochs': Field(100, 'length of the training', Range(0)),
@@ -64,15 +64,21 @@ TABLE: dict[str, Field] = {
   ),
   'data.train_split': Field('train', 'training split', inherited=True),
   'data.test_split': Field('test', 'test split; empty: none', resumable=True, inherited=True),
-  'data.labels': Field('', 'known training labels: 1%, 10%, or a number per class; empty: all'),
-  'data.label_seed': Field(0, 'seed that chooses the known labels', SEED, compiled=False),
-  'data.unlabelled': Field(
-    'keep', 'what happens to images whose label is not known', Choices('keep', 'drop')
+  'data.labels': Field(
+    '', 'training labels to use: a fraction, such as 1%, or a number per class; empty: all'
   ),
-  'data.num_classes': Field(0, 'classes of the online probe or classifier; 0: no labels', Range(0)),
-  'data.examples': Field(0, 'training images; 0: counted when the data is opened', Range(0)),
+  'data.label_seed': Field(0, 'seed of the choice of labels', SEED, compiled=False),
+  'data.unlabelled': Field(
+    'keep', 'keep or drop images whose label is not used', Choices('keep', 'drop')
+  ),
+  'data.num_classes': Field(
+    0, 'number of classes of the online probe or classifier; 0: no labels', Range(0)
+  ),
+  'data.examples': Field(
+    0, 'number of training images; 0: counted when the data is loaded', Range(0)
+  ),
   'data.skip_bad': Field(
-    0, 'how many undecodable images may be skipped', Range(0), inherited=True
+    0, 'largest number of corrupt images that may be skipped', Range(0), inherited=True
   ),
   'data.max_pixels': Field(
     100_000_000, 'larger images are not decoded', Range(1, 2**31 - 1), inherited=True
@@ -95,8 +101,8 @@ TABLE: dict[str, Field] = {
     0, 'decoding threads; 0: one per core', Range(0), resumable=True, inherited=True, local=True
   ),
   'augment.view1': Field('simclr_v1', 'augmentation pipeline: a name, or ops joined by |'),
-  'augment.view2': Field('', 'pipeline of the second view; empty: the same as view1'),
-  'augment.eval': Field('simclr_eval', 'pipeline of evaluations', inherited=True),
+  'augment.view2': Field('', 'augmentation pipeline of the second view; empty: the same as view1'),
+  'augment.eval': Field('simclr_eval', 'preprocessing pipeline of evaluations', inherited=True),
   'augment.ops': Field('', 'a Python file with ops of your own', inherited=True),
   'model.encoder': Field(
     '', 'a Python file with an encoder of your own; empty: ResNet', inherited=True
@@ -120,11 +126,11 @@ TABLE: dict[str, Field] = {
   ),
   'model.se_ratio': Field(0.0, 'squeeze and excitation', Range(0.0, 1.0), inherited=True),
   'model.normalize': Field(
-    'none', 'mean and standard deviation that normalise the pixels inside the network',
+    'none', 'mean and standard deviation with which the network normalises pixels',
     Choices('none', 'imagenet', 'cifar10'), inherited=True,
   ),
   'model.bn_groups': Field(
-    1, 'BatchNorm groups of the global batch; 1: statistics of the whole batch', Range(1),
+    1, 'number of BatchNorm groups of the global batch; 1: statistics of the global batch', Range(1),
     inherited=True,
   ),
   'model.bn_layout': Field(
@@ -134,9 +140,9 @@ TABLE: dict[str, Field] = {
   'model.head': Field(
     'mlp', 'projection head', Choices('none', 'linear', 'mlp'), inherited=True
   ),
-  'model.head_layers': Field(2, 'layers of an mlp head', Range(1, 4), inherited=True),
+  'model.head_layers': Field(2, 'number of layers of an mlp head', Range(1, 4), inherited=True),
   'model.head_hidden': Field(
-    0, 'width of the hidden layers of the head; 0: that of the features', Range(0), inherited=True
+    0, 'width of the hidden layers of the head; 0: the width of the features', Range(0), inherited=True
   ),
   'model.head_dim': Field(128, 'size of the output of the head', Range(1), inherited=True),
   'model.head_norm': Field(
@@ -145,11 +151,11 @@ TABLE: dict[str, Field] = {
     Choices('all', 'hidden', 'none', 'all_last_plain'), inherited=True,
   ),
   'sharding': Field(
-    'replicated', 'fsdp: parameters and optimizer state are split over the devices',
+    'replicated', 'fsdp: parameters and optimizer state are sharded over the devices',
     Choices('replicated', 'fsdp'), resumable=True,
   ),
   'accumulate_steps': Field(
-    1, 'micro-batches per step; negatives and BatchNorm statistics are per micro-batch', Range(1)
+    1, 'number of micro-batches per step; negatives and BatchNorm statistics are per micro-batch', Range(1)
   ),
   'rematerialize': Field(
     False, 'recompute the activations of each block in the backward pass: slower, less memory',
@@ -174,9 +180,9 @@ TABLE: dict[str, Field] = {
   ),
   'momentum': Field(0.9, 'momentum of the optimizer', Range(0.0, 1.0)),
   'first_loss': Field(
-    (0.0, 0.0), 'range in which the loss of the first step should be; 0, 0: unknown', resumable=True
+    (0.0, 0.0), 'expected range of the loss of the first step; 0, 0: unknown', resumable=True
   ),
-  'log_every_steps': Field(20, 'steps between two records of metrics', Range(1), resumable=True),
+  'log_every_steps': Field(20, 'steps between two logged records of metrics', Range(1), resumable=True),
   'checkpoint_every_steps': Field(
     0, 'steps between two checkpoints; 0: once per epoch, but at least 20 steps', Range(0),
     resumable=True,
@@ -184,7 +190,7 @@ TABLE: dict[str, Field] = {
   'keep_checkpoints': Field(2, 'number of newest checkpoints to keep', Range(1), resumable=True),
   'knn_every_epochs': Field(10, 'epochs between online kNN evaluations; 0: never', Range(0), resumable=True),
   'knn_images': Field(
-    10_000, 'images in the bank of the online kNN, a fifth as many queries; 0: all', Range(0),
+    10_000, 'training images of the online kNN, with a fifth as many test images; 0: all', Range(0),
     resumable=True,
   ),
   'tensorboard': Field(True, 'write TensorBoard files', FLAG, resumable=True),
@@ -194,25 +200,28 @@ TABLE: dict[str, Field] = {
   'profile_steps': Field((), 'FIRST,LAST: trace these steps to WORKDIR/profile', resumable=True),
 }  # fmt: skip
 
-# Old names of fields, and how their old values are written today: for config.json of old runs.
+# Old names and values of fields in config.json of old runs -> current names and values.
 RENAMED = {'model.dialect': 'model.variant'}
 OLD_VALUES = {'model.head_norm': {True: 'all', False: 'none'}}
 
 
 def method_names() -> list[str]:
-  """The built-in methods: the files of simclr_jax/methods/."""
+  """The names of the built-in methods: the files of simclr_jax/methods/."""
   return sorted(p.stem for p in METHODS.glob('[a-z]*.py'))
 
 
 def of_method(method: str) -> dict[str, Field]:
-  """The `FIELDS` of a method's file, read from its text: nothing is executed, so JAX is not imported.
+  """The `FIELDS` of a method. The file is parsed, not executed, so that JAX is not imported.
 
   Args:
-    method: a built-in method, or the path of a file.
+    method: a built-in method, or the path of a Python file.
+
+  Returns:
+    Name -> field; empty if the file defines no `FIELDS`.
 
   Raises:
-    ConfigError: there is no such method, or its `FIELDS` are more than `Field`, `Range`, `Choices`,
-      `of_method` and plain values.
+    ConfigError: there is no such method, or its `FIELDS` contain more than `Field`, `Range`, `Choices`,
+      `of_method` and literals.
   """
   path = pathlib.Path(method) if plugins.is_file(method) else METHODS / f'{method}.py'
   if not path.is_file() or (path.parent == METHODS and path.stem not in method_names()):
@@ -220,12 +229,12 @@ def of_method(method: str) -> dict[str, Field]:
     raise ConfigError(
       f'method={method!r} is not one of {", ".join(names)}, nor a .py file{did_you_mean(method, names)}'
     )
-  known = {'Field': Field, 'Range': Range, 'Choices': Choices, 'of_method': of_method}
+  allowed = {'Field': Field, 'Range': Range, 'Choices': Choices, 'of_method': of_method}
   try:
     for node in ast.parse(path.read_text()).body:
       if isinstance(node, ast.Assign) and getattr(node.targets[0], 'id', '') == 'FIELDS':
         code = compile(ast.Expression(node.value), str(path), 'eval')
-        return eval(code, {'__builtins__': {}, **known})
+        return eval(code, {'__builtins__': {}, **allowed})
   except ConfigError:
     raise
   except Exception as error:
@@ -236,7 +245,7 @@ def of_method(method: str) -> dict[str, Field]:
 
 
 def of_recipe(method: str) -> dict[str, Field]:
-  """All fields of a recipe for `method`, in order: the table, then those of the method."""
+  """All fields of a recipe for `method`, in order: those of all methods, then those of this method."""
   return {**TABLE, **of_method(method)}
 
 

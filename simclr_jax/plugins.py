@@ -1,6 +1,6 @@
-"""Python files that a user names: recipes, and methods, encoders and ops of their own.
+"""Loads Python files that users name: recipes, and their own methods, encoders and augmentation ops.
 
-Such a file is executed: name none that you do not trust.
+These files are executed: name only files that you trust.
 """
 
 import functools
@@ -15,44 +15,48 @@ from simclr_jax.errors import ConfigError
 
 
 def is_file(name: str) -> bool:
-  """Whether a field names a Python file and not something that is built in."""
+  """Whether the value of a field is the path of a Python file instead of a built-in name."""
   return name.endswith('.py')
 
 
-def load(path: str | os.PathLike, what: str, provides: str = '') -> ModuleType:
-  """Executes a file, once for each content that it has.
+def load(path: str | os.PathLike, kind: str, provides: str = '') -> ModuleType:
+  """Executes a file and returns it as a module. A file whose content has not changed is executed only once.
 
   Args:
-    path: of the file.
-    what: the kind of file, for error messages: 'recipe', 'method', 'encoder' or 'ops'.
-    provides: a name that the file must define, with () if it is a function.
+    path: path of the file.
+    kind: kind of the file, for error messages: 'recipe', 'method', 'encoder' or 'ops'.
+    provides: a name that the file must define, followed by () if it is a function.
 
   Raises:
     ConfigError: the file is missing, fails, or does not define `provides`.
   """
-  module = _execute(str(path), what, checksum(path, what))
+  module = _execute(str(path), kind, checksum(path, kind))
   if provides and not hasattr(module, provides.rstrip('()')):
-    kind = 'function ' if provides.endswith('()') else ''
-    raise ConfigError(f'{path} has no {kind}{provides}')
+    noun = 'function ' if provides.endswith('()') else ''
+    raise ConfigError(f'{path} has no {noun}{provides}')
   return module
 
 
-def checksum(path: str | os.PathLike, what: str) -> str:
-  """The first 12 hexadecimal digits of the SHA-256 of a file; raises ConfigError without the file."""
+def checksum(path: str | os.PathLike, kind: str) -> str:
+  """The first 12 hexadecimal digits of the SHA-256 of a file. Arguments as for `load`.
+
+  Raises:
+    ConfigError: the file cannot be read.
+  """
   try:
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:12]
   except OSError as error:
-    raise ConfigError(f'the {what} file {path} cannot be read: {error.strerror}') from None
+    raise ConfigError(f'the {kind} file {path} cannot be read: {error.strerror}') from None
 
 
 @functools.lru_cache(maxsize=64)
-def _execute(path, what, digest):
-  # One name for each content, so that two files called mine.py do not replace each other; pickling and
-  # dataclasses look a module up by its name.
-  name = f'simclr_jax_{what}_{digest}'
+def _execute(path, kind, digest):
+  # The name depends on the content, because pickling and dataclasses look modules up by name, and several files may
+  # be called mine.py.
+  name = f'simclr_jax_{kind}_{digest}'
   spec = importlib.util.spec_from_file_location(name, path)
-  if spec is None:
-    raise ConfigError(f'the {what} {path!r} is not a Python file')
+  if spec is None or spec.loader is None:
+    raise ConfigError(f'the {kind} {path!r} is not a Python file')
   module = importlib.util.module_from_spec(spec)
   sys.modules[name] = module
   try:
@@ -60,5 +64,5 @@ def _execute(path, what, digest):
   except ConfigError:
     raise
   except Exception as error:
-    raise ConfigError(f'the {what} {path} fails: {type(error).__name__}: {error}') from None
+    raise ConfigError(f'the {kind} {path} fails: {type(error).__name__}: {error}') from None
   return module

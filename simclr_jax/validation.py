@@ -1,4 +1,4 @@
-"""What a value may be, for recipe fields and for arguments of augmentation ops."""
+"""Allowed values of recipe fields and of arguments of augmentation ops."""
 
 import dataclasses
 import difflib
@@ -11,13 +11,13 @@ from simclr_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """A number from `low` to `high`, both included; without `high` there is no upper bound."""
+  """A finite number from `low` to `high`, both included; if `high` is None, there is no upper bound."""
 
   low: float
   high: float | None = None
 
   def check(self, name: str, value: Any) -> None:
-    """Raises ConfigError, naming the value and the range, if `value` is not in it."""
+    """Raises ConfigError, naming the value and the range, if `value` is not in the range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       raise ConfigError(f'{name}={value!r} is not a number')
     if not math.isfinite(value):
@@ -31,16 +31,16 @@ class Range:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Choices:
-  """One of a few values."""
+  """One of several values."""
 
   values: tuple[Any, ...]
 
   def __init__(self, *values: Any):
-    """`values`: all that are allowed."""
+    """`values`: the allowed values."""
     object.__setattr__(self, 'values', values)
 
   def check(self, name: str, value: Any) -> None:
-    """Raises ConfigError, naming the value and the choices, if `value` is none of them."""
+    """Raises ConfigError, naming the value and the choices, if `value` is not one of the choices."""
     if value not in self.values:
       raise ConfigError(f'{name}={value!r} is not one of {self}')
 
@@ -49,6 +49,6 @@ class Choices:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-  """ ", did you mean 'x'?" with the most similar of `names`, or an empty string."""
+  """The text ", did you mean 'x'?", where x is the most similar of `names`; empty if no name is similar."""
   close = difflib.get_close_matches(name, list(names), n=1)
   return f', did you mean {close[0]!r}?' if close else ''
