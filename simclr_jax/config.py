@@ -1,4 +1,4 @@
-"""Recipes: loading, overriding and checking them, before any device is touched."""
+"""Recipes: loads, overrides and checks them, before any device is used."""
 
 import ast
 import json
@@ -14,7 +14,7 @@ from simclr_jax import fields, plugins
 from simclr_jax.errors import ConfigError
 from simclr_jax.validation import did_you_mean
 
-# Where the built-in recipes are: beside the package in a checkout, inside it when installed.
+# Folders of the built-in recipes: inside the package if it is installed, beside the package in a checkout.
 FOLDERS = (
   pathlib.Path(__file__).parent / 'configs',
   pathlib.Path(__file__).parents[1] / 'configs',
@@ -24,17 +24,24 @@ PIPELINES = ('augment.view1', 'augment.view2', 'augment.eval')
 
 
 def names() -> list[str]:
-  """The built-in recipes."""
+  """The names of the built-in recipes."""
   return sorted({p.stem for folder in FOLDERS for p in folder.glob('[a-z]*.py')})
 
 
 def description(name: str) -> str:
-  """The first line of a recipe's file."""
+  """The first line of the file of a recipe.
+
+  Args:
+    name: a built-in recipe, or a path.
+
+  Raises:
+    ConfigError: there is no such recipe, or its file fails.
+  """
   return (_module(name).__doc__ or '').strip().split('\n')[0]
 
 
 def variants(name: str) -> dict[str, str]:
-  """The variants of a recipe with a description of each, the default first; empty if it has none."""
+  """The variants of a recipe: name -> description, the default first; empty if it has none. As for `description`."""
   return dict(getattr(_module(name), 'VARIANTS', {}))
 
 
@@ -49,23 +56,26 @@ def _module(name) -> ModuleType:
 
 
 def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
-  """Runs a recipe's `get_config` and sets fields.
+  """Loads a recipe and overrides fields.
 
-  A recipe is a Python file and is executed: load none that you do not trust.
+  A recipe is a Python file, whose function `get_config` is called: load only files that you trust.
 
   Args:
-    spec: a path, or the name of a built-in recipe; `:variant` behind it is passed to `get_config`.
-    overrides: field (`'data.dir'`) -> its value, or the value as text: `{'epochs': 5}` or `{'epochs': '5'}`.
+    spec: the name of a built-in recipe, or a path; the text after ':' is the variant, which is passed to `get_config`.
+    overrides: field -> value, or the value as text: `{'epochs': 5, 'data.dir': '/data'}` or `{'epochs': '5'}`.
+
+  Returns:
+    The recipe, checked and locked.
 
   Raises:
-    ConfigError: no such recipe, variant or field, or a value that is not of the field's type or range.
+    ConfigError: there is no such recipe, variant or field, or a value has the wrong type or is not allowed.
   """
   name, _, variant = spec.partition(':')
-  module, known = _module(name), variants(name)
-  if variant and known and variant not in known:
+  module, available = _module(name), variants(name)
+  if variant and available and variant not in available:
     raise ConfigError(
-      f'the recipe {name} has no variant {variant!r}, only {", ".join(known)}'
-      + did_you_mean(variant, known)
+      f'the recipe {name} has no variant {variant!r}, only {", ".join(available)}'
+      + did_you_mean(variant, available)
     )
   try:
     config = module.get_config(variant) if variant else module.get_config()
@@ -77,10 +87,14 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ml_collection
 def from_dict(
   values: dict, overrides: Mapping[str, Any] | None = None
 ) -> ml_collections.ConfigDict:
-  """A recipe from the `config.json` of a run, as `load` returns it.
+  """Like `load`, for the recipe in the `config.json` of a run.
+
+  Args:
+    values: the recipe, as `read_run` returns it.
+    overrides: as for `load`.
 
   Raises:
-    ConfigError: as `load`, or a file of the user's own that the recipe names has changed since.
+    ConfigError: as for `load`; or a Python file that the recipe names has changed since the run.
   """
   check_code(values.get('code', ()), flatten(values))  # before any of these files is executed
   return _finish(ml_collections.ConfigDict(values), overrides)
@@ -114,7 +128,7 @@ def _override(config, field, value):
 
 
 def _typed(value, like):
-  """`value`, or what it says if it is text, as a value of the type of `like`."""
+  """`value`, parsed if it is text, as a value of the type of `like`; raises TypeError or ValueError."""
   kind = type(like)
   if kind is str and not isinstance(value, (bool, int, float, tuple, list)) and value is not None:
     return str(value)  # a path, for instance
@@ -141,7 +155,7 @@ def _typed(value, like):
 
 
 def _record_own_files(config):
-  """Makes the paths of the user's own files absolute, and records what is in them."""
+  """Makes the paths of the user's own files absolute, and records their checksums in the field `code`."""
   code, flat = [], flatten(config)
   for field in OWN_FILES:
     if plugins.is_file(flat.get(field, '')):
@@ -152,11 +166,14 @@ def _record_own_files(config):
 
 
 def check_code(recorded: tuple[str, ...] | list[str], flat: Mapping[str, Any]) -> None:
-  """Raises ConfigError if a file of the user's own is not the one that was `recorded`.
+  """Checks that the user's own files have not changed.
 
   Args:
-    recorded: the field `code` of a run.
-    flat: its flattened recipe: where the files are.
+    recorded: the field `code` of a run: `FIELD=CHECKSUM` for each file.
+    flat: the flattened recipe of the run, which has the paths of the files.
+
+  Raises:
+    ConfigError: a file has changed or cannot be read.
   """
   for entry in recorded:
     field, digest = entry.split('=')
@@ -169,18 +186,22 @@ def check_code(recorded: tuple[str, ...] | list[str], flat: Mapping[str, Any]) -
 
 
 def flatten(config: ml_collections.ConfigDict | dict) -> dict[str, Any]:
-  """Nested recipe -> {'data.dir': value, ...}, derived values resolved."""
+  """A nested recipe as a flat dict, such as `{'data.dir': value}`; lists become tuples, references are resolved."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, (dict, ml_collections.ConfigDict)):
       flat.update({f'{key}.{k}': v for k, v in flatten(value).items()})
     else:
-      flat[key] = tuple(value) if isinstance(value, list) else value  # JSON knows no tuples
+      flat[key] = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
   return flat
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises `ConfigError` with the field, its value and what is allowed."""
+  """Checks every field and combinations of fields.
+
+  Raises:
+    ConfigError: naming the field, its value and the allowed values.
+  """
   flat = flatten(config)
   if 'method' not in flat:
     raise ConfigError("the recipe lacks the field 'method'")
@@ -197,7 +218,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def _check_combinations(config):
-  """What single fields cannot say."""
+  """Checks that involve several fields, or more than the range of one."""
   if len(config.first_loss) != 2:
     raise ConfigError(f'first_loss={config.first_loss} is not two numbers: LOWEST,HIGHEST')
   steps = config.profile_steps
@@ -230,7 +251,7 @@ def _check_combinations(config):
     )
   if config.batch_size // config.accumulate_steps % model.bn_groups:
     raise ConfigError(
-      f'batch_size={config.batch_size}{_per_part(config)} is not divisible by '
+      f'batch_size={config.batch_size}{_per_micro_batch(config)} is not divisible by '
       f'model.bn_groups={model.bn_groups}'
     )
 
@@ -246,15 +267,15 @@ def _check_pipelines(flat):
         raise ConfigError(f'{field}: {error}') from None
 
 
-def _per_part(config):
+def _per_micro_batch(config):
   return f' / accumulate_steps={config.accumulate_steps}' if config.accumulate_steps > 1 else ''
 
 
 def with_examples(config: ml_collections.ConfigDict, examples: int) -> ml_collections.ConfigDict:
-  """The recipe with `data.examples`, the number of training images, filled in.
+  """The recipe with `data.examples` set to the number of training images, locked.
 
   Raises:
-    ConfigError: it has another number already.
+    ConfigError: the recipe sets another number.
   """
   if config.data.examples not in (0, examples):
     raise ConfigError(
@@ -268,7 +289,17 @@ def with_examples(config: ml_collections.ConfigDict, examples: int) -> ml_collec
 def check_against(
   config: ml_collections.ConfigDict, train, devices: int, warmup_steps: int, steps: int
 ) -> None:
-  """The checks that need the training set and the number of devices."""
+  """Checks a recipe against the training set and the devices.
+
+  Args:
+    config: a recipe.
+    train: the training set, a `data.Dataset`.
+    devices: number of devices.
+    warmup_steps, steps: length of the warm-up and of the training.
+
+  Raises:
+    ConfigError: naming the field, its value and the conflict.
+  """
   examples, classes = len(train), config.data.num_classes
   if classes and train.classes > classes:
     raise ConfigError(
@@ -281,18 +312,22 @@ def check_against(
     )
   if config.batch_size // config.accumulate_steps % devices:
     raise ConfigError(
-      f'batch_size={config.batch_size}{_per_part(config)} is not divisible by the number of devices, '
-      f'{devices}'
+      f'batch_size={config.batch_size}{_per_micro_batch(config)} is not divisible by the number of '
+      f'devices, {devices}'
     )
   if warmup_steps > steps:
     raise ConfigError(
-      f'warmup_epochs={config.warmup_epochs:g} are {warmup_steps} steps, '
-      f'more than the whole training, {steps} steps'
+      f'warmup_epochs={config.warmup_epochs:g} is {warmup_steps} steps, longer than the training, {steps} '
+      'steps: lower warmup_epochs or train longer'
     )
 
 
 def read_run(workdir: pathlib.Path) -> dict:
-  """The recipe of a run as plain data, with the fields and names of today."""
+  """The recipe of a run as plain data, with the current fields and names.
+
+  Raises:
+    ConfigError: `workdir` is not a run directory, or its `config.json` is damaged.
+  """
   path = workdir / 'config.json'
   try:
     return upgraded(json.loads(path.read_text())['config'])
@@ -301,26 +336,27 @@ def read_run(workdir: pathlib.Path) -> dict:
   except ConfigError:
     raise
   except (ValueError, KeyError, TypeError, AttributeError):
-    raise ConfigError(f'{path} is damaged: it does not hold a recipe') from None
+    raise ConfigError(
+      f'{path} is damaged: it contains no recipe; restore the file from a backup'
+    ) from None
 
 
 def of_run(
   workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None
 ) -> ml_collections.ConfigDict:
-  """The recipe of a run, checked.
+  """The recipe of a run, checked and locked; `overrides` as for `load`.
 
   Raises:
-    ConfigError: `workdir` is no run directory, or as `from_dict`.
+    ConfigError: as for `read_run` and `from_dict`.
   """
   return from_dict(read_run(workdir), overrides)
 
 
 def upgraded(old: dict) -> dict:
-  """The recipe of an older version: old names are translated, newer fields get their defaults."""
-  flat = fields.recipe(old['method']).to_dict()
-  flat = flatten(flat)
+  """Converts the recipe of an older version: renamed fields get their new names, new fields their defaults."""
+  flat = flatten(fields.recipe(old['method']))
   for name, value in flatten(old).items():
-    flat[fields.RENAMED.get(name, name)] = _today(name, value)
+    flat[fields.RENAMED.get(name, name)] = _upgraded_value(name, value)
   nested: dict = {}
   for name, value in flat.items():
     *group, key = name.split('.')
@@ -331,59 +367,71 @@ def upgraded(old: dict) -> dict:
   return nested
 
 
-def _today(field, value):
+def _upgraded_value(field, value):
   return fields.OLD_VALUES.get(field, {}).get(value, value) if isinstance(value, bool) else value
 
 
 def architecture(config: ml_collections.ConfigDict, classifier: bool = False) -> dict:
-  """What rebuilds a recipe's encoder, or its classifier, and its input: plain data."""
+  """The architecture of the encoder of a recipe, or of its classifier, as plain data.
+
+  Returns:
+    The `model` part of the recipe; `image_size`; `eval_view`, the preprocessing pipeline; with Python files of the
+    user's own, `code` and `ops`; for a classifier, `classes` and `head_layer`.
+  """
   from simclr_jax.data import augment  # needs JAX
 
-  found = {
+  values = {
     **config.model.to_dict(),
     'image_size': config.image_size,
     'eval_view': augment.with_ops(config.augment.eval, config.augment.ops),
   }
   code = [entry for entry in config.code if not entry.startswith('method=')]
   if code:
-    found |= {'code': code, 'ops': config.augment.ops}
+    values |= {'code': code, 'ops': config.augment.ops}
   if classifier:
-    found |= {'classes': config.data.num_classes, 'head_layer': config.head_layer}
-  return found
+    values |= {'classes': config.data.num_classes, 'head_layer': config.head_layer}
+  return values
 
 
 def upgraded_architecture(old: dict) -> dict:
-  """`architecture` as today, of an encoder that an older version exported.
+  """Converts the `architecture` of an encoder that an older version exported.
 
   Raises:
-    ConfigError: a file of the user's own has changed since.
+    ConfigError: a Python file that the encoder needs is missing or has changed since.
   """
-  found = {name: field.default for name, field in fields.TABLE.items() if name.startswith('model.')}
+  values = {
+    name: field.default for name, field in fields.TABLE.items() if name.startswith('model.')
+  }
   for name, value in old.items():
     field = f'model.{name}'
-    known = fields.RENAMED.get(field, field)
-    found[known if known in found else name] = _today(field, value)
-  found = {name.removeprefix('model.'): value for name, value in found.items()}
-  files = {'model.encoder': found['encoder'], 'augment.ops': found.get('ops', '')}
-  check_code(found.get('code', ()), files)
-  return found
+    new = fields.RENAMED.get(field, field)
+    values[new if new in values else name] = _upgraded_value(field, value)
+  values = {name.removeprefix('model.'): value for name, value in values.items()}
+  files = {'model.encoder': values['encoder'], 'augment.ops': values.get('ops', '')}
+  check_code(values.get('code', ()), files)
+  return values
 
 
 def check_unchanged(old: dict, new: ml_collections.ConfigDict, workdir: str) -> None:
-  """Refuses to resume in a workdir that was started with another recipe.
+  """Checks that a run may be resumed with a recipe.
+
+  Args:
+    old: the recipe of the run.
+    new: the recipe to resume with.
+    workdir: directory of the run, for the message.
 
   Raises:
-    ConfigError: naming each field that differs, its old and its new value.
+    ConfigError: fields differ that may not change on resume; the message has their old and new values.
   """
   old_flat, new_flat = flatten(old), flatten(new)
-  known = fields.of_recipe(new.method)
+  table = fields.of_recipe(new.method)
   changes = []
   for field in sorted(old_flat.keys() | new_flat.keys()):
     before, after = old_flat.get(field), new_flat.get(field)
-    if before == after or (field in known and known[field].resumable):
+    if before == after or (field in table and table[field].resumable):
       continue
     if plugins.is_file(str(before)) and plugins.is_file(str(after)):
-      continue  # the file may have moved; `code` says whether it is the same
+      continue  # the file may have moved; the field `code` shows whether its content is the same
     changes.append(
       f'{field}: {old_flat.get(field, "absent")!r} -> {new_flat.get(field, "absent")!r}'
     )
