@@ -1,4 +1,4 @@
-"""Placement of arrays: one mesh axis, 'data', over all devices of all processes."""
+"""Device mesh and placement of arrays: one mesh axis, 'data', over all devices of all processes."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 PyTree = Any
-SMALL = 2**14  # elements; smaller arrays are not split
+MIN_SHARD_SIZE = 2**14  # number of elements; smaller arrays are replicated
 
 
 def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """A 1-D mesh over `devices` (default: all of them).
+  """A 1-D mesh over `devices` (default: all devices).
 
-  The devices of a slice are neighbours; of several slices, which only the data centre's network
-  connects, one comes after the other, so that most of a reduction stays inside them. The axis type is
-  Auto: the compiler propagates shardings, so models are written as for one device.
+  The devices of a slice are neighbours in the mesh, so that most of a reduction stays inside the slices and little
+  crosses the data centre's network between them. The axis type is Auto: the compiler propagates shardings, so that
+  models are written as for one device.
   """
   devices = jax.devices() if devices is None else devices
   slices = len({getattr(d, 'slice_index', 0) for d in devices})
@@ -27,12 +27,12 @@ def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
 
 
 def replicate(x: jax.Array) -> jax.Array:
-  """Inside jit: every device gets the whole of `x`. Without a mesh in scope, `x` itself."""
+  """Replicates `x` on every device. For use inside jit; without a mesh in scope, `x` is returned unchanged."""
   return _constrain(x, P())
 
 
 def shard_rows(x: jax.Array) -> jax.Array:
-  """Inside jit: the rows of `x` are split over the devices. Without a mesh in scope, `x` itself."""
+  """Splits the rows of `x` over the devices. For use inside jit; without a mesh in scope, `x` is returned unchanged."""
   return _constrain(x, P('data'))
 
 
@@ -43,29 +43,29 @@ def _constrain(x, spec):
 
 
 def split(mesh: jax.sharding.Mesh, shape: tuple[int, ...]) -> NamedSharding:
-  """FSDP sharding of an array of parameters: split along the longest axis that divides evenly.
+  """FSDP sharding of a parameter: split along the longest axis whose length is divisible by the number of devices.
 
-  Small arrays, and those without such an axis, are whole on every device.
+  Small arrays, and arrays without such an axis, are replicated.
   """
   axes = [i for i, size in enumerate(shape) if size % mesh.size == 0]
-  if not axes or np.prod(shape) < SMALL:
+  if not axes or np.prod(shape) < MIN_SHARD_SIZE:
     return NamedSharding(mesh, P())
   longest = max(axes, key=lambda i: shape[i])
   return NamedSharding(mesh, P(*[None] * longest, 'data'))
 
 
 def put_replicated(mesh: jax.sharding.Mesh, tree: PyTree) -> PyTree:
-  """Host arrays -> global arrays, the whole of each on every device of `mesh`."""
+  """Puts host arrays on every device of `mesh`, replicated."""
   return jax.tree.map(lambda x: put(x, NamedSharding(mesh, P())), tree)
 
 
 def put_batch(mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """A batch that every process has whole -> global arrays with their rows split over `mesh`."""
+  """Splits the rows of a batch over the devices of `mesh`; every process passes the entire batch."""
   return {k: put(v, NamedSharding(mesh, P('data'))) for k, v in batch.items()}
 
 
 def local_rows(mesh: jax.sharding.Mesh, rows: int) -> np.ndarray:
-  """Which rows of a batch of `rows` are on the devices of this process, in order."""
+  """Indices of the rows that are on the devices of this process, int `[n]`, ascending; `rows`: rows of the batch."""
   parts = NamedSharding(mesh, P('data')).addressable_devices_indices_map((rows,)).values()
   return np.unique(np.concatenate([np.arange(rows)[part] for part in parts]))
 
@@ -73,7 +73,13 @@ def local_rows(mesh: jax.sharding.Mesh, rows: int) -> np.ndarray:
 def put_local_rows(
   mesh: jax.sharding.Mesh, batch: dict[str, np.ndarray], rows: int
 ) -> dict[str, jax.Array]:
-  """The `local_rows` of a batch on every process -> global arrays of `rows` rows."""
+  """Splits the rows of a batch over the devices of `mesh`; every process passes its `local_rows` only.
+
+  Args:
+    mesh: the devices.
+    batch: the local rows of each array.
+    rows: number of rows of the entire batch.
+  """
   by_row = NamedSharding(mesh, P('data'))
   if jax.process_count() == 1:
     return jax.device_put(batch, by_row)
@@ -84,7 +90,7 @@ def put_local_rows(
 
 
 def put(x: np.ndarray | jax.Array, sharding: NamedSharding) -> jax.Array:
-  """An array that every process has whole, or a global array -> a global array with this sharding."""
+  """A global array with this sharding; x is a global array, or an array that every process has in full."""
   if jax.process_count() == 1:
     return jax.device_put(x, sharding)
   if isinstance(x, jax.Array) and not x.is_fully_addressable:

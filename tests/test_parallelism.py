@@ -41,7 +41,7 @@ def baseline():
 
 def test_fsdp_gives_the_same_training(baseline, monkeypatch):
   """Breaks if FSDP changes the results, or does not shard parameters and optimizer state."""
-  monkeypatch.setattr(sharding, 'SMALL', 256)
+  monkeypatch.setattr(sharding, 'MIN_SHARD_SIZE', 256)
   ts, metrics = train_steps(sharding='fsdp')
   for a, b in zip(metrics, baseline[1], strict=True):
     np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-5)
