@@ -1,4 +1,4 @@
-"""What MoCo adds to a network: the EMA (momentum) encoder, the queue of keys, and shuffling BatchNorm.
+"""The parts of MoCo: the EMA (momentum) encoder, the queue of keys, and shuffling BatchNorm.
 
 Source: He et al. 2020 (MoCo), sections 3.1 to 3.3 and appendix A.9.
 """
@@ -14,28 +14,32 @@ from simclr_jax import losses, sharding
 from simclr_jax.models.network import Network
 
 PyTree = Any
+SHUFFLES = ('permute', 'transpose', 'none')  # see `shuffle`
 
-SHUFFLES = ('permute', 'transpose', 'none')
-
-
-# The EMA encoder: a copy of the network that follows it as an exponential moving average (section 3.2).
+# The EMA encoder: a network whose parameters are an exponential moving average of the trained ones (section 3.2).
 
 
 def init_ema(params: PyTree, stats: PyTree) -> PyTree:
-  """A copy of a network: `params` without the online probe, and BatchNorm statistics of its own."""
+  """The initial EMA encoder: `params` of the network without the online probe, and BatchNorm statistics `stats`."""
   return {'params': {k: params[k] for k in ('encoder', 'head')}, 'stats': stats}
 
 
 def update_ema(ema: PyTree, params: PyTree, momentum: float) -> PyTree:
-  """theta_k <- m theta_k + (1 - m) theta_q (equation 2); parameters only, not statistics."""
+  """theta_k <- m theta_k + (1 - m) theta_q (equation 2), m = `momentum`; BatchNorm statistics do not change."""
   query = {k: jax.lax.stop_gradient(params[k]) for k in ema['params']}
   return {**ema, 'params': optax.incremental_update(query, ema['params'], 1 - momentum)}
 
 
 def encode(net: Network, ema: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
-  """Keys of images x `[n, h, w, c]`: unit rows `[n, d]` without a gradient; and the new EMA encoder.
+  """Encodes images as keys, in training mode: BatchNorm uses batch statistics and updates the running averages.
 
-  The EMA encoder is in training mode: batch statistics normalise, its own running averages are updated.
+  Args:
+    net: the network.
+    ema: the EMA encoder.
+    x: images `[n, h, w, c]` in [0, 1].
+
+  Returns:
+    Keys, float32 `[n, d]`, unit rows without a gradient; and the EMA encoder with new BatchNorm statistics.
   """
   outputs, stats = net.apply(ema['params'], ema['stats'], x)
   return jax.lax.stop_gradient(losses.l2_normalize(outputs[-1])), {**ema, 'stats': stats}
@@ -45,29 +49,42 @@ def encode(net: Network, ema: PyTree, x: jax.Array) -> tuple[jax.Array, PyTree]:
 
 
 def init_queue(rng: jax.Array, size: int, d: int) -> PyTree:
-  """`rows` `[size, d]`, random unit vectors; `pointer`, where the next key goes; `filled`, how many are keys."""
+  """The initial queue.
+
+  Returns:
+    `rows`, float32 `[size, d]`, random unit vectors; `pointer`, int32 `[]`, index of the oldest row, which the next
+    key replaces; `filled`, int32 `[]`, number of rows that are keys.
+  """
   rows = losses.l2_normalize(jax.random.normal(rng, (size, d)))
   return {'rows': rows, 'pointer': jnp.zeros((), jnp.int32), 'filled': jnp.zeros((), jnp.int32)}
 
 
 def enqueue(queue: PyTree, keys: jax.Array) -> PyTree:
-  """Writes keys `[n, d]`, in order, over the oldest rows; n need not divide the size of the queue.
+  """Replaces the oldest rows by keys `[n, d]`, in order; n need not divide the size of the queue.
 
-  `keys` must be whole on every device (`sharding.replicate`).
+  `keys` must be replicated (`sharding.replicate`). If there are more keys than rows, only the last keys are written.
   """
   size, n = len(queue['rows']), len(keys)
-  kept = min(n, size)  # of more keys than rows, the last ones stay
-  place = (queue['pointer'] + np.arange(n - kept, n, dtype=np.int32)) % size
+  first = max(n - size, 0)
+  index = (queue['pointer'] + np.arange(first, n, dtype=np.int32)) % size
   return {
-    'rows': queue['rows'].at[place].set(keys[n - kept :], unique_indices=True),
+    'rows': queue['rows'].at[index].set(keys[first:], unique_indices=True),
     'pointer': (queue['pointer'] + n) % size,
     'filled': jnp.minimum(queue['filled'] + n, size),
   }
 
 
 def queue_metrics(queue: PyTree, n: int) -> dict[str, jax.Array]:
-  """`queue_age`: of its oldest key, in steps of n keys; `queue_filled`: share of rows that are keys;
-  `queue_norm`: mean length of the rows, which should be 1."""
+  """Metrics of the queue, float32 scalars.
+
+  Args:
+    queue: the queue.
+    n: number of keys that a step enqueues.
+
+  Returns:
+    `queue_age`: age of the oldest key in steps; `queue_filled`: fraction of the rows that are keys; `queue_norm`:
+    mean norm of the rows, which should be 1.
+  """
   return {
     'queue_age': queue['filled'] / n,
     'queue_filled': queue['filled'] / len(queue['rows']),
@@ -75,15 +92,18 @@ def queue_metrics(queue: PyTree, n: int) -> dict[str, jax.Array]:
   }
 
 
-# Shuffling BatchNorm: for the keys, other examples are normalised together. Without it a network can recognise
-# a positive by the statistics of its BatchNorm group instead of by its content (section 3.3).
+# Shuffling BatchNorm: keys are normalised in other groups than their queries. Otherwise a network can recognise the
+# positive by the statistics of its BatchNorm group instead of by its content (section 3.3).
 
 
 def draw_permutation(
   kind: str, batch: PyTree, rng: jax.Array, direction: int = 0
 ) -> jax.Array | None:
-  """The order of the keys for 'permute', int32 `[n]`: `batch['permutation'][direction]` if there is one,
-  so that recorded runs can be replayed, otherwise a random one."""
+  """The permutation of the keys for kind='permute', int32 `[n]`; None for other kinds.
+
+  The permutation is random, or `batch['permutation'][direction]` if the batch has one, so that recorded runs can be
+  replayed. `direction` is 0, and 1 for the second loss term of symmetric MoCo.
+  """
   if kind != 'permute':
     return None
   if 'permutation' in batch:
@@ -92,30 +112,34 @@ def draw_permutation(
 
 
 def shuffle(kind: str, x: jax.Array, groups: int, permutation: jax.Array | None) -> jax.Array:
-  """Rows of x `[n, ...]` in the order in which the EMA encoder sees them.
+  """The rows of x in the order in which the EMA encoder gets them.
 
-  'permute' is the paper's: row i of the result is x[permutation[i]]. Every device gets the whole x,
-  as in MoCo's code, in float32: 150 MB for 256 images of 224 pixels. 'transpose' deals the rows of
-  each BatchNorm group out to all groups in turn, always in the same way, and compiles to one
-  all-to-all. 'none' leaves x as it is.
+  Args:
+    kind: 'permute', as in the paper: row i of the result is x[permutation[i]]; x is replicated on every device, as
+      in MoCo's code, which takes 150 MB for 256 images of 224 pixels in float32. 'transpose': the rows of each
+      BatchNorm group are distributed over all groups in a fixed order; compiles to one all-to-all. 'none': x itself.
+    x: `[n, ...]`.
+    groups: number of BatchNorm groups.
+    permutation: int `[n]`, for 'permute' only.
   """
   if kind == 'permute':
     return sharding.shard_rows(sharding.replicate(x)[permutation])
   if kind == 'transpose':
-    return sharding.shard_rows(_deal(x, groups))
+    return sharding.shard_rows(_transpose(x, groups))
   return x
 
 
 def unshuffle(kind: str, x: jax.Array, groups: int, permutation: jax.Array | None) -> jax.Array:
-  """Undoes `shuffle`. The result is whole on every device, as the queue needs it."""
+  """The inverse of `shuffle`, with the same arguments. The result is replicated, as `enqueue` requires."""
   x = sharding.replicate(x)
   if kind == 'permute':
+    assert permutation is not None
     return x[jnp.argsort(permutation)]
   if kind == 'transpose':
-    return _deal(x, len(x) // groups)
+    return _transpose(x, len(x) // groups)
   return x
 
 
-def _deal(x, groups):
-  """[g, n/g, ...] -> [n/g, g, ...], flattened; its inverse is itself with n/g for g."""
+def _transpose(x, groups):
+  """Rows `[g, n/g]` -> `[n/g, g]`, flattened. The inverse has n/g groups."""
   return jnp.swapaxes(x.reshape(groups, -1, *x.shape[1:]), 0, 1).reshape(x.shape)

@@ -1,8 +1,8 @@
-"""From a recipe to its optimizer and learning-rate schedule."""
+"""The optimizer and the learning-rate schedule of a recipe."""
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,36 +12,44 @@ import optax
 
 from simclr_jax.errors import ConfigError
 
+PyTree = Any
+
 
 def train_steps(config: ml_collections.ConfigDict, examples: int) -> int:
-  """Length of the training: `steps`, or SimCLR's `examples * epochs // batch_size + 1`."""
+  """Number of training steps: `steps`, or as in SimCLR's code, `examples * epochs // batch_size + 1`."""
   return config.steps or examples * config.epochs // config.batch_size + 1
 
 
 def warmup_steps(config: ml_collections.ConfigDict, examples: int) -> int:
-  """Steps of the warm-up: `warmup_epochs * examples // batch_size`."""
+  """Number of warm-up steps: `warmup_epochs * examples // batch_size`."""
   return int(config.warmup_epochs * examples // config.batch_size)
 
 
 def peak_rate(config: ml_collections.ConfigDict) -> float:
-  """`learning_rate * batch_size / 256` ('linear'), `learning_rate * sqrt(batch_size)` ('sqrt') or
-  `learning_rate` itself ('none')."""
+  """The learning rate after the warm-up: `learning_rate`, scaled as `learning_rate_scaling` says.
+
+  'linear': times batch_size / 256; 'sqrt': times sqrt(batch_size); 'none': not scaled.
+  """
   scale = {'linear': config.batch_size / 256, 'sqrt': config.batch_size**0.5, 'none': 1.0}
   return config.learning_rate * scale[config.learning_rate_scaling]
 
 
 def schedule(config: ml_collections.ConfigDict, examples: int) -> optax.Schedule:
-  """The learning rate of each step.
+  """The learning-rate schedule of a recipe, with peak `peak_rate`.
 
-  The peak is `peak_rate`.
+  'cosine' (SimCLR) changes at every step: linear warm-up from 0, then cosine decay to 0. 'cosine_by_epoch' and
+  'multistep' (MoCo) change at the start of an epoch: cosine decay over the epochs, counted from
+  `schedule_first_epoch`; or multiplication by 0.1 at each of `decay_epochs`.
 
-  'cosine' is SimCLR's: linear warm-up, then half a cosine to 0, changing at every step; the very
-  first update has rate 0 if there is a warm-up. The other two are MoCo's and change between epochs:
-  'cosine_by_epoch' is half a cosine over whole epochs, counted from `schedule_first_epoch`;
-  'multistep' multiplies by 0.1 at each of `decay_epochs`.
+  Args:
+    config: a recipe.
+    examples: number of training images.
+
+  Returns:
+    A function from the step, from 0, to the learning rate, float32.
 
   Raises:
-    ConfigError: every rate would be 0.
+    ConfigError: the learning rate would be 0 in all steps.
 
   Source: SimCLR's model_util.py (WarmUpAndCosineDecay), MoCo's main_moco.py (adjust_learning_rate).
   """
@@ -61,32 +69,34 @@ def schedule(config: ml_collections.ConfigDict, examples: int) -> optax.Schedule
     rates = np.where(epoch + config.schedule_first_epoch < epochs, rates, 0.0)
     if not rates[:-1].any():
       raise ConfigError(
-        'schedule_first_epoch=1 gives the last epoch a learning rate of 0, and this run has only one '
-        'epoch: set schedule_first_epoch=0 or train longer'
+        'schedule_first_epoch=1 gives the last epoch a learning rate of 0, and this run has one epoch only: '
+        'set schedule_first_epoch=0 or train longer'
       )
   else:
     rates = peak * 0.1 ** sum([(epoch >= e).astype(int) for e in config.decay_epochs], 0 * epoch)
   rates = jnp.asarray(rates, jnp.float32)
-  starts = -(-epoch[1:] * examples // config.batch_size)  # first step of each epoch but the first
+  starts = -(
+    -epoch[1:] * examples // config.batch_size
+  )  # first step of the second, third, ... epoch
   return lambda step: rates[jnp.searchsorted(starts, step, side='right')]
 
 
-def kernels(params):
-  """True for kernels, False for biases and BatchNorm parameters, which are all vectors."""
+def kernels(params: PyTree) -> PyTree:
+  """A mask: True for kernels; False for biases and BatchNorm parameters, which are vectors."""
   return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def _adapted(params):
-  """True for what LARS adapts layer by layer: kernels, except that of a supervised head."""
+def _lars_mask(params):
+  """True for parameters with the layer-wise adaptation of LARS: kernels, except that of a supervised classifier."""
   return {k: jax.tree.map(lambda p: p.ndim > 1 and k != 'classifier', v) for k, v in params.items()}  # noqa: B023
 
 
 class Group(NamedTuple):
-  """The learning rate of a part of the parameters, see `Method.optimizer_groups`.
+  """The learning rate of some of the parameters, see `Method.optimizer_groups`.
 
   Attributes:
-    rate_factor: times the learning rate of the recipe.
-    constant_rate: the peak rate in every step, without warm-up and decay, as SimSiam's predictor has.
+    rate_factor: factor on the learning rate of the recipe.
+    constant_rate: whether the peak rate is used in every step, without warm-up and decay, as for SimSiam's predictor.
   """
 
   rate_factor: float = 1.0
@@ -98,28 +108,28 @@ def build(
   rate: optax.Schedule,
   groups: Mapping[str, Group] | None = None,
 ) -> optax.GradientTransformation:
-  """The recipe's optimizer.
+  """The optimizer of a recipe.
 
-  'lars' is SimCLR's: layer-wise adaptation excludes BatchNorm, biases and a supervised head, which get
-  plain momentum SGD. 'sgd' and 'nesterov' add the weight decay to the gradient before the momentum.
-  'adamw' decouples the decay from the gradient. With `weight_decay_on='all'` (MoCo), BatchNorm parameters and biases
-  are decayed too. The online probe (`params['probe']`) has an Adam of its own, so that it
-  does not depend on the recipe.
+  'lars' (SimCLR): biases, BatchNorm parameters and a supervised classifier are excluded from the layer-wise
+  adaptation and get SGD with momentum. 'sgd' and 'nesterov': the weight decay is added to the gradient before the
+  momentum. 'adamw': the weight decay is decoupled from the gradient. With `weight_decay_on='all'` (MoCo), biases and
+  BatchNorm parameters have weight decay, too. The online probe, `params['probe']`, has its own Adam with learning
+  rate 1e-3, independent of the recipe.
 
   Args:
     config: a recipe.
-    rate: its learning rate, `schedule`.
-    groups: top-level key of the parameters -> its learning rate, where it is not that of the recipe.
+    rate: the learning rate, see `schedule`.
+    groups: top-level keys of the parameters with their own learning rate -> this learning rate.
   """
   groups = dict(groups or {})
   transforms = {'method': _transform(config, rate), 'probe': optax.adam(1e-3)}
   for key, group in groups.items():
     transforms[key] = _transform(config, _group_schedule(config, rate, group))
 
-  def part(params):
+  def label(params):
     return {k: k if k == 'probe' or k in groups else 'method' for k in params}
 
-  return optax.partition(transforms, part)
+  return optax.partition(transforms, label)
 
 
 def _group_schedule(config, rate, group):
@@ -136,7 +146,7 @@ def _transform(config, rate):
       weight_decay_mask=decayed or True,
       trust_coefficient=0.001,
       eps=0.0,
-      trust_ratio_mask=_adapted,
+      trust_ratio_mask=_lars_mask,
       momentum=config.momentum,
     )
   if config.optimizer == 'adamw':
