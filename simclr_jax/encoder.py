@@ -1,4 +1,4 @@
-"""Features of images under a frozen encoder."""
+"""A frozen encoder that computes features of images; raw pixels as a baseline."""
 
 import dataclasses
 import functools
@@ -21,22 +21,23 @@ PyTree = Any
 
 
 def eval_views(batch: dict[str, jax.Array], pipeline: str, size: int) -> jax.Array:
-  """`augment.eval_view` of a batch of `loader.iterate_once`: float32 `[n, size, size, 3]`."""
+  """Preprocesses a batch of `loader.iterate_once` (`augment.eval_view`): float32 `[n, size, size, 3]` in [0, 1]."""
   if 'crops' not in batch:
     return jax.vmap(lambda x: augment.eval_view(x, pipeline, size))(batch['images'])
-  places = batch['crops'][:, 0]
-  return jax.vmap(lambda x, p: augment.eval_view(x, pipeline, size, p))(batch['images'], places)
+  crops = batch['crops'][:, 0]
+  return jax.vmap(lambda x, crop: augment.eval_view(x, pipeline, size, crop))(
+    batch['images'], crops
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-  """A frozen encoder: call it with images to get features.
+  """A frozen encoder: `encoder(images)` -> features.
 
   Attributes:
-    architecture: `config.architecture`: the recipe's `model` part, `image_size`, and `eval_view`, the
-      preprocessing pipeline.
+    architecture: plain data, see `config.architecture`.
     variables: `params` and, with BatchNorm, `batch_stats`.
-    provenance: of the weights.
+    provenance: where the weights come from: `workdir`, `step`, `config`, `versions` of a run.
   """
 
   architecture: dict[str, Any]
@@ -46,19 +47,20 @@ class Encoder:
   def embed(
     self, dataset: Dataset, batch_size: int = 256, progress: Callable[[int], None] | None = None
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Features h and labels of a data set, in its order; every image is evaluated exactly once.
+    """Features and labels of all images of a data set, in its order.
 
     Args:
-      dataset: images; those of another size than `image_size` are preprocessed by `eval_view`.
-      batch_size: images at a time; rounded up to a multiple of the number of devices.
-      progress: called with the number of images that are done.
+      dataset: N images of any size; they are preprocessed by the pipeline `eval_view`.
+      batch_size: images per batch; rounded up to a multiple of the number of devices.
+      progress: called after each batch with the number of finished images.
 
     Returns:
-      float32 `[N, d]` and int32 `[N]`, -1 where unknown.
+      Features h, float32 `[N, d]`, and labels, int32 `[N]`, -1 where unknown.
 
     Raises:
+      ValueError: the data set is empty.
       ConfigError: an image cannot be read.
-      Stopped: by a signal.
+      Stopped: a signal arrived.
     """
     if not len(dataset):
       raise ValueError('there are no images to embed')
@@ -66,36 +68,37 @@ class Encoder:
     encode = _compiled(json.dumps(self.architecture, sort_keys=True), mesh)
     variables = sharding.put_replicated(mesh, self.variables)
     batch_size += -batch_size % mesh.size
-    h, labels = None, np.full(len(dataset), -1, np.int32)
-    seen = np.zeros(len(dataset), np.int32)
+    h, labels = np.empty((0, 0), np.float32), np.full(len(dataset), -1, np.int32)
+    times_evaluated = np.zeros(len(dataset), np.int32)
     pipeline, size = self.architecture['eval_view'], self.architecture['image_size']
     for batch in loader.iterate_once(dataset, pipeline, size, batch_size, mesh):
       out = jax.device_get(encode(variables, batch))
-      real = out['index'] >= 0
+      real = out['index'] >= 0  # the other rows are padding
       index = out['index'][real]
-      if h is None:
+      if not h.size:
         h = np.empty((len(dataset), out['h'].shape[1]), np.float32)
       h[index], labels[index] = out['h'][real], out['label'][real]
-      np.add.at(seen, index, 1)
+      np.add.at(times_evaluated, index, 1)
       preemption.check()
       if progress:
-        progress(int(seen.sum()))
-    if (seen != 1).any():
-      raise RuntimeError(f'{(seen != 1).sum()} of {len(dataset)} images were not seen once')
+        progress(int(times_evaluated.sum()))
+    wrong = int((times_evaluated != 1).sum())
+    if wrong:
+      raise RuntimeError(f'{wrong} of {len(dataset)} images were not evaluated exactly once')
     return h, labels
 
   def __call__(self, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """Features `[n, d]` of images, uint8 `[n, height, width, 3]`; see `embed`."""
+    """Features, float32 `[n, d]`, of images, uint8 `[n, height, width, 3]`; see `embed`."""
     return self.embed(Arrays(images, np.full(len(images), -1, np.int32)), batch_size)[0]
 
   def digest(self) -> int:
-    """CRC-32 over all variables."""
+    """The CRC-32 checksum of all variables."""
     return crc32(*jax.tree.leaves(jax.device_get(self.variables)))
 
 
 @functools.lru_cache(maxsize=8)
 def _compiled(architecture: str, mesh: jax.sharding.Mesh):
-  """The jitted forward pass of an architecture (JSON), compiled once for all weights."""
+  """The jitted forward pass of an architecture (JSON), which all encoders of this architecture share."""
   parts = json.loads(architecture)
   forward = classifier.forward(parts)
 
@@ -103,12 +106,12 @@ def _compiled(architecture: str, mesh: jax.sharding.Mesh):
     views = eval_views(batch, parts['eval_view'], parts['image_size'])
     return {'h': forward(variables, views), 'label': batch['label'], 'index': batch['index']}
 
-  whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
-  return jax.jit(encode, in_shardings=(whole, rows), out_shardings=whole)
+  replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+  return jax.jit(encode, in_shardings=(replicated, by_row), out_shardings=replicated)
 
 
 def untrained(architecture: dict[str, Any], seed: int = 0) -> Encoder:
-  """An encoder with random weights, as at the start of a training."""
+  """An encoder with random weights, initialised as for training."""
   size = architecture['image_size']
   net = encoders.build(architecture)
   init = jax.jit(lambda key: net.init(key, jnp.zeros((1, size, size, 3)), train=False))
@@ -116,10 +119,9 @@ def untrained(architecture: dict[str, Any], seed: int = 0) -> Encoder:
 
 
 def raw_pixels(dataset: Dataset, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
-  """The pixels as features: the simplest baseline.
+  """The pixels as features, in [0, 1]: the simplest baseline. Returns the same as `Encoder.embed`.
 
-  Images of one size are used as they are, others are cropped to their central square and resized to
-  `size`. Returns as `Encoder.embed`.
+  Images of one size are used as they are. Other images are cropped to their central square and resized to `size`.
   """
   if isinstance(dataset, Arrays):
     return dataset.images.reshape(len(dataset), -1) / np.float32(255), dataset.labels
@@ -128,7 +130,20 @@ def raw_pixels(dataset: Dataset, size: int = 32) -> tuple[np.ndarray, np.ndarray
 
 
 def preprocess(dataset: Dataset, pipeline: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-  """Every image through an evaluation pipeline: float32 `[N, size, size, 3]`, and labels `[N]`."""
+  """Preprocesses all images of a data set on one device.
+
+  Args:
+    dataset: N images.
+    pipeline: an evaluation pipeline, such as 'center_crop(1)'.
+    size: side of the result in pixels.
+
+  Returns:
+    Images, float32 `[N, size, size, 3]` in [0, 1], and labels, int32 `[N]`, -1 where unknown.
+
+  Raises:
+    ConfigError: an image cannot be read.
+    Stopped: a signal arrived.
+  """
   mesh = sharding.make_mesh(jax.local_devices()[:1])
   draw = jax.jit(functools.partial(eval_views, pipeline=pipeline, size=size))
   views = np.empty((len(dataset), size, size, 3), np.float32)
