@@ -1,4 +1,4 @@
-"""A finished run, read back: its encoder, projection head and classifier."""
+"""Loads the encoder, the projection head or the classifier of a run."""
 
 import json
 import os
@@ -18,11 +18,14 @@ PyTree = Any
 
 
 def load_encoder(folder: str | os.PathLike) -> Encoder:
-  """The encoder of a run (its newest readable checkpoint) or of an exported folder.
+  """The encoder of a run, from its newest readable checkpoint, or an exported encoder.
+
+  Args:
+    folder: a run directory, or a folder that `simclr-jax export` wrote; local or gs://.
 
   Raises:
-    ConfigError: `folder` is neither.
-    CheckpointError: what it holds cannot be read or is damaged.
+    ConfigError: `folder` is neither, or the run has no checkpoint yet.
+    CheckpointError: the checkpoints or the exported files are damaged.
   """
   folder = paths.path(folder)
   if orbax.is_export(folder):
@@ -37,16 +40,21 @@ def load_encoder(folder: str | os.PathLike) -> Encoder:
 
 
 def load_classifier(workdir: str | os.PathLike) -> Encoder:
-  """The network of a run with a classifier: its `embed` returns logits `[n, classes]`.
+  """The network of a fine-tuned, distilled or supervised run, classifier included.
+
+  Returns:
+    An `Encoder` whose features are logits, float32 `[n, classes]`.
 
   Raises:
-    ConfigError: `workdir` is not such a run.
-    CheckpointError: as of `load_encoder`.
+    ConfigError: `workdir` is not a run directory, or its run has no classifier or no checkpoint yet.
+    CheckpointError: the checkpoints are damaged.
   """
   workdir = paths.path(workdir)
   config, method, state, metadata = _restore(workdir)
   if not method.classifier:
-    raise ConfigError(f'{workdir} has no classifier: it was trained with method={config.method}')
+    raise ConfigError(
+      f'{workdir} has no classifier, because it was trained with method={config.method}: fine-tune it first'
+    )
   return Encoder(
     recipes.architecture(config, classifier=True),
     method.classifier(state.params, state.state),
@@ -55,14 +63,17 @@ def load_classifier(workdir: str | os.PathLike) -> Encoder:
 
 
 def load_pretrained(config: ml_collections.ConfigDict) -> PyTree | None:
-  """The weights that a recipe starts from: `params` and `batch_stats` of 'encoder' and 'head'.
+  """The weights of the run or the exported encoder that `init_from` of a recipe names.
 
   Args:
-    config: a recipe. `init_from` is a run or an exported encoder; without it, the result is None.
+    config: a recipe.
+
+  Returns:
+    `params` and `batch_stats`, each with the keys 'encoder' and 'head', on the host; None without `init_from`.
 
   Raises:
-    ConfigError: `init_from` is neither, or lacks the projection head that `head_layer` keeps.
-    CheckpointError: as of `load_encoder`.
+    ConfigError: `init_from` is neither a run nor an exported encoder, or lacks the head that `head_layer` keeps.
+    CheckpointError: the weights are damaged.
   """
   if not config.get('init_from'):
     return None
@@ -85,11 +96,11 @@ def load_pretrained(config: ml_collections.ConfigDict) -> PyTree | None:
 
 
 def load_teacher(config: ml_collections.ConfigDict) -> methods.Teacher | None:
-  """The teacher of a recipe for distillation; None for recipes without one.
+  """The teacher of a recipe for distillation; None if the method needs no teacher.
 
   Raises:
-    ConfigError: `teacher` is empty, is no run with a classifier, or has other classes.
-    CheckpointError: as of `load_encoder`.
+    ConfigError: `teacher` is empty, is not a run with a classifier, or has another number of classes.
+    CheckpointError: the checkpoints of the teacher are damaged.
   """
   if not methods.build(config).needs_teacher:
     return None
@@ -105,12 +116,14 @@ def load_teacher(config: ml_collections.ConfigDict) -> methods.Teacher | None:
   return methods.Teacher(classifier.variables, json.dumps(classifier.architecture))
 
 
-def _provenance(workdir: pathlib.Path, metadata):
+def _provenance(workdir, metadata):
   return {'workdir': str(workdir), **{k: metadata[k] for k in ('step', 'config', 'versions')}}
 
 
-def _restore(workdir):
-  """(recipe, method, state, metadata) of the newest readable checkpoint of a run."""
+def _restore(
+  workdir: pathlib.Path,
+) -> tuple[ml_collections.ConfigDict, methods.Method, train_state.TrainState, dict[str, Any]]:
+  """Recipe, method, state and metadata of the newest readable checkpoint of a run."""
   config = recipes.of_run(workdir)
   method = methods.build(config)
   optimizer = optim.build(
@@ -126,5 +139,6 @@ def _restore(workdir):
   )
   restored = checkpoint.restore(workdir / 'checkpoints', target)
   if restored is None:
-    raise ConfigError(f'{workdir} has no checkpoint yet')
-  return config, method, *restored
+    raise ConfigError(f'{workdir} has no checkpoint yet: wait until the run has saved one')
+  state, metadata = restored
+  return config, method, state, metadata
