@@ -1,1 +1,1 @@
-"""Networks: the only files that import flax.linen."""
+"""Networks. Only the files of this folder import flax.linen."""

@@ -1,27 +1,27 @@
-"""What fine-tuning and distillation train: an encoder, the first layers of its head, a linear classifier."""
+"""Classifiers for fine-tuning and distillation: an encoder, the first layers of its head, and a linear classifier."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from simclr_jax.models import encoders, mlp
+from simclr_jax.models import encoders, linear, mlp
 from simclr_jax.models.network import apply_train
 
 PyTree = Any
 
 
 class Classifier(NamedTuple):
-  """An encoder with a classifier.
+  """An encoder with a classifier, as two pure functions.
 
-  Variables are `params`, with the keys 'encoder', 'head' and 'classifier', and `batch_stats`, with the first two.
+  The variables are `params`, with the keys 'encoder', 'head' and 'classifier', and `batch_stats`, the running
+  averages of BatchNorm, with the keys 'encoder' and 'head'.
 
   Attributes:
-    init: `init(rng, x) -> variables`; the classifier's kernel and bias are 0.
-    apply: `apply(variables, x, train) -> (h, logits, batch_stats)`: images x `[n, h, w, c]` in [0, 1],
-      features `[n, d]`, logits `[n, classes]` and the new running averages.
+    init: `init(rng, x) -> variables`; the linear classifier is zero-initialised.
+    apply: `apply(variables, x, train) -> (h, logits, batch_stats)`: images x `[n, h, w, c]` in [0, 1], features h
+      `[n, d]`, logits float32 `[n, classes]`, and the new running averages.
   """
 
   init: Callable[[jax.Array, jax.Array], PyTree]
@@ -36,14 +36,18 @@ def build(
   dtype: Any = jnp.float32,
   rematerialize: bool = False,
 ) -> Classifier:
-  """The classifier of a recipe's `model` part.
+  """The classifier of a recipe.
 
   Args:
-    config: the `model` part.
-    classes: how many.
-    head_layer: how many layers of the projection head stay below the classifier; SimCLR v2 keeps 1.
-    frozen, rematerialize: as of `resnet.ResNet`; with 4 all of the encoder is frozen.
-    dtype: of convolutions and of the products in the head; those of the classifier are float32.
+    config: the `model` part of the recipe.
+    classes: number of classes.
+    head_layer: number of layers of the projection head below the classifier; SimCLR v2 keeps 1.
+    frozen: as for `resnet.ResNet`; 4 freezes the entire encoder.
+    dtype: dtype of the convolutions and of the matrix products in the head; the linear classifier is float32.
+    rematerialize: as for `resnet.ResNet`.
+
+  Raises:
+    ConfigError: as for `encoders.build`.
   """
   f = encoders.build(config, dtype, frozen, rematerialize)
   g = mlp.head(config, dtype, keep=head_layer)
@@ -52,12 +56,11 @@ def build(
     f_key, g_key = jax.random.split(rng)
     h, f_vars = f.init_with_output(f_key, x, train=False)
     outputs, g_vars = g.init_with_output(g_key, h, train=False)
-    kernel = jnp.zeros((outputs[-1].shape[-1], classes))
     return {
       'params': {
         'encoder': f_vars['params'],
         'head': g_vars.get('params', {}),
-        'classifier': {'kernel': kernel, 'bias': jnp.zeros(classes)},
+        'classifier': linear.init(outputs[-1].shape[-1], classes),
       },
       'batch_stats': {
         'encoder': f_vars.get('batch_stats', {}),
@@ -69,8 +72,7 @@ def build(
     params, stats = variables['params'], variables['batch_stats']
     h, f_stats = apply_train(f, params['encoder'], stats['encoder'], x, train and frozen < 4)
     outputs, g_stats = apply_train(g, params['head'], stats['head'], h, train)
-    top = params['classifier']
-    logits = outputs[-1].astype(jnp.float32) @ top['kernel'] + top['bias']
+    logits = linear.logits(params['classifier'], outputs[-1])
     return h, logits, {'encoder': f_stats, 'head': g_stats}
 
   return Classifier(init, apply)
@@ -79,12 +81,22 @@ def build(
 def forward(
   architecture: dict[str, Any], dtype: Any = jnp.float32
 ) -> Callable[[PyTree, jax.Array], jax.Array]:
-  """`forward(variables, x)` of `config.architecture`: x float32 `[n, h, w, c]` in [0, 1] -> h `[n, d]`.
+  """The forward pass of an architecture, in evaluation mode: BatchNorm uses its running averages.
 
-  BatchNorm uses its running statistics. With 'classes' in `architecture`, logits are returned.
-  `dtype` is that of the convolutions.
+  Args:
+    architecture: see `config.architecture`.
+    dtype: dtype of the convolutions.
+
+  Returns:
+    `forward(variables, x)`: images x float32 `[n, h, w, c]` in [0, 1] -> features `[n, d]`, or if the architecture has
+    'classes', logits `[n, classes]`.
   """
   if 'classes' in architecture:
     net = build(architecture, architecture['classes'], architecture['head_layer'], dtype=dtype)
     return lambda variables, x: net.apply(variables, x, False)[1]
-  return functools.partial(encoders.build(architecture, dtype).apply, train=False)
+  encoder = encoders.build(architecture, dtype)
+
+  def encode(variables, x):
+    return encoder.apply(variables, x, train=False)
+
+  return encode

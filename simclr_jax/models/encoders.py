@@ -1,4 +1,4 @@
-"""Which network a recipe's `model` part means: a ResNet, or an encoder of the user's own."""
+"""Builds the encoder of a recipe: a ResNet, or an encoder of the user's own."""
 
 from typing import Any
 
@@ -14,16 +14,19 @@ from simclr_jax.models import resnet
 def build(
   config: Any, dtype: Any = jnp.float32, frozen: int = -1, rematerialize: bool = False
 ) -> nn.Module:
-  """A module whose call `(x, train)` maps images `[n, h, w, c]` in [0, 1] to features `[n, d]`.
+  """The encoder of a recipe.
 
   Args:
-    config: the `model` part of a recipe. `encoder` may name a Python file with a function
+    config: the `model` part of the recipe. `encoder` may name a Python file with a function
       `build(config, dtype) -> flax module`.
-    dtype: of the convolutions and matrix products.
-    frozen, rematerialize: as of `resnet.ResNet`. Of an encoder of the user's own, only all (4) is frozen.
+    dtype: dtype of the convolutions and matrix products.
+    frozen, rematerialize: as for `resnet.ResNet`. An encoder of the user's own cannot be frozen in part.
+
+  Returns:
+    A module, `module(x, train)`: images `[n, h, w, c]` in [0, 1] -> features `[n, d]`.
 
   Raises:
-    ConfigError: the file cannot be loaded, or what it builds is no flax module.
+    ConfigError: the Python file fails, builds no flax module, or cannot be rematerialised.
   """
   if not config['encoder']:
     return resnet.from_config(config, dtype, frozen, rematerialize)
@@ -38,7 +41,7 @@ def build(
 
 
 def compute_dtype(name: str) -> Any:
-  """'float32', 'bfloat16', or 'auto': bfloat16 on accelerators and float32 on CPUs."""
+  """The dtype that a recipe's `dtype` names: 'float32', 'bfloat16', or 'auto', bfloat16 on accelerators only."""
   if name == 'auto':
     name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   return jnp.dtype(name)

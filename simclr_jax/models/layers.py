@@ -1,9 +1,9 @@
 """Convolutions and dense layers that compute in bfloat16 and whose kernels have float32 gradients.
 
-Automatic differentiation gives a kernel that was rounded to bfloat16 a bfloat16 gradient, and where the batch is
-split over devices, their sum is one of bfloat16 numbers. Here the product that makes the gradient, which
-accumulates in float32 anyway, is not rounded before the devices sum it (on GPUs, that of a convolution is). In
-float32 both layers are those of `flax.linen`, parameters and their names too.
+With automatic differentiation, the gradient of a kernel that was rounded to bfloat16 is bfloat16, too, and if the batch
+is split over devices, bfloat16 numbers are summed over the devices. In these layers, the product that computes the
+gradient accumulates in float32 and is not rounded before that sum (except for convolutions on GPUs). In float32, both
+layers equal those of `flax.linen`, including the names of their parameters.
 """
 
 from functools import partial
@@ -16,14 +16,14 @@ from jax import lax
 
 
 class Conv(nn.Module):
-  """A convolution with a square kernel; images are padded by half of it.
+  """A convolution with a square kernel and symmetric padding by about half of its size.
 
   Attributes:
-    features: channels of the output.
-    size, stride: of the kernel, in pixels.
+    features: number of output channels.
+    size, stride: size and stride of the kernel in pixels.
     use_bias: whether a bias is added.
-    kernel_init: of the kernel `[size, size, channels, features]`, which is float32, as the bias is.
-    dtype: of the product.
+    kernel_init: initialiser of the kernel, float32 `[size, size, channels, features]`.
+    dtype: dtype of the input and of the product; kernel and bias are float32.
   """
 
   features: int
@@ -45,10 +45,10 @@ class Dense(nn.Module):
   """A matrix product.
 
   Attributes:
-    features: of the output.
+    features: size of the output.
     use_bias: whether a bias is added.
-    kernel_init, bias_init: of the kernel `[d, features]` and the bias, both float32.
-    dtype: of the product.
+    kernel_init, bias_init: initialisers of the kernel `[d, features]` and the bias, both float32.
+    dtype: dtype of the input and of the product.
   """
 
   features: int
@@ -68,7 +68,7 @@ def _with_bias(layer, y, init):
   if not layer.use_bias:
     return y
   bias = layer.param('bias', init, (layer.features,), jnp.float32)
-  return (y.astype(jnp.float32) + bias).astype(y.dtype)  # whose gradient is a sum in float32
+  return (y.astype(jnp.float32) + bias).astype(y.dtype)  # so that the gradient is summed in float32
 
 
 def _padding(size):
@@ -88,7 +88,7 @@ def _rounded_conv(x, kernel, stride):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-  """The product in x's dtype; the kernel's gradient is float32."""
+  """A convolution in the dtype of x; the gradient of the kernel is float32."""
   return _rounded_conv(x, kernel, stride)
 
 
@@ -101,12 +101,12 @@ def _conv_backward(stride, saved, dy):
   (dx,) = jax.linear_transpose(lambda x: _rounded_conv(x, kernel, stride), x)(dy)
 
   def rounded(x, dy):
-    given = jax.ShapeDtypeStruct(kernel.shape, x.dtype)
-    (dkernel,) = jax.linear_transpose(lambda k: _rounded_conv(x, k, stride), given)(dy)
+    shape = jax.ShapeDtypeStruct(kernel.shape, x.dtype)
+    (dkernel,) = jax.linear_transpose(lambda k: _rounded_conv(x, k, stride), shape)(dy)
     return dkernel.astype(jnp.float32)
 
   exact = partial(kernel_gradient, size=len(kernel), stride=stride)
-  # cuDNN has no product of bfloat16 numbers with a float32 result.
+  # cuDNN has no convolution of bfloat16 numbers with a float32 result.
   return dx, lax.platform_dependent(x, dy, cuda=rounded, rocm=rounded, default=exact)
 
 
@@ -114,12 +114,12 @@ _conv.defvjp(_conv_forward, _conv_backward)
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, size: int, stride: int) -> jax.Array:
-  """The gradient of a kernel, a convolution too: of x with dy, over the batch as if it were channels.
+  """The gradient of the kernel of a convolution: a convolution of x with dy, in which the batch axis is contracted.
 
   Args:
-    x: `[n, height, width, c]`.
-    dy: `[n, ., ., features]`, the gradient of the output, of x's dtype.
-    size, stride: of the kernel.
+    x: input, `[n, height, width, c]`.
+    dy: gradient of the output, `[n, height / stride, width / stride, features]`, in the dtype of x.
+    size, stride: size and stride of the kernel in pixels.
 
   Returns:
     float32 `[size, size, c, features]`.
@@ -142,7 +142,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, size: int, stride: int) -> jax.
 
 @jax.custom_vjp
 def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """The product in x's dtype; the kernel's gradient is float32."""
+  """A matrix product in the dtype of x; the gradient of the kernel is float32."""
   return x @ kernel.astype(x.dtype)
 
 

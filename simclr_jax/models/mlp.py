@@ -1,4 +1,4 @@
-"""Multilayer perceptrons on features: projection heads and predictors."""
+"""Multilayer perceptrons: projection heads and predictors."""
 
 from typing import Any
 
@@ -13,26 +13,27 @@ NORMS = ('all', 'hidden', 'none', 'all_last_plain')
 
 
 class MLP(nn.Module):
-  """Dense layers; all but the last end in a ReLU.
+  """Dense layers with a ReLU after each but the last.
 
-  With norm='all', SimCLR's head g(h): no biases, batch normalisation after every layer, without offset (beta)
-  after the last. v1 has 2 layers, v2 has 3. Source: Chen et al. 2020a, 2020b.
+  `norm` selects where batch normalisation is applied:
 
-  With norm='none', MoCo's: biases and no normalisation, initialised as torch.nn.Linear is. v1 has 1 layer, v2
-  has 2. Source: He et al. 2020; Chen et al. 2020c.
+  'all': after every layer, the last without offset (beta); no biases. The heads of SimCLR, v1 with 2 layers, v2 with
+    3 (Chen et al. 2020a, 2020b).
+  'none': nowhere; all layers have biases. The heads of MoCo, v1 with 1 layer, v2 with 2 (He et al. 2020; Chen et al.
+    2020c).
+  'hidden': after every layer but the last, which has a bias (BYOL, Barlow Twins, VICReg).
+  'all_last_plain': after every layer, the last without scale and offset (SimSiam, MoCo v3).
 
-  norm='hidden' leaves the last layer a plain linear one with a bias (BYOL, Barlow Twins, VICReg);
-  norm='all_last_plain' gives the last normalisation neither scale nor offset (SimSiam, MoCo v3). Both are
-  initialised as torch.nn.Linear is.
+  Kernels are initialised as in SimCLR's code for 'all', and as in torch.nn.Linear otherwise.
 
   Attributes:
-    layers: number of dense layers; 0 is the identity.
+    layers: number of dense layers; 0: the identity.
     dim: size of the output z.
-    hidden: width of the hidden layers; 0: that of the input.
-    norm: where batch normalisation is, see above.
-    groups, layout: of the batch normalisation.
-    dtype: of the matrix products.
-    keep: how many of the layers there are, from the first; None: all.
+    hidden: width of the hidden layers; 0: the width of the input.
+    norm: see above.
+    groups, layout: as for `norm.BatchNorm`.
+    dtype: dtype of the matrix products.
+    keep: number of layers that are built, from the first; None: all.
   """
 
   layers: int = 2
@@ -46,7 +47,7 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, h: jax.Array, train: bool) -> list[jax.Array]:
-    """`h` `[n, d]` -> `[h, hidden 1, ..., z]`, hidden layers after their ReLU, z `[n, dim]`."""
+    """Features h `[n, d]` -> `[h, hidden 1, ..., z]`: the hidden layers after their ReLU, and z `[n, dim]`."""
     if self.norm not in NORMS:
       raise ValueError(f'MLP norm {self.norm!r} is not one of {NORMS}')
     outputs = [h]
@@ -86,7 +87,7 @@ def depth(config: Any) -> int:
 
 
 def head(config: Any, dtype: Any = jnp.float32, keep: int | None = None) -> MLP:
-  """The projection head of a recipe's `model` part."""
+  """The projection head of a recipe's `model` part; `dtype` and `keep` as for `MLP`."""
   return MLP(
     layers=depth(config),
     dim=config['head_dim'],

@@ -1,8 +1,9 @@
-"""What the contrastive methods train: an encoder f and a projection head g, as two pure functions."""
+"""The network of the contrastive methods: an encoder f and a projection head g."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -13,13 +14,13 @@ PyTree = Any
 
 
 class Network(NamedTuple):
-  """An encoder and its projection head.
+  """An encoder and its projection head, as two pure functions.
 
   Attributes:
     init: `init(rng, x) -> (params, stats)`, both with the keys 'encoder' and 'head'; `stats` are the
-      running averages of BatchNorm. With `data.num_classes`, params has the online 'probe' too.
+      running averages of BatchNorm. With `data.num_classes`, `params` also has the online 'probe'.
     apply: `apply(params, stats, x) -> (outputs, stats)` in training mode: images x `[n, h, w, c]` in
-      [0, 1]; outputs is `[h, ..., z]`: the features `[n, d]`, the hidden layers of the head, its output.
+      [0, 1]; `outputs` is `[h, ..., z]`: the features `[n, d]`, the hidden layers of the head, and its output.
   """
 
   init: Callable[[jax.Array, jax.Array], tuple[PyTree, PyTree]]
@@ -27,7 +28,11 @@ class Network(NamedTuple):
 
 
 def build(config: ml_collections.ConfigDict) -> Network:
-  """The network of a recipe."""
+  """The network of a recipe.
+
+  Raises:
+    ConfigError: as for `encoders.build`.
+  """
   dtype = encoders.compute_dtype(config.dtype)
   f = encoders.build(config.model, dtype, rematerialize=config.rematerialize)
   g = mlp.head(config.model, dtype)
@@ -50,15 +55,27 @@ def build(config: ml_collections.ConfigDict) -> Network:
   return Network(init, apply)
 
 
-def apply_train(module, params: PyTree, stats: PyTree, x: jax.Array, train: bool = True):
-  """A flax module on x: its output and the new BatchNorm statistics, which are `{}` without BatchNorm."""
+def apply_train(
+  module: nn.Module, params: PyTree, stats: PyTree, x: jax.Array, train: bool = True
+) -> tuple[Any, PyTree]:
+  """Applies a flax module to x.
+
+  Args:
+    module: called as `module(x, train=train)`.
+    params, stats: its parameters, and running averages of BatchNorm; `stats` is `{}` without BatchNorm.
+    x: the input.
+    train: whether BatchNorm uses batch statistics and updates the running averages.
+
+  Returns:
+    The output of the module, and the new running averages.
+  """
   variables = {'params': params} | ({'batch_stats': stats} if stats else {})
   y, new = module.apply(variables, x, train=train, mutable='batch_stats')
   return y, new.get('batch_stats', stats)
 
 
 def output_size(config: ml_collections.ConfigDict) -> int:
-  """d of z `[n, d]`, the output of the head, or without a head that of the features."""
+  """The size d of the output z `[n, d]` of the head; without a head, the size of the features."""
   if config.model.head != 'none':
     return config.model.head_dim
   f, size = encoders.build(config.model), config.image_size
@@ -68,6 +85,7 @@ def output_size(config: ml_collections.ConfigDict) -> int:
 
 
 def encoder(params: PyTree, stats: PyTree) -> PyTree:
-  """The variables of f, for evaluation and export."""
-  found = {'params': params['encoder'], 'batch_stats': stats['encoder']}
-  return found if stats['encoder'] else {'params': params['encoder']}
+  """The flax variables of the encoder, for evaluation and export: `params` and, with BatchNorm, `batch_stats`."""
+  if not stats['encoder']:
+    return {'params': params['encoder']}
+  return {'params': params['encoder'], 'batch_stats': stats['encoder']}

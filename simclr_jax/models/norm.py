@@ -1,4 +1,4 @@
-"""Batch normalisation whose statistics do not depend on how many devices compute them."""
+"""Batch normalisation whose statistics do not depend on the number of devices."""
 
 import math
 from typing import Any
@@ -11,27 +11,26 @@ LAYOUTS = ('contiguous', 'strided')
 
 
 class BatchNorm(nn.Module):
-  """Batch normalisation over `groups` equal parts of the global batch.
+  """Batch normalisation of `groups` equal parts of the global batch.
 
-  With `groups=1` the statistics are those of the whole batch on all devices (SimCLR's
-  cross-replica BatchNorm) and the layer equals `flax.linen.BatchNorm`. With `groups=g` each part of
-  n / g examples is normalised by its own statistics, as g GPUs without synchronisation would do;
-  the running averages take the mean over the groups.
+  With `groups=1`, the statistics are those of the global batch on all devices (SimCLR's cross-replica BatchNorm), and
+  the layer equals `flax.linen.BatchNorm`. With `groups=g`, each group of n / g examples is normalised with its own
+  statistics, as on g GPUs without synchronisation; the running averages are updated with the mean over the groups.
 
-  Variance is E[x^2] - E[x]^2 in float32.
+  The variance is E[x^2] - E[x]^2, in float32.
 
   Attributes:
-    groups: number of parts; divides the batch.
-    layout: 'contiguous', where group i holds the i-th run of n / g rows, as GPUs split a batch (to
-      normalise, devices that hold whole groups need not communicate); or 'strided', where it holds the rows i,
-      i + g, i + 2g ... (SplitBatchNorm of MoCo's CIFAR-10 demo).
-    momentum: the share of the old running average that a step keeps.
+    groups: number of groups; divides the batch size.
+    layout: 'contiguous': group i is the i-th block of n / g rows, as GPUs split a batch; devices that hold entire
+      groups do not communicate. 'strided': group i has the rows i, i + g, i + 2g, ... (SplitBatchNorm of MoCo's
+      CIFAR-10 demo).
+    momentum: decay of the running averages: new = momentum * old + (1 - momentum) * batch.
     epsilon: added to the variance.
-    unbiased: whether the running variance is that of a sample, n / (n - 1) times the one that
-      normalises, n being the values of a channel in a group. PyTorch does so, SimCLR does not.
-    use_bias, use_scale: whether the layer has the learned offset beta and factor gamma.
+    unbiased: whether the running variance is the unbiased one, multiplied by m / (m - 1) for m values per channel and
+      group. It is in PyTorch, it is not in SimCLR.
+    use_bias, use_scale: whether the layer has the learned parameters beta (offset) and gamma (scale).
     scale_init: initialiser of gamma.
-    dtype: of the output.
+    dtype: dtype of the output.
   """
 
   groups: int = 1
@@ -46,7 +45,7 @@ class BatchNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """Normalises `x` `[n, ..., c]`; updates `batch_stats` when `train`."""
+    """Normalises x `[n, ..., c]`: with batch statistics if `train`, which updates `batch_stats`, else with these."""
     if self.layout not in LAYOUTS:
       raise ValueError(f'BatchNorm layout {self.layout!r} is not one of {LAYOUTS}')
     c = x.shape[-1]
@@ -57,19 +56,19 @@ class BatchNorm(nn.Module):
     if train:
       if x.shape[0] % self.groups:
         raise ValueError(f'a batch of {x.shape[0]} does not split into {self.groups} groups')
-      members = x.shape[0] // self.groups
+      size = x.shape[0] // self.groups
       contiguous = self.layout == 'contiguous'
-      rows = (self.groups, members) if contiguous else (members, self.groups)
+      rows = (self.groups, size) if contiguous else (size, self.groups)
       y = y.reshape(*rows, *x.shape[1:])
 
-      def average(v):  # -> [g, c]; over the pixels first: half the time on a CPU
+      def average(v):  # -> [g, c]; averaging over the pixels first takes half the time on a CPU
         pixels = range(2, v.ndim - 1)
         return jnp.mean(jnp.mean(v, axis=pixels), axis=1 if contiguous else 0)
 
       mean = average(y)
       var = jnp.maximum(average(y * y) - mean * mean, 0.0)
       if not self.is_initializing():
-        values = members * math.prod(x.shape[1:-1])
+        values = size * math.prod(x.shape[1:-1])
         sample_var = var * (values / max(values - 1, 1)) if self.unbiased else var
         for running, batch in ((running_mean, mean), (running_var, sample_var)):
           running.value = self.momentum * running.value + (1 - self.momentum) * batch.mean(axis=0)
@@ -78,7 +77,7 @@ class BatchNorm(nn.Module):
     else:
       mean, var = running_mean.value, running_var.value
 
-    # One multiply-add a value costs the backward pass half of what (y - mean) * factor + beta does.
+    # The backward pass of one multiply-add per value takes half as long as that of (y - mean) * factor + beta.
     factor = jax.lax.rsqrt(var + self.epsilon)
     if self.use_scale:
       factor = factor * self.param('scale', self.scale_init, (c,), jnp.float32)

@@ -1,4 +1,4 @@
-"""ResNets in the two variants that published contrastive weights come in."""
+"""ResNets in two variants: SimCLR's, and torchvision's as in MoCo."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from simclr_jax.models.layers import Conv
 from simclr_jax.models.norm import BatchNorm
 
-# depth -> (blocks in each group, bottleneck blocks?). 8 is the shallowest network of He et al.'s
-# CIFAR family, 6n + 2 layers in three groups: for laptops and tests.
+# depth -> (number of blocks in each group, whether they are bottleneck blocks). Depth 8, for laptops and tests, is the
+# shallowest CIFAR network of He et al., which have 6n + 2 layers in three groups.
 DEPTHS = {
   8: ((1, 1, 1), False),
   18: ((2, 2, 2, 2), False),
@@ -22,10 +22,10 @@ DEPTHS = {
   152: ((3, 8, 36, 3), True),
   200: ((3, 24, 36, 3), True),
 }
-# stem -> (kernel, stride, max-pool?)
+# stem -> (size of the kernel, stride, whether max-pooling follows)
 STEMS = {'imagenet': (7, 2, True), 'strided': (3, 2, False), 'cifar': (3, 1, False)}
 VARIANTS = ('simclr', 'torchvision')
-# name -> (mean, standard deviation) of red, green, blue, in [0, 1]; besides, there is 'none'.
+# name -> (mean, standard deviation) of red, green and blue in [0, 1]; 'none' is also allowed
 NORMALIZE = {
   'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
   'cifar10': ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
@@ -33,13 +33,13 @@ NORMALIZE = {
 
 
 class SelectiveKernel(nn.Module):
-  """Mixes two streams of channels, with weights that the average image decides.
+  """Selective kernels: a weighted sum of two streams, with weights that depend on their global average pooling.
 
   Attributes:
-    features: channels between the streams and their weights.
-    conv, norm: layer constructors.
+    features: number of channels of the bottleneck that computes the weights.
+    conv, norm: constructors of layers.
 
-  Source: Li et al. 2019, with two 3x3 streams as SimCLR v2 has it.
+  Source: Li et al. 2019, with two 3x3 streams as in SimCLR v2.
   """
 
   features: int
@@ -48,7 +48,7 @@ class SelectiveKernel(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """`x` `[n, height, width, 2c]`, one stream after the other -> `[n, height, width, c]`."""
+    """x `[n, height, width, 2c]`, the two streams concatenated -> `[n, height, width, c]`."""
     streams = jnp.stack(jnp.split(x, 2, axis=-1))
     y = jnp.mean(streams.sum(axis=0), axis=(1, 2), keepdims=True)
     y = self.conv(self.features, 1, 1, name='reduce')(y)
@@ -59,11 +59,11 @@ class SelectiveKernel(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-  """Multiplies every channel by a number in (0, 1) that the average image decides.
+  """Squeeze and excitation: scales every channel by a factor in (0, 1) that depends on global average pooling.
 
   Attributes:
-    features: channels between the average and the factors.
-    conv: layer constructor.
+    features: number of channels of the bottleneck that computes the factors.
+    conv: constructor of convolutions.
 
   Source: Hu et al. 2018.
   """
@@ -73,7 +73,7 @@ class SqueezeExcite(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """`x` `[n, height, width, c]` -> the same shape."""
+    """x `[n, height, width, c]` -> the same shape."""
     y = jnp.mean(x, axis=(1, 2), keepdims=True)
     y = nn.relu(self.conv(self.features, 1, 1, name='reduce', use_bias=True)(y))
     y = self.conv(x.shape[-1], 1, 1, name='expand', use_bias=True)(y)
@@ -81,16 +81,16 @@ class SqueezeExcite(nn.Module):
 
 
 class Block(nn.Module):
-  """A residual block: two 3x3 convolutions, or the 1x1, 3x3, 1x1 bottleneck (v1.5: stride on 3x3).
+  """A residual block: two 3x3 convolutions, or a bottleneck of 1x1, 3x3 and 1x1 (v1.5: stride in the 3x3).
 
   Attributes:
-    filters: channels of the 3x3 convolutions; a bottleneck puts out four times as many.
-    stride: of the block.
-    bottleneck: which of the two kinds.
-    project: whether the shortcut is a 1x1 convolution and not the identity.
-    zero_init: start the last gamma at 0, so that the block starts as its shortcut.
-    sk_ratio, se_ratio: as in `ResNet`.
-    conv, norm: layer constructors.
+    filters: number of channels of the 3x3 convolutions; a bottleneck has four times as many output channels.
+    stride: stride of the block.
+    bottleneck: whether the block is a bottleneck.
+    project: whether the shortcut is a 1x1 convolution instead of the identity.
+    zero_init: whether the last gamma is initialised with 0, so that the block is initially its shortcut.
+    sk_ratio, se_ratio: as for `ResNet`.
+    conv, norm: constructors of layers.
   """
 
   filters: int
@@ -113,7 +113,8 @@ class Block(nn.Module):
 
     shortcut = x
     if self.project:
-      if self.sk_ratio > 0:  # ResNet-D; TensorFlow's padding counts where the stride is 2 alone
+      if self.sk_ratio > 0:  # ResNet-D
+        # As in TensorFlow, padding is included in the average only if the stride is 2.
         shortcut = nn.avg_pool(x, (2, 2), (s, s), [(0, 1), (0, 1)], count_include_pad=s > 1)
         s = 1
       shortcut = self.conv(kernels[-1][0], 1, s, name='proj_conv')(shortcut)
@@ -152,21 +153,20 @@ class ResNet(nn.Module):
   Attributes:
     depth: a key of `DEPTHS`.
     width_multiplier: factor on all channel counts.
-    stem: 'imagenet' (7x7 stride 2, max-pool), 'cifar' (3x3 stride 1), or between them, for images
-      of 64 pixels and for laptops, 'strided' (3x3 stride 2).
-    variant: 'simclr' or 'torchvision'.
-    groups, layout: of the batch normalisation.
-    sk_ratio: above 0, the SK networks of SimCLR v2 (0.0625 there): selective kernels in bottleneck
-      blocks, average pooling in projections and three 3x3 convolutions for the 7x7 (ResNet-D).
-    se_ratio: above 0, a squeeze-and-excitation layer at the end of every block.
-    normalize: 'none', or a key of `NORMALIZE`: what is subtracted from images and divides them.
-    dtype: of the convolutions; parameters and statistics stay float32.
-    rematerialize: whether a block's activations are computed again for its gradient, and not kept.
-    frozen: the stem and the groups up to this one normalise with their running statistics and leave
-      them alone in training, too; 0: the stem only, -1: nothing.
+    stem: 'imagenet' (7x7, stride 2, max-pool), 'cifar' (3x3, stride 1), or for images of 64 pixels 'strided' (3x3,
+      stride 2).
+    variant: 'simclr' or 'torchvision', see above.
+    groups, layout: as for `norm.BatchNorm`.
+    sk_ratio: above 0: the SK networks of SimCLR v2, where it is 0.0625: selective kernels in bottleneck blocks,
+      and as in ResNet-D, average pooling in projections and a stem of three 3x3 convolutions.
+    se_ratio: above 0: squeeze and excitation at the end of every block.
+    normalize: 'none', or a key of `NORMALIZE`: mean and standard deviation that normalise the images.
+    dtype: dtype of the convolutions; parameters and BatchNorm statistics are float32.
+    rematerialize: whether the activations of a block are recomputed in the backward pass.
+    frozen: the stem and the groups up to this one use the running averages of BatchNorm in training, too, and do not
+      update them; 0: the stem only; -1: nothing is frozen.
 
-  Source: He et al. 2016; Chen et al. 2020a, 2020b (SimCLR v1, v2) for the first variant; He et al.
-  2019 for ResNet-D.
+  Source: He et al. 2016; Chen et al. 2020a, 2020b (SimCLR v1, v2) for 'simclr'; He et al. 2019 for ResNet-D.
   """
 
   depth: int = 50
@@ -184,7 +184,7 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """`x` `[n, height, width, 3]` in [0, 1] -> h `[n, d]` float32, d = 512 or 2048 times width."""
+    """Images x `[n, height, width, 3]` in [0, 1] -> features h, float32 `[n, channels of the last block]`."""
     for name, value, allowed in (
       ('depth', self.depth, tuple(DEPTHS)),
       ('stem', self.stem, tuple(STEMS)),
@@ -245,14 +245,14 @@ class ResNet(nn.Module):
 
 
 def is_frozen(name: str, frozen: int) -> bool:
-  """Whether a module of `ResNet`, such as 'group2_block1', is among those that `frozen` means."""
+  """Whether a module of `ResNet`, such as 'group2_block1', is frozen; `frozen` as for `ResNet`."""
   return (0 if name.startswith('stem') else int(name[5])) <= frozen
 
 
 def from_config(
   config: Any, dtype: Any = jnp.float32, frozen: int = -1, rematerialize: bool = False
 ) -> ResNet:
-  """The network of a recipe's `model` part."""
+  """The ResNet of a recipe's `model` part; the other arguments as for `ResNet`."""
   return ResNet(
     depth=config['depth'],
     width_multiplier=config['width_multiplier'],
