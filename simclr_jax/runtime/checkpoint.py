@@ -1,8 +1,7 @@
-"""Saving and restoring, the only file that imports Orbax.
+"""Saves and restores checkpoints. Only this file imports Orbax.
 
-A checkpoint is an Orbax directory with the item `state` and, as custom metadata, a JSON of what Orbax
-does not know: a CRC-32 for every leaf, since Orbax reads flipped bits without a word, and whatever the
-caller adds (config, step, versions).
+A checkpoint is an Orbax directory with custom metadata: a CRC-32 checksum of every leaf, since Orbax does not detect
+flipped bits, the shapes, and what the caller adds (config, step, versions).
 """
 
 import pathlib
@@ -22,43 +21,46 @@ PyTree = Any
 
 
 class CheckpointError(RuntimeError):
-  """Checkpoints exist and none can be read, or one could not be written."""
+  """A checkpoint could not be written, or no checkpoint can be read."""
 
 
 def digest(tree: PyTree) -> dict[str, int]:
-  """CRC-32 of the bytes of every leaf, by its path."""
+  """The CRC-32 checksum of every leaf, by its path. All processes must call this function."""
   return {
-    jax.tree_util.keystr(path): crc32(_whole(leaf))
+    jax.tree_util.keystr(path): crc32(_on_host(leaf))
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
   }
 
 
-def _whole(leaf):
-  """An array on this host, though its parts may be on several."""
+def _on_host(leaf):
+  """An array, whose parts may be on the devices of several processes, as a numpy array on this host."""
   if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
     return multihost_utils.process_allgather(leaf, tiled=True)
   return jax.device_get(leaf)
 
 
 def abstract(tree: PyTree) -> PyTree:
-  """Shapes, dtypes and shardings of `tree`: what restoring needs to know of the target."""
+  """Shapes, dtypes and shardings of `tree`, as a target for `restore`."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def save_tree(path: pathlib.Path, tree: PyTree, metadata: dict[str, Any]) -> None:
-  """Writes one tree of arrays to the new directory `path`."""
+  """Writes a tree of arrays and metadata, plain data, to the new directory `path`."""
   ocp.save(paths.absolute(path), tree, custom_metadata={**metadata, 'crc32': digest(tree)})
 
 
 def load_tree(path: pathlib.Path, target: PyTree | None = None) -> tuple[PyTree, dict[str, Any]]:
-  """Reads a directory of `save_tree`, or one step of a run: (tree, metadata).
+  """Reads a directory that `save_tree` wrote.
 
   Args:
     path: the directory.
-    target: abstract arrays with shardings; without it, numpy arrays come back.
+    target: abstract arrays with shardings; None: numpy arrays are returned.
+
+  Returns:
+    The tree and its metadata.
 
   Raises:
-    CheckpointError: it cannot be read, or its bytes are not those that were written.
+    CheckpointError: the directory cannot be read, or a checksum does not match.
   """
   tree, metadata = _read(path, target)
   _check_digest(path, tree, metadata)
@@ -72,7 +74,7 @@ def _read(path, target):
     if target is None:
       target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), metadata.metadata)
     return ocp.load(path, target), dict(metadata.custom_metadata or {})
-  except Exception as error:  # Orbax raises a dozen types, bare Exception among them
+  except Exception as error:  # Orbax raises many types, including Exception itself
     reason = str(error).split('. See full')[0].split('\n')[0]
     raise CheckpointError(
       f'{path} is unreadable: {type(error).__name__}: {reason[:300]}'
@@ -82,7 +84,7 @@ def _read(path, target):
 def _check_digest(path, tree, metadata):
   actual, expected = digest(tree), metadata.get('crc32')
   if not expected:
-    raise CheckpointError(f'{path} has no checksums: this program did not write it')
+    raise CheckpointError(f'{path} has no checksums: it was not written by simclr-jax')
   wrong = sorted(k for k in actual.keys() | expected.keys() if actual.get(k) != expected.get(k))
   if wrong:
     raise CheckpointError(f'{path} is damaged: the checksum of {wrong[0]} does not match')
@@ -92,28 +94,34 @@ def steps(folder: pathlib.Path) -> list[int]:
   """Steps of the finished checkpoints in `folder`, ascending."""
   if not folder.is_dir():
     return []
-  found = [p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()]
-  if paths.is_remote(folder):  # written in place, and marked at the end
-    found = [p for p in found if (p / 'commit_success.txt').exists()]
-  return sorted(int(p.name) for p in found)
+  checkpoints = [p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()]
+  if paths.is_remote(folder):  # Orbax writes in place and marks a finished checkpoint with a file
+    checkpoints = [p for p in checkpoints if (p / 'commit_success.txt').exists()]
+  return sorted(int(p.name) for p in checkpoints)
 
 
 def exists(folder: pathlib.Path) -> bool:
-  """Whether a run has saved anything in `folder`, readable or not."""
+  """Whether `folder` contains checkpoints, readable or damaged."""
   return bool(steps(folder)) or any(folder.glob('corrupt-*'))
 
 
 def restore(
   folder: pathlib.Path, target: PyTree, quarantine: bool = False
 ) -> tuple[PyTree, dict[str, Any]] | None:
-  """The newest readable state in `folder`, or None if there has never been one.
+  """Restores the newest readable checkpoint. All processes must call this function.
 
-  With `quarantine`, unreadable newer ones are renamed to `corrupt-<step>`: left in place they would
-  keep a run from saving these steps again. Only the run that owns the folder may ask for that.
+  Args:
+    folder: the folder of the checkpoints of a run.
+    target: abstract arrays with shardings, see `abstract`.
+    quarantine: whether newer checkpoints that are unreadable are renamed to `corrupt-<step>`, so that these steps can be
+      saved again. Only the run itself may do this, not a reader.
+
+  Returns:
+    The state and its metadata; None if there are no checkpoints.
 
   Raises:
-    CheckpointError: there are checkpoints and none is readable.
-    ConfigError: the newest is readable but of another network.
+    CheckpointError: there are checkpoints, but none is readable.
+    ConfigError: the newest checkpoint is readable, but its shapes are not those of the target.
   """
   damaged = []
   saved = distributed.gather(steps(folder))[0]  # one process decides which checkpoints exist
@@ -122,16 +130,14 @@ def restore(
     try:
       _on_all(_check_shapes, path, _shapes(target))
       restored = _on_all(_read, path, target)
-      _on_all(_check_digest, path, *restored)  # computed together: no process may be missing
-    except CheckpointError as problem:
-      logging.warning('%s', problem)
+      _on_all(_check_digest, path, *restored)  # a collective operation: all processes take part
+    except CheckpointError as error:
+      logging.warning('%s', error)
       damaged.append(path)
       continue
-    for bad in damaged if quarantine and distributed.is_main_process() else []:
-      names = (f'corrupt-{bad.name}{suffix}' for suffix in ('', *(f'-{i}' for i in range(2, 99))))
-      aside = next(folder / name for name in names if not (folder / name).exists())
-      bad.rename(aside)
-      logging.warning('moved %s to %s; resuming from step %d', bad.name, aside, step)
+    if quarantine and distributed.is_main_process():
+      for path in damaged:
+        _quarantine(path, step)
     distributed.barrier('restored')
     return restored
   if saved or exists(folder):
@@ -142,8 +148,16 @@ def restore(
   return None
 
 
+def _quarantine(path, resumed_step):
+  suffixes = ('', *(f'-{i}' for i in range(2, 99)))
+  candidates = (path.with_name(f'corrupt-{path.name}{suffix}') for suffix in suffixes)
+  new = next(candidate for candidate in candidates if not candidate.exists())
+  path.rename(new)
+  logging.warning('moved %s to %s; resuming from step %d', path.name, new, resumed_step)
+
+
 def _on_all(work, *args):
-  """`work(*args)`; a CheckpointError or ConfigError of one process is raised on all processes."""
+  """Calls `work(*args)`; if it raises CheckpointError or ConfigError on one process, all processes raise it."""
   kinds = {kind.__name__: kind for kind in (CheckpointError, ConfigError)}
   result = failure = None
   try:
@@ -164,7 +178,7 @@ def _shapes(tree):
 
 
 def _check_shapes(path, shapes):
-  """A readable checkpoint of another network is a mistake of the user, not damage."""
+  """Raises ConfigError if a checkpoint is of another network, and CheckpointError if it cannot be read."""
   try:
     stored = (ocp.metadata(paths.absolute(path)).custom_metadata or {})['shapes']
   except Exception as error:
@@ -172,19 +186,19 @@ def _check_shapes(path, shapes):
   for leaf in sorted(stored.keys() | shapes.keys()):
     if stored.get(leaf) != shapes.get(leaf):
       raise ConfigError(
-        f'{path} is of another network: {leaf} is {stored.get(leaf)} there '
-        f'and {shapes.get(leaf)} in this recipe'
+        f'{path} is of another network: {leaf} is {stored.get(leaf)} there and {shapes.get(leaf)} in this '
+        'recipe; restore the recipe or choose a new --workdir'
       )
 
 
 class Saver:
-  """Saves a run's states in the background. Use it as a context manager: leaving waits."""
+  """Saves checkpoints of a run in the background. A context manager, which waits for the last one at its end."""
 
   def __init__(self, folder: pathlib.Path, keep: int):
     """Keeps the `keep` newest checkpoints in `folder`."""
     self._folder = folder
     self._checkpointer = ocp.training.Checkpointer(
-      paths.absolute(folder),  # a relative path would fail in the background only
+      paths.absolute(folder),  # a relative path would only fail in the background
       preservation_policy=ocp.training.preservation_policies.LatestN(keep),
       cleanup_tmp_directories=True,
     )
@@ -198,23 +212,32 @@ class Saver:
     except CheckpointError as failure:
       if error[0] is None:
         raise
-      logging.error('%s', failure)  # the exception that is being raised says more
+      logging.error('%s', failure)  # another exception is being raised already
     finally:
       self._checkpointer.close()
 
   def save(self, step: int, state: PyTree, metadata: dict[str, Any]) -> None:
-    """Starts to write `state`; its buffers may be donated as soon as this returns.
+    """Starts to save a checkpoint. The buffers of `state` may be donated when this method returns.
+
+    Args:
+      step: number of finished steps.
+      state: a tree of arrays.
+      metadata: plain data to save with the state.
 
     Raises:
-      CheckpointError: this save was refused, or the one before it failed.
+      CheckpointError: the previous checkpoint was not written, or Orbax refuses this one.
     """
     metadata = {**metadata, 'step': step, 'crc32': digest(state), 'shapes': _shapes(state)}
-    self.wait()  # an error of the last save is raised here and not lost
+    self.wait()  # raises the error of the previous save
     if self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata) is None:
       raise CheckpointError(f'Orbax refused to save step {step} in {self._folder}')
 
   def wait(self) -> None:
-    """Returns when everything is on disk."""
+    """Waits until the last checkpoint is on disk.
+
+    Raises:
+      CheckpointError: it was not written.
+    """
     try:
       self._checkpointer.wait()
     except Exception as error:

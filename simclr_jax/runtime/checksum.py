@@ -1,4 +1,4 @@
-"""Checksums that tell data apart; they do not protect against intent."""
+"""Checksums that detect changed data; they are not cryptographic."""
 
 import zlib
 
@@ -6,10 +6,12 @@ import numpy as np
 
 
 def crc32(*parts: np.ndarray | str) -> int:
-  """CRC-32 of the bytes of arrays and texts, one after the other."""
+  """The CRC-32 checksum of the concatenated bytes of arrays and texts."""
   crc = 0
   for part in parts:
-    text = isinstance(part, str)
-    raw = part.encode('utf-8', 'surrogateescape') if text else np.ascontiguousarray(part)
-    crc = zlib.crc32(raw, crc)
+    if isinstance(part, str):
+      crc = zlib.crc32(part.encode('utf-8', 'surrogateescape'), crc)
+    else:
+      # The stubs of numpy declare the buffer protocol for Python >= 3.12 only.
+      crc = zlib.crc32(np.ascontiguousarray(part), crc)  # type: ignore[arg-type]
   return crc

@@ -1,4 +1,4 @@
-"""Multi-process runs: initialisation, errors that all processes raise, equality checks, barriers."""
+"""Multi-process runs: initialisation, collective errors, equality checks and barriers."""
 
 import contextlib
 import json
@@ -18,16 +18,18 @@ from simclr_jax.errors import ConfigError, ExitCode
 
 T = TypeVar('T')
 
-HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as dead
-START = 600  # seconds that the processes wait for each other at start-up
+HEARTBEAT = 60  # seconds without a heartbeat after which a process is considered dead
+START = 600  # seconds that processes wait for each other at the start
 
 
 def initialize(coordinator: str | None, processes: int | None, process: int | None) -> None:
   """Connects the processes of a run, before any device is used.
 
-  On Cloud TPU, Slurm and other clusters that JAX knows, everything is detected. Elsewhere the arguments are used,
-  or the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without either, this
-  is a single-process run.
+  On Cloud TPU, Slurm and other clusters that JAX supports, all values are detected. Elsewhere they are the arguments,
+  or else the environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Without these, the
+  run has a single process, and nothing is done.
+
+  Processes other than process 0 do not print to stdout afterwards.
 
   Args:
     coordinator: HOST:PORT, the address of process 0.
@@ -35,29 +37,27 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     process: index of this process, from 0.
 
   Raises:
-    ConfigError: only some of the three are given, or they are invalid.
+    ConfigError: only some of the three values are set, or they are invalid.
   """
   if jax.distributed.is_initialized():
     return
   coordinator = coordinator or os.environ.get('JAX_COORDINATOR_ADDRESS')
   processes = _number('JAX_NUM_PROCESSES') if processes is None else processes
   process = _number('JAX_PROCESS_ID') if process is None else process
-  options = {'--coordinator': coordinator, '--num-processes': processes, '--process-id': process}
-  missing = [name for name, value in options.items() if value is None]
-  if 0 < len(missing) < 3:
-    raise ConfigError(f'{" and ".join(missing)} must be given, too, for a multi-process run')
-  # JAX's detection takes seconds: used only where several processes are likely.
-  if missing and not _in_cluster():
-    return
-  if not missing:
-    host, _, port = coordinator.rpartition(':')
-    if not host or not port.isdecimal():
-      raise ConfigError(f'--coordinator={coordinator} is not HOST:PORT')
-    if not 0 <= process < processes:
-      raise ConfigError(
-        f'--process-id={process} is not from 0 to {processes - 1}, --num-processes={processes}'
-      )
+  if coordinator is not None and processes is not None and process is not None:
+    _check_arguments(coordinator, processes, process)
     print(f'process {process} of {processes}: connecting to coordinator {coordinator}', flush=True)
+  else:
+    options = {
+      '--coordinator': coordinator,
+      '--num-processes': processes,
+      '--process-id': process,
+    }
+    missing = [name for name, value in options.items() if value is None]
+    if len(missing) < 3:
+      raise ConfigError(f'{" and ".join(missing)} must be given, too, for a multi-process run')
+    if not _in_cluster():  # the detection of JAX takes seconds
+      return
   jax.distributed.initialize(
     coordinator,
     processes,
@@ -74,6 +74,16 @@ def initialize(coordinator: str | None, processes: int | None, process: int | No
     logging.set_verbosity(logging.ERROR)
 
 
+def _check_arguments(coordinator: str, processes: int, process: int) -> None:
+  host, _, port = coordinator.rpartition(':')
+  if not host or not port.isdecimal():
+    raise ConfigError(f'--coordinator={coordinator} is not HOST:PORT')
+  if not 0 <= process < processes:
+    raise ConfigError(
+      f'--process-id={process} is not from 0 to {processes - 1}, --num-processes={processes}'
+    )
+
+
 def _heartbeat():
   return int(os.environ.get('SIMCLR_JAX_HEARTBEAT_SECONDS', HEARTBEAT))
 
@@ -86,6 +96,7 @@ def _number(variable):
 
 
 def _in_cluster():
+  """Whether the environment is one in which several processes are likely."""
   hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '').split(',')
   tasks = os.environ.get('SLURM_STEP_NUM_TASKS', '1')
   slices = os.environ.get('MEGASCALE_NUM_SLICES', '1')
@@ -93,29 +104,30 @@ def _in_cluster():
 
 
 def _on_a_tpu_pod():
-  """Whether the metadata of the machine name a TPU slice with several hosts."""
+  """Whether this machine is a host of a TPU slice with several hosts."""
   if not any(os.path.exists(path) for path in ('/dev/accel0', '/dev/vfio/0')):
     return False
-  from jax._src.clusters import cloud_tpu_cluster  # there is no public name for it
+  from jax._src.clusters import cloud_tpu_cluster  # JAX has no public function for this
 
   try:
     return cloud_tpu_cluster.GceTpuCluster.get_process_count() > 1
-  except Exception:  # no metadata server: not a Cloud TPU VM
+  except Exception:  # without a metadata server, this is not a Cloud TPU VM
     return False
 
 
 def check_accelerator(tpus: Callable[[], tuple[int, Any]] | None = None) -> None:
-  """Refuses to train on the CPU of a machine that has a TPU.
+  """Checks that JAX uses the TPU of a machine that has one.
 
   Args:
-    tpus: () -> (number, kind) of the TPU chips of the machine; by default JAX's own look at the PCI bus.
+    tpus: `tpus()` -> (number, kind) of the TPU chips of the machine (default: JAX's own detection).
 
   Raises:
-    ConfigError: there is a TPU that JAX does not see, and JAX_PLATFORMS=cpu is not set.
+    ConfigError: JAX uses the CPU of a machine with a TPU, and JAX_PLATFORMS=cpu is not set.
   """
-  if jax.default_backend() != 'cpu' or (jax.config.jax_platforms or '').startswith('cpu'):
+  platforms = jax.config.jax_platforms or ''  # type: ignore[attr-defined]  # JAX defines it at run time
+  if jax.default_backend() != 'cpu' or platforms.startswith('cpu'):
     return
-  from jax._src import hardware_utils  # there is no public name for it
+  from jax._src import hardware_utils  # JAX has no public function for this
 
   count = (tpus or hardware_utils.num_available_tpu_chips_and_device_id)()[0]
   if count:
@@ -136,10 +148,10 @@ def is_main_process() -> bool:
 
 
 def peer_failure(error: BaseException) -> int:
-  """The exit code after an exception in one process of a multi-process run.
+  """The exit code of a process of a multi-process run after an exception.
 
-  When a collective operation fails, another process has probably died. JAX's heartbeats find out which one a
-  little later: JAX then names it on stderr and aborts this process, with exit code 134.
+  If a collective operation failed, another process has probably died. This function then waits until JAX's
+  heartbeats detect the dead process: JAX prints its index on stderr and aborts this process with exit code 134.
   """
   if not isinstance(error, jax.errors.JaxRuntimeError):
     return 1
@@ -149,22 +161,27 @@ def peer_failure(error: BaseException) -> int:
 
 
 def exit(code: int) -> None:
-  """Ends this process of a multi-process run at once; after a preemption, when the others are ready to end.
+  """Ends this process of a multi-process run without waiting for the other processes.
 
-  Python's normal exit waits for all processes, which may be waiting for this one. Process 0 must not be the first
-  to end where all end: the others would report it as dead.
+  The normal exit of Python waits for all processes, which may be waiting for this one. After a preemption, when all
+  processes end, this function waits up to 20 s for the others: if process 0 ended first, they would report it as dead.
   """
   sys.stderr.flush()
   if code == ExitCode.PREEMPTED:
-    from jax._src import distributed  # there is no public barrier with a limit
+    from jax._src import distributed  # JAX has no public barrier with a time limit
 
+    client: Any = distributed.global_state.client
     with contextlib.suppress(Exception):
-      distributed.global_state.client.wait_at_barrier('simclr_jax_exit', 20_000)
+      client.wait_at_barrier('simclr_jax_exit', 20_000)
   os._exit(code)
 
 
 def gather(value: Any) -> list[Any]:
-  """The values of all processes, by process index. All must call it, with a value that JSON can hold."""
+  """The values of all processes, by process index.
+
+  Args:
+    value: plain data that JSON can represent. All processes must call this function.
+  """
   if jax.process_count() == 1:
     return [value]
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -176,30 +193,39 @@ def gather(value: Any) -> list[Any]:
 
 
 def run_on_all(work: Callable[[], T]) -> T:
-  """Runs `work()`, which must not wait for other processes; if it fails on one process, all raise.
+  """Runs a function on all processes; if it fails on one process, all processes raise an error.
+
+  Args:
+    work: must not wait for other processes.
+
+  Returns:
+    The result of `work()` on this process.
 
   Raises:
-    ConfigError: that of the first process that has one. Any other error is raised on its own process, and a
-      ConfigError on the others.
+    ConfigError: the error message of the first process that failed. If `work` raises another exception than
+      ConfigError, its process raises this exception instead.
   """
-  result, problem, failure = None, '', None
+  if jax.process_count() == 1:
+    return work()
+  results, failure, message = [], None, ''
   try:
-    result = work()
+    results.append(work())
   except Exception as error:
-    if jax.process_count() == 1:
-      raise
-    problem, failure = f'{error}' or type(error).__name__, error
-  problems = gather(problem)
+    failure, message = error, f'{error}' or type(error).__name__
+  messages = gather(message)
   if failure and not isinstance(failure, ConfigError):
     raise failure
-  for process, said in enumerate(problems):
-    if said:
-      raise ConfigError(f'process {process}: {said}')
-  return result
+  for process, text in enumerate(messages):
+    if text:
+      raise ConfigError(f'process {process}: {text}')
+  return results[0]
 
 
 def check_equal(values: dict[str, Any]) -> None:
-  """Checks that all processes have equal values, which JSON can hold.
+  """Checks that all processes have equal values.
+
+  Args:
+    values: name -> plain data that JSON can represent. All processes must call this function.
 
   Raises:
     ConfigError: naming each value that differs, and the processes.
@@ -216,6 +242,6 @@ def check_equal(values: dict[str, Any]) -> None:
 
 
 def barrier(name: str) -> None:
-  """Waits until all processes are here."""
+  """Waits until all processes have called this function with the same name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)

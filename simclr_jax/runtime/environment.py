@@ -1,4 +1,4 @@
-"""Versions of what the numbers depend on."""
+"""Versions of the software on which results depend."""
 
 import functools
 import importlib.metadata
@@ -11,17 +11,17 @@ from simclr_jax import __version__
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
 
 
-@functools.cache  # every checkpoint records them, and git is a process of its own
+@functools.cache  # called for every checkpoint, and git is a separate process
 def versions() -> dict[str, str]:
-  """Versions of this package, Python and `PACKAGES`, and the git commit if this is a checkout."""
-  found = {'simclr_jax': __version__, 'python': platform.python_version()}
+  """Versions of this package, of Python and of `PACKAGES`; in a git checkout, also the commit, as 'git'."""
+  installed = {'simclr_jax': __version__, 'python': platform.python_version()}
   for name in PACKAGES:
     try:
-      found[name] = importlib.metadata.version(name)
+      installed[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      found[name] = 'not installed'
+      installed[name] = 'not installed'
   commit = _git_commit(pathlib.Path(__file__).resolve().parents[2])
-  return found | ({'git': commit} if commit else {})
+  return installed | ({'git': commit} if commit else {})
 
 
 def _git_commit(checkout):
@@ -31,5 +31,5 @@ def _git_commit(checkout):
   except (OSError, subprocess.CalledProcessError):
     return ''
   top, commit = output.split('\n')[:2]
-  # Not a repository that contains the virtual environment.
+  # Ignores a repository that merely contains the virtual environment.
   return commit if pathlib.Path(top) == checkout else ''

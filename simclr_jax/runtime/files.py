@@ -1,4 +1,4 @@
-"""Writing a file as a whole or not at all."""
+"""Atomic writing of files."""
 
 import contextlib
 import json
@@ -13,10 +13,10 @@ from simclr_jax.runtime import paths
 
 @contextlib.contextmanager
 def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A temporary path beside `path` that replaces it when the block ends without an error.
+  """A context manager that yields a temporary path, which replaces `path` when the block ends without an error.
 
-  It has the same suffix, since some writers choose a format by it. Objects in buckets appear as a whole: there,
-  the block gets `path` itself.
+  The temporary file is in the same folder and has the same suffix, because some writers choose the format by the
+  suffix. In a bucket, where writing is atomic, the block gets `path` itself.
   """
   if paths.is_remote(path):
     yield path
@@ -40,11 +40,11 @@ def _umask():
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Replaces the content of a file at once."""
+  """Writes a text file atomically."""
   with atomic(path) as temporary:
     temporary.write_text(text)
 
 
 def write_json(path: pathlib.Path, value: Any, indent: int | None = 1) -> None:
-  """Replaces the content of a file with a JSON value."""
+  """Writes a JSON file atomically; `indent` as for `json.dumps`."""
   write_text(path, json.dumps(value, indent=indent) + '\n')

@@ -1,7 +1,8 @@
-"""Goodput: the share of the wall-clock time of a run that was spent on steps which were kept.
+"""Goodput: the fraction of the wall-clock time of a run that was spent on steps that did not have to be recomputed.
 
-`metrics.jsonl` has, for each attempt (each process that worked on the run), an event 'start', and in every
-record the time and the seconds that the attempt has spent so far on anything but steps.
+An attempt is the time from the start or resumption of a run to its next interruption. In `metrics.jsonl`, each attempt
+starts with an event 'start', and every record has the time, and the seconds that the attempt has spent on anything
+but steps so far.
 """
 
 import contextlib
@@ -9,16 +10,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-KINDS = ('start', 'data', 'checkpoint', 'evaluation')  # time that is not spent on steps
+KINDS = ('start', 'data', 'checkpoint', 'evaluation')  # what time is spent on, except steps
 
 
 class Clock:
-  """Measures what an attempt spends its time on.
+  """Measures how an attempt spends its time.
 
   Attributes:
-    started: seconds since 1970.
-    seconds: so far, by `KINDS`: 'start' is the time until the first step is done, mostly compilation;
-      'data' waiting for batches; 'checkpoint' time in which saving blocks the training.
+    started: time of the start, in seconds since 1970.
+    seconds: seconds by `KINDS`: 'start' until the first step is done, mostly for compilation; 'data' in which the
+      devices wait for a batch; 'checkpoint' in which saving blocks the training; 'evaluation' of the online kNN.
   """
 
   def __init__(self):
@@ -27,12 +28,12 @@ class Clock:
     self.started = round(time.time(), 3)
 
   def first_step_done(self) -> None:
-    """Ends the time that counts as 'start'."""
+    """Ends the time that is counted as 'start'."""
     self.seconds['start'] = time.monotonic() - self._created - self.seconds['data']
 
   @contextlib.contextmanager
   def measure(self, kind: str) -> Iterator[None]:
-    """Adds the time of the block to `kind`."""
+    """A context manager that adds the time of the block to `kind`, one of `KINDS`."""
     start = time.monotonic()
     try:
       yield
@@ -40,21 +41,21 @@ class Clock:
       self.seconds[kind] += time.monotonic() - start
 
   def fields(self) -> dict[str, float]:
-    """For a record: `time`, in seconds since 1970, and `seconds_KIND`."""
+    """The fields of a record: `time`, in seconds since 1970, and `seconds_KIND` for each kind."""
     seconds = {f'seconds_{kind}': round(s, 3) for kind, s in self.seconds.items()}
     return {'time': round(time.time(), 3), **seconds}
 
 
 def account(records: list[dict[str, Any]]) -> dict[str, float] | None:
-  """Divides up the wall-clock time of a run over all its attempts.
+  """The wall-clock time of a run by kind, over all attempts.
 
   Args:
-    records: of `metrics.jsonl`, in order.
+    records: the records of `metrics.jsonl`, in order.
 
   Returns:
-    Seconds by `KINDS`, of 'gaps' between the attempts, of steps that were recomputed ('redone'), and of
-    'steps' that were kept; `wall`, their sum; `attempts`, `steps_redone`, and `goodput`, steps / wall. None for runs
-    without times.
+    In seconds: `KINDS`; 'gaps', the time between attempts; 'redone', steps that were lost and recomputed; 'steps', all
+    other steps; 'wall', the sum. Also 'attempts' and 'steps_redone', their numbers, and 'goodput', steps / wall. None
+    if no record has a time.
   """
   attempts: list[list[dict[str, Any]]] = []
   for record in records:

@@ -1,4 +1,4 @@
-"""Where the metrics of a run go: metrics.jsonl, TensorBoard, and a progress line."""
+"""Logs the metrics of a run: metrics.jsonl, TensorBoard, and a progress line."""
 
 import importlib.util
 import json
@@ -15,22 +15,33 @@ from simclr_jax.runtime import files, paths
 
 
 class Log:
-  """metrics.jsonl, TensorBoard and the progress line."""
+  """Writes metrics.jsonl, TensorBoard files and the progress line of a run."""
 
   def __init__(
     self, workdir: pathlib.Path, first_step: int, steps: int, tensorboard: bool, writes: bool = True
   ):
-    """`writes`: whether this process writes and prints; the others do not."""
+    """Opens the files; records of steps after `first_step` are removed.
+
+    Args:
+      workdir: directory of the run.
+      first_step: the step from which the run starts or resumes.
+      steps: length of the training.
+      tensorboard: whether TensorBoard files are written.
+      writes: whether this process writes and prints; only one process of a run does.
+
+    Raises:
+      OSError: a file cannot be written.
+    """
     self._lines = self._writer = None
     if writes:
-      self._lines = _Lines(workdir / 'metrics.jsonl', _without_later(read(workdir), first_step))
+      self._lines = _Lines(workdir / 'metrics.jsonl', _up_to(read(workdir), first_step))
       self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
     self._steps = steps
     terminal = sys.stderr.isatty() and writes
     self._bar = tqdm(total=steps, initial=first_step, unit='step', disable=not terminal)
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
-    """Records metrics under `step`."""
+    """Writes a record with the metrics of a step; values that are not finite become null."""
     finite = {k: v if np.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
     if self._lines:
       self._lines.add({'step': step, **finite})
@@ -38,18 +49,18 @@ class Log:
       self._writer.write_scalars(step, metrics)
 
   def event(self, step: int, name: str, values: dict[str, float] | None = None) -> None:
-    """Records an event of the run. Resuming does not drop it."""
+    """Writes a record of an event, such as 'start'. Resuming does not remove events."""
     if self._lines:
       record = {'step': step, 'event': name, 'time': round(time.time(), 3), **(values or {})}
       self._lines.add(record, now=True)
 
   def flush(self) -> None:
-    """Writes all records so far; to be called before a checkpoint is saved."""
+    """Writes all buffered records; call this method before a checkpoint is saved."""
     if self._lines:
       self._lines.flush()
 
   def progress(self, step: int, metrics: dict[str, float]) -> None:
-    """One line: the text of the bar on a terminal, a plain line elsewhere."""
+    """Shows the progress: in the progress bar on a terminal, otherwise as a line of text."""
     eta = (self._steps - step) / max(metrics['steps_per_second'], 1e-9)
     accuracy = metrics.get('contrastive_acc')  # not every method has one
     text = (
@@ -64,11 +75,11 @@ class Log:
       self._bar.update(step - self._bar.n)
 
   def info(self, text: str) -> None:
-    """Prints a line above the bar."""
+    """Prints a line of text, on a terminal above the progress bar."""
     tqdm.write(text) if not self._bar.disable else print(text, flush=True)
 
   def close(self) -> None:
-    """Writes everything to disk."""
+    """Writes all buffered records and closes the files."""
     self._bar.close()
     if self._lines:
       self._lines.close()
@@ -78,9 +89,9 @@ class Log:
 
 
 class _Lines:
-  """A file of JSON lines that grows.
+  """A file of JSON lines, to which records are appended.
 
-  Objects in buckets cannot grow: there, all of the file is rewritten every `SECONDS`.
+  Objects in buckets cannot be appended to. In a bucket the entire file is rewritten, at most every `SECONDS` seconds.
   """
 
   SECONDS = 30
@@ -95,7 +106,7 @@ class _Lines:
       self._file = path.open('a')
 
   def add(self, record: dict[str, Any], now: bool = False) -> None:
-    """Appends a line; `now`: also in a bucket."""
+    """Appends a record; `now`: write at once, in a bucket, too."""
     line = json.dumps(record) + '\n'
     if self._file:
       self._file.write(line)
@@ -106,52 +117,54 @@ class _Lines:
         self._write()
 
   def flush(self) -> None:
-    """Writes all lines so far."""
+    """Writes all buffered records."""
     if not self._file:
       self._write()
 
   def close(self) -> None:
-    """Writes all lines and closes the file."""
+    """Writes all buffered records and closes the file."""
     self._file.close() if self._file else self._write()
 
   def _write(self):
     try:
       self._path.write_text(self._text)
-    except Exception as error:  # of whatever library reaches the bucket
+    except Exception as error:  # the type depends on the library that accesses the bucket
       raise OSError(f'{self._path} cannot be written: {error}') from error
     self._written = time.monotonic()
 
 
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of a run's `metrics.jsonl`; none if there is no such file."""
+  """The records of `metrics.jsonl` of a run, in order; empty if there is no such file."""
   path = workdir / 'metrics.jsonl'
   records = []
   for line in path.read_text().splitlines() if path.exists() else []:
     try:
       records.append(json.loads(line))
     except ValueError:
-      continue  # cut off when the process was killed
+      continue  # the line was truncated when the process was killed
   return records
 
 
-def _without_later(records, last_step):
-  """The records without those of steps that a resumed run will repeat; an event says how far they went."""
-  kept = [r for r in records if r['step'] <= last_step or 'event' in r]
+def _up_to(records, last_step):
+  """The records without those of later steps, which a resumed run repeats; an event 'killed' has the last step."""
+  remaining = [r for r in records if r['step'] <= last_step or 'event' in r]
   timed = [r for r in records if 'time' in r]
   if timed and timed[-1]['step'] > last_step and 'event' not in timed[-1]:
     seconds = {k: v for k, v in timed[-1].items() if k == 'time' or k.startswith('seconds_')}
-    kept.append({'step': timed[-1]['step'], 'event': 'killed', **seconds})
-  return kept
+    remaining.append({'step': timed[-1]['step'], 'event': 'killed', **seconds})
+  return remaining
 
 
 def _tensorboard(folder):
   if not (importlib.util.find_spec('tensorflow') and importlib.util.find_spec('tensorboard')):
-    logging.warning('TensorFlow is not installed: no TensorBoard files, only metrics.jsonl')
+    logging.warning('TensorFlow is not installed: metrics are written to metrics.jsonl only')
     return None
   import tensorflow as tf
   from clu import metric_writers
 
-  tf.config.set_visible_devices([], 'GPU')  # TensorFlow must not take the accelerator
+  tf.config.set_visible_devices(
+    [], 'GPU'
+  )  # TensorFlow must not reserve the memory of the accelerator
   try:
     return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
   except tf.errors.OpError as error:

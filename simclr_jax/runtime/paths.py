@@ -7,10 +7,10 @@ from simclr_jax.errors import ConfigError
 
 
 def path(text: str | os.PathLike) -> pathlib.Path:
-  """A local path, or for `gs://` one of etils' epath, which has the same methods.
+  """A local path; for `gs://`, an `etils.epath.Path`, which has the same methods.
 
   Raises:
-    ConfigError: another kind of URL.
+    ConfigError: the text is another kind of URL.
   """
   if '://' not in str(text):
     return pathlib.Path(text).expanduser()
