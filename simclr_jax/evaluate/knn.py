@@ -1,4 +1,4 @@
-"""The weighted k-nearest-neighbour classifier of contrastive learning (Wu et al. 2018)."""
+"""The weighted k-nearest-neighbour (kNN) classifier (Wu et al. 2018)."""
 
 import functools
 
@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from simclr_jax import losses, sharding
 from simclr_jax.runtime import preemption
 
-BLOCK = 32768  # bank rows at a time on each device
+BLOCK = 32768  # rows of the bank that a device compares at a time
 
 
 def predict(
@@ -21,95 +21,105 @@ def predict(
   temperature: float = 0.1,
   block: int = 1024,
 ) -> np.ndarray:
-  """Classes of `queries` by the k training images nearest in cosine similarity.
+  """Classifies features by their k nearest neighbours in cosine similarity.
 
-  A neighbour of similarity s votes for its class with weight exp(s / temperature). The bank is split over the
+  A neighbour with similarity s votes for its class with weight exp(s / temperature). The bank is split over the
   devices; a device computes `[block, BLOCK]` similarities at a time.
 
   Args:
-    bank: training features, `[m, d]`.
-    labels: their classes, integers from 0, `[m]`.
+    bank: features of the training images, `[m, d]`.
+    labels: classes of the training images, int `[m]`, from 0.
     queries: features to classify, `[n, d]`.
-    k: number of neighbours; at most m.
+    k: number of neighbours; if larger than m, m.
     temperature: above 0.
-    block: queries at a time.
+    block: number of queries that are compared at a time.
 
   Returns:
-    int `[n]`.
+    Predicted classes, int64 `[n]`.
+
+  Raises:
+    Stopped: a signal arrived.
   """
   k = min(k, len(bank))
   similarity, index = neighbours(bank, queries, k, block)
   classes = int(labels.max()) + 1
-  weight = np.exp(
-    (similarity - similarity[:, :1]) / temperature
-  )  # relative to the nearest: no overflow
+  # Relative to the nearest neighbour, so that exp does not overflow.
+  weight = np.exp((similarity - similarity[:, :1]) / temperature)
   rows = np.repeat(np.arange(len(queries)), k)
-  cells = rows * classes + labels[index].reshape(-1)
-  votes = np.bincount(cells, weight.reshape(-1), minlength=len(queries) * classes)
+  votes = np.bincount(
+    rows * classes + labels[index].reshape(-1),
+    weight.reshape(-1),
+    minlength=len(queries) * classes,
+  )
   return votes.reshape(len(queries), classes).argmax(1)
 
 
 def neighbours(
   bank: np.ndarray, queries: np.ndarray, k: int, block: int = 1024
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The k rows of `bank` that are nearest to each query, nearest first. Arguments as of `predict`.
+  """The k nearest rows of `bank` for each query, nearest first. Arguments as for `predict`.
 
   Returns:
-    Cosine similarities float32 `[n, k]`, and row indices int `[n, k]`; of equal similarities the first row.
+    Cosine similarities, float32 `[n, k]`, and indices of the rows, int32 `[n, k]`. Of equal similarities, the row with
+    the lower index comes first.
   """
-  mesh = sharding.make_mesh()
-  each = -(-len(bank) // mesh.size)  # rows a device
-  side = min(BLOCK, each)
-  each += -each % side
+  mesh, d = sharding.make_mesh(), bank.shape[1]
+  rows = -(-len(bank) // mesh.size)  # per device
+  side = min(BLOCK, rows)
+  rows += -rows % side
   normalize = jax.jit(losses.l2_normalize)
-  whole = np.zeros((mesh.size * each, bank.shape[1]), np.float32)
-  whole[: len(bank)] = normalize(jnp.asarray(bank, jnp.float32))
-  # [devices, blocks, side, d], the first axis split
-  whole = sharding.put_batch(mesh, {'bank': whole.reshape(mesh.size, -1, side, bank.shape[1])})[
-    'bank'
-  ]
+  padded = np.zeros((mesh.size * rows, d), np.float32)
+  padded[: len(bank)] = normalize(jnp.asarray(bank, jnp.float32))
+  blocks = sharding.put_batch(mesh, {'bank': padded.reshape(mesh.size, -1, side, d)})['bank']
   search = _search(mesh, min(k, len(bank)), len(bank))
-  blocks = []
+  similarities, indices = [], []
   for start in range(0, len(queries), block):
     preemption.check()
-    q = np.zeros((block, bank.shape[1]), np.float32)
+    q = np.zeros((block, d), np.float32)
     part = queries[start : start + block]
     q[: len(part)] = normalize(jnp.asarray(part, jnp.float32))
     with jax.set_mesh(mesh):
-      blocks.append([np.asarray(x)[: len(part)] for x in search(whole, q)])
-  return tuple(np.concatenate(x) for x in zip(*blocks))
+      similarity, index = search(blocks, q)
+    similarities.append(np.asarray(similarity)[: len(part)])
+    indices.append(np.asarray(index)[: len(part)])
+  return np.concatenate(similarities), np.concatenate(indices)
 
 
 @functools.lru_cache(maxsize=4)
 def _search(mesh, k, rows):
-  """A jitted function: bank, queries `[b, d]` -> similarities and rows `[b, k]`."""
+  """The jitted search in a bank of `rows` rows.
 
-  def of_device(number, blocks, q):  # blocks [c, side, d]
+  Returns:
+    `search(bank, q)`: bank `[devices, blocks, side, d]`, whose last rows are padding; q `[b, d]` -> similarities and
+    row indices `[b, k]`. Every device searches its own part of the bank, then the results are merged.
+  """
+
+  def search_device(device, blocks, q):  # blocks [c, side, d]
     count, side, _ = blocks.shape
-    most = min(k, count * side)
+    k_device = min(k, count * side)
 
     def merge(best, block):
-      i, rows_of_block = block
-      index = (number * count + i) * side + jnp.arange(side)
-      s = jnp.matmul(q, rows_of_block.T, precision='highest')
+      i, block_rows = block
+      index = (device * count + i) * side + jnp.arange(side)
+      s = jnp.matmul(q, block_rows.T, precision='highest')
       s = jnp.where(index < rows, s, -jnp.inf)  # padding
       s = jnp.concatenate([best[0], s], 1)
       index = jnp.concatenate([best[1], jnp.broadcast_to(index, (len(q), side))], 1)
-      top, at = jax.lax.top_k(s, most)
+      top, at = jax.lax.top_k(s, k_device)
       return (top, jnp.take_along_axis(index, at, 1)), None
 
-    none = jnp.full((len(q), most), -jnp.inf), jnp.zeros((len(q), most), jnp.int32)
+    none = jnp.full((len(q), k_device), -jnp.inf), jnp.zeros((len(q), k_device), jnp.int32)
     return jax.lax.scan(merge, none, (jnp.arange(count), blocks))[0]
 
   def search(bank, q):
-    numbers = jnp.arange(len(bank))
-    s, index = jax.vmap(of_device, (0, 0, None))(numbers, bank, q)  # [devices, b, k]
+    devices = jnp.arange(len(bank))
+    s, index = jax.vmap(search_device, (0, 0, None))(devices, bank, q)  # [devices, b, k_device]
     s, index = (sharding.replicate(x).swapaxes(0, 1).reshape(len(q), -1) for x in (s, index))
     top, at = jax.lax.top_k(s, k)
     return top, jnp.take_along_axis(index, at, 1)
 
-  whole, split = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
-  return jax.jit(search, in_shardings=(split, whole), out_shardings=whole)
+  replicated, by_device = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
+  return jax.jit(search, in_shardings=(by_device, replicated), out_shardings=replicated)
 
 
 def accuracy(
@@ -120,5 +130,5 @@ def accuracy(
   k: int = 200,
   temperature: float = 0.1,
 ) -> float:
-  """Share of `queries` whose class `query_labels` is predicted."""
+  """Top-1 accuracy of `predict`, 0 to 1; `query_labels`: classes of the queries, int `[n]`."""
   return float(np.mean(predict(bank, labels, queries, k, temperature) == query_labels))

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression on frozen features by optax's L-BFGS, on all devices: how transfer is measured."""
+"""Multinomial logistic regression on frozen features by L-BFGS (optax) on all devices, for transfer."""
 
 import functools
 from collections.abc import Iterator
@@ -13,8 +13,8 @@ from simclr_jax.data.labels import hold_out
 from simclr_jax.evaluate import metrics
 from simclr_jax.runtime import preemption
 
-SWEEP = np.logspace(-6, 5, 45)  # weights of ||W||^2 / 2 that the transfer protocol tries
-TOLERANCE = 1e-5  # largest entry of the gradient of the mean loss at which `path` stops
+SWEEP = np.logspace(-6, 5, 45)  # L2 strengths of the transfer protocol: weights of ||W||^2 / 2
+TOLERANCE = 1e-5  # L-BFGS stops if no entry of the gradient of the mean loss is larger
 
 
 def sweep_l2(
@@ -22,25 +22,30 @@ def sweep_l2(
 ) -> tuple[np.ndarray, float]:
   """The transfer protocol of SimCLR (appendix B.8): the L2 strength is chosen on a validation split.
 
-  A share of each class is held out; the weight of `SWEEP` with the best accuracy on this split (of equal ones, the
-  strongest) is used to fit the whole training set again. With several labels per image, each class is classified
-  against the rest, and the best weight has the highest mean average precision.
+  A fraction of each class is held out. The value of `SWEEP` with the highest accuracy on this validation split (the
+  strongest, if several are equal) is used to fit the entire training set. With several labels per image, the
+  classifiers are one-vs-rest and the criterion is mean average precision.
 
   Args:
-    train, test: features `[n, d]`, not standardised here.
-    labels: classes `[n]`; or bool `[n, C]`, any number per image.
-    validation: the share that is held out.
-    seed: of the choice.
+    train, test: features `[n, d]`; they are not standardised.
+    labels: classes of the training images, int `[n]`; with several labels per image, bool `[n, C]`.
+    validation: fraction of the training images that is held out.
+    seed: seed of the validation split.
 
   Returns:
-    Scores of `test`, `[n, C]` with a column for each class up to the highest, and the weight.
+    Logits of the test images, float32 `[n, C]`, C being the highest training label + 1; and the L2 strength.
+
+  Raises:
+    ConfigError: there are too few images for a validation split.
+    Stopped: a signal arrived.
   """
   multilabel = labels.ndim == 2
-  rest, held = hold_out(len(labels), validation, seed, None if multilabel else labels)
+  rest, held_out = hold_out(len(labels), validation, seed, None if multilabel else labels)
   classes = labels.shape[1] if multilabel else int(labels.max()) + 1
-  weights, measure = SWEEP[::-1], metrics.mean_average_precision if multilabel else metrics.top_k
+  metric = metrics.mean_average_precision if multilabel else metrics.top_k
+  weights = SWEEP[::-1]
   scores = [
-    measure(logits(w, train[held]), labels[held])
+    metric(logits(w, train[held_out]), labels[held_out])
     for w in path(train[rest], labels[rest], weights, classes)
   ]
   best = int(np.argmax(scores))
@@ -49,34 +54,37 @@ def sweep_l2(
 
 
 def logits(w: np.ndarray, x: np.ndarray) -> np.ndarray:
-  """Of features x `[n, d]`, `[n, C]`; the last row of w `[d + 1, C]` is the bias."""
+  """Logits `[n, C]` of features x `[n, d]`; the last row of w `[d + 1, C]` is the bias."""
   return x @ w[:-1] + w[-1]
 
 
 def path(
   x: np.ndarray, labels: np.ndarray, weights: np.ndarray, classes: int, steps: int = 100
 ) -> Iterator[np.ndarray]:
-  """The regularisation path: each regression starts from the solution of the one before it.
+  """The regularisation path: each fit starts from the solution of the previous one.
+
+  The objective is the summed cross entropy plus weight ||W||^2 / 2; the bias is not regularised.
 
   Args:
     x: features `[n, d]`; the rows are split over the devices.
-    labels: int `[n]`, or bool `[n, C]` for C regressions of one class against the rest.
-    weights: of ||W||^2 / 2, with the summed cross entropy; the strongest first.
+    labels: classes, int `[n]`; or bool `[n, C]`, for C one-vs-rest classifiers.
+    weights: L2 strengths, the strongest first.
     classes: C, at least the highest label + 1.
-    steps: of L-BFGS for each, at most.
+    steps: largest number of L-BFGS steps per fit.
 
   Yields:
-    For each weight, float32 `[d + 1, C]`: the kernel and, last, the bias.
+    For each weight, float32 `[d + 1, C]`: the kernel, and as the last row, the bias.
+
+  Raises:
+    Stopped: a signal arrived.
   """
   mesh = sharding.make_mesh()
   fill = -len(x) % mesh.size
-  rows = {  # rows with the label -1 are ignored
-    'x': np.pad(np.asarray(x, np.float32), ((0, fill), (0, 0))),
-    'label': np.pad(
-      labels.astype(np.int32), [(0, fill), (0, 0)][: labels.ndim], constant_values=-1
-    ),
-  }
-  rows = sharding.put_batch(mesh, rows)
+  padded_labels = np.pad(
+    labels.astype(np.int32), [(0, fill), (0, 0)][: labels.ndim], constant_values=-1
+  )
+  padded = {'x': np.pad(np.asarray(x, np.float32), ((0, fill), (0, 0))), 'label': padded_labels}
+  rows = sharding.put_batch(mesh, padded)
   w = jnp.zeros((x.shape[1] + 1, classes))
   for weight in weights:
     preemption.check()
@@ -87,24 +95,25 @@ def path(
 
 @functools.partial(jax.jit, static_argnames='steps')
 def _minimize(rows, start, weight, steps):
+  """The solution for one weight, starting from `start`; rows with the label -1 are padding."""
   label = rows['label']
-  known = label >= 0
-  n = jnp.sum(known if label.ndim == 1 else known[:, 0])
+  real = label >= 0
+  n = jnp.sum(real if label.ndim == 1 else real[:, 0])
 
   def objective(w):
     z = jnp.matmul(rows['x'], w[:-1], precision='highest') + w[-1]
     if label.ndim == 1:
       mean, _ = losses.cross_entropy(z, label)
     else:
-      mean = jnp.sum(optax.sigmoid_binary_cross_entropy(z, label), where=known) / n
+      mean = jnp.sum(optax.sigmoid_binary_cross_entropy(z, label), where=real) / n
     return mean + weight / n * jnp.sum(w[:-1] ** 2) / 2
 
   solver = optax.lbfgs()
   evaluate = optax.value_and_grad_from_state(objective)
 
   def unfinished(carry):
-    _, _, step, size = carry
-    return (step < steps) & (size > TOLERANCE)
+    _, _, i, largest = carry
+    return (i < steps) & (largest > TOLERANCE)
 
   def step(carry):
     w, state, i, _ = carry
@@ -112,6 +121,5 @@ def _minimize(rows, start, weight, steps):
     updates, state = solver.update(grad, state, w, value=value, grad=grad, value_fn=objective)
     return optax.apply_updates(w, updates), state, i + 1, jnp.abs(grad).max()
 
-  return jax.lax.while_loop(unfinished, step, (start, solver.init(start), 0, jnp.float32(jnp.inf)))[
-    0
-  ]
+  initial = (start, solver.init(start), 0, jnp.float32(jnp.inf))
+  return jax.lax.while_loop(unfinished, step, initial)[0]

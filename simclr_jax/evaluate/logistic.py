@@ -1,6 +1,7 @@
 """Multinomial logistic regression on frozen features with few labels, by scikit-learn."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -10,20 +11,27 @@ from simclr_jax.data import labels as subsets
 from simclr_jax.evaluate.results import mean_and_std
 from simclr_jax.runtime import preemption
 
-REGULARIZATION = 0.01  # times the number of features: the weight of ||W||^2 / 2 for few labels
+REGULARIZATION = 0.01  # L2 strength per feature: the weight of ||W||^2 / 2 is 0.01 d
 
 
 def standardize(train: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
-  """Features minus the mean of `train`, divided by the standard deviation of `train`."""
+  """Standardises features `[n, d]` with the mean and standard deviation of `train`; `train` comes first."""
   mean, std = train.mean(axis=0), train.std(axis=0) + 1e-6
   return [(x - mean) / std for x in (train, *others)]
 
 
-def fit(x: np.ndarray, labels: np.ndarray, weight: float, **options) -> LogisticRegression:
-  """scikit-learn's L-BFGS fit to x `[n, d]`: summed cross entropy + weight ||W||^2 / 2, the bias free."""
+def fit(x: np.ndarray, labels: np.ndarray, weight: float, **options: Any) -> LogisticRegression:
+  """Fits a logistic regression by L-BFGS; the objective is the summed cross entropy + weight ||W||^2 / 2.
+
+  Args:
+    x: features `[n, d]`.
+    labels: classes, int `[n]`.
+    weight: L2 strength; the bias is not regularised.
+    options: further arguments of scikit-learn's LogisticRegression.
+  """
   model = LogisticRegression(C=1 / weight, max_iter=1000, **options)
   with warnings.catch_warnings():
-    warnings.simplefilter('ignore', ConvergenceWarning)  # at 1,000 iterations the accuracy stands
+    warnings.simplefilter('ignore', ConvergenceWarning)  # 1,000 iterations suffice for the accuracy
     return model.fit(x, labels)
 
 
@@ -34,14 +42,20 @@ def accuracy(
   test_labels: np.ndarray,
   regularization: float = REGULARIZATION,
 ) -> float:
-  """Accuracy on `test` of `fit` to x `[n, d]`, with weight `regularization` times d."""
+  """Accuracy on test images of a logistic regression.
+
+  Args:
+    x, test: features `[n, d]` of training and test images.
+    labels, test_labels: their classes, int `[n]`.
+    regularization: L2 strength per feature: the weight of ||W||^2 / 2 is `regularization` d.
+  """
   weight = regularization * x.shape[1]
   if len(x) < x.shape[1]:
-    # The best W is a combination of the examples, so the fit is the same, and much faster, in
-    # orthonormal coordinates of their span.
-    span = np.linalg.qr(x.T)[0]  # [d, n]
-    x, test = x @ span, test @ span
-  # The accuracy does not move below this tolerance, and the time triples.
+    # The solution W is a linear combination of the rows of x, so the fit in an orthonormal basis of these rows is
+    # the same, and much faster.
+    basis = np.linalg.qr(x.T)[0]  # [d, n]
+    x, test = x @ basis, test @ basis
+  # A smaller tolerance triples the time and does not change the accuracy.
   return fit(x, labels, weight, tol=1e-2).score(test, test_labels)
 
 
@@ -53,23 +67,24 @@ def label_efficiency(
   labels_per_class: list[int],
   draws: int = 5,
   regularization: float = REGULARIZATION,
-) -> list[dict[str, float]]:
-  """Test accuracy against the number of labels, on standardised features.
+) -> list[dict[str, Any]]:
+  """Test accuracy of logistic regression on standardised features, by the number of labels.
 
-  The same draws are used for every feature set.
+  Draw i selects the same images for all features.
 
   Args:
-    train, test: features `[n, d]`.
-    train_labels, test_labels: classes `[n]`.
-    labels_per_class: the numbers to try.
-    draws: random subsets for each number.
-    regularization: times d, the weight of ||W||^2 / 2; so the same for any number of features.
+    train, test: features `[n, d]` of training and test images.
+    train_labels, test_labels: their classes, int `[n]`.
+    labels_per_class: numbers of labels per class.
+    draws: number of random subsets for each number of labels.
+    regularization: as for `accuracy`.
 
   Returns:
-    For each number: `labels_per_class`, `mean` and `std` (over the draws, n - 1) of the accuracy.
+    For each number of labels: `labels_per_class`, and `mean` and `std` (n - 1) of the accuracy over the draws.
 
   Raises:
-    ValueError: a class has fewer labels.
+    ValueError: a class has too few images.
+    Stopped: a signal arrived.
   """
   train, test = standardize(train, test)
   fewest = np.unique(train_labels, return_counts=True)[1].min()
@@ -80,9 +95,9 @@ def label_efficiency(
     scores = []
     for draw in range(draws):
       preemption.check()
-      chosen = subsets.balanced_subset(train_labels, count, draw)
+      subset = subsets.balanced_subset(train_labels, count, draw)
       scores.append(
-        accuracy(train[chosen], train_labels[chosen], test, test_labels, regularization)
+        accuracy(train[subset], train_labels[subset], test, test_labels, regularization)
       )
     mean, std = mean_and_std(scores)
     rows.append({'labels_per_class': count, 'mean': mean, 'std': std or 0.0})

@@ -1,74 +1,76 @@
-"""Metrics of classification. Scores are `[n, C]`, labels int `[n]` from 0 to C - 1."""
+"""Metrics of classification. `scores` are `[n, C]`; `labels` are int `[n]`, from 0 to C - 1."""
 
 import numpy as np
 
 
 def top_k(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
-  """Share of the images whose label is among the k highest scores.
+  """Top-k accuracy, 0 to 1: the fraction of images whose label is among the k highest scores.
 
-  A tie is a miss: at most k - 1 other classes may score as high as the label or higher. So equal scores
-  for all classes, or NaN, are misses.
+  Ties are errors: at most k - 1 other classes may have a score at least as high as the label. So equal scores of all
+  classes, or NaN, are errors.
   """
-  own = scores[np.arange(len(labels)), labels]
-  not_below = (~(scores < own[:, None])).sum(1)  # the label itself is one of them
+  label_score = scores[np.arange(len(labels)), labels]
+  not_below = (~(scores < label_score[:, None])).sum(1)  # includes the label itself
   return float(np.mean(not_below <= k))
 
 
 def confusion(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """Counts int64 `[C, C]`: true class by row, highest score by column (of equal ones the first)."""
+  """Confusion matrix, int64 `[C, C]`: rows are true classes, columns predictions (the first of equal scores)."""
   classes = scores.shape[1]
   pairs = labels.astype(np.int64) * classes + scores.argmax(1)
   return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 def mean_per_class(scores: np.ndarray, labels: np.ndarray) -> float:
-  """Top-1 accuracy of each class that occurs, averaged over the classes."""
+  """Mean accuracy per class, 0 to 1, over the classes that occur in `labels`."""
   counts = confusion(scores, labels)
   occurs = counts.sum(1) > 0
   return float(np.mean(counts.diagonal()[occurs] / counts.sum(1)[occurs]))
 
 
 def calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-  """Expected calibration error of the softmax of `scores` (Guo et al. 2017).
+  """Expected calibration error of the softmax of `scores`, 0 to 1 (Guo et al. 2017).
 
-  Predictions are binned by their probability, in bins of equal width; the difference between accuracy and mean
-  probability of each bin is averaged, weighted by its number of predictions.
+  Predictions are binned by their probability in `bins` bins of equal width. The result is the absolute difference
+  between accuracy and mean probability, averaged over the bins, weighted by their number of predictions.
   """
   shifted = np.float64(scores) - scores.max(1, keepdims=True)
-  probability = 1 / np.exp(shifted).sum(1)  # of the highest
+  probability = 1 / np.exp(shifted).sum(1)  # of the prediction
   hit = scores.argmax(1) == labels
-  which = np.minimum((probability * bins).astype(int), bins - 1)
-  gaps = [(hit[which == b] - probability[which == b]).sum() for b in range(bins)]
+  bin_index = np.minimum((probability * bins).astype(int), bins - 1)
+  gaps = [(hit[bin_index == b] - probability[bin_index == b]).sum() for b in range(bins)]
   return float(np.abs(gaps).sum() / len(labels))
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-  """11-point interpolated average precision of one class, as VOC 2007 defines it.
+  """11-point interpolated average precision of one class, as in VOC 2007.
 
   Args:
-    scores: `[n]`; images of equal scores form one group.
-    positive: bool `[n]`, at least one true.
+    scores: `[n]`; images with equal scores have the same rank.
+    positive: whether the image has the class, bool `[n]`; at least one does.
 
   Returns:
-    The mean over recalls 0, 0.1, ..., 1 of the highest precision at that recall or a higher one.
+    The mean over the recalls 0, 0.1, ..., 1 of the highest precision at this or a higher recall, 0 to 1.
   """
   order = np.argsort(-scores, kind='stable')
-  last = np.append(np.diff(scores[order]) != 0, True)  # of a group of equal scores
+  last = np.append(
+    np.diff(scores[order]) != 0, True
+  )  # the last image of each group of equal scores
   hits = np.cumsum(positive[order])[last]
   precision = hits / (np.flatnonzero(last) + 1)
-  # Integers, because 3 / 10 positives must reach a recall of 0.3.
+  # In integers, so that 3 of 10 positives reach a recall of 0.3.
   reached = [10 * hits >= i * positive.sum() for i in range(11)]
   return float(np.mean([precision[r].max() for r in reached]))
 
 
 def mean_average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-  """`average_precision` averaged over the classes that occur; `positive` is bool `[n, C]`."""
+  """Mean of `average_precision` over the classes that occur; `positive`: bool `[n, C]`."""
   classes = [(s, p) for s, p in zip(scores.T, positive.T) if p.any()]
   return float(np.mean([average_precision(s, p) for s, p in classes]))
 
 
 def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-  """`top1`, `top5` (with more than five classes), `mean_per_class`, `calibration_error`, `images`."""
+  """Metrics by name: `top1`, `mean_per_class`, `calibration_error`, with more than five classes `top5`; `images`, n."""
   top5 = {'top5': top_k(scores, labels, 5)} if scores.shape[1] > 5 else {}
   return {
     'top1': top_k(scores, labels),

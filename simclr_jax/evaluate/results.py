@@ -1,7 +1,7 @@
-"""Results of evaluations: the table that is printed, and `evaluation.json` of a run, which keeps them by name.
+"""Results of evaluations: prints them as tables and saves them in `evaluation.json` of a run.
 
-A result is plain data: `title`, `columns`, `rows` (name -> for each column [mean, standard deviation or None]), and
-optionally `notes` (row -> sentence), `settings`, `runs`.
+A result is plain data: `title`; `columns`, their names; `rows`: name -> for each column [mean, standard deviation],
+where the deviation, or both, may be None; and optionally `notes` (row -> sentence), `settings`, `runs`.
 """
 
 import json
@@ -19,7 +19,11 @@ FILE = 'evaluation.json'
 
 
 def load(workdir: pathlib.Path) -> dict[str, Result]:
-  """The results of a run so far, by name."""
+  """The saved results of a run, by name; empty if there are none.
+
+  Raises:
+    ConfigError: `evaluation.json` is damaged.
+  """
   path = workdir / FILE
   try:
     return json.loads(path.read_text()) if path.exists() else {}
@@ -28,13 +32,19 @@ def load(workdir: pathlib.Path) -> dict[str, Result]:
 
 
 def save(workdir: pathlib.Path, name: str, result: Result, step: int) -> Result:
-  """Adds a result to those of a run, replacing one of the same name, and prints its table.
+  """Saves a result, replacing an earlier one of the same name, and prints its table. All processes must call it.
 
   Args:
-    workdir: of the run.
-    name: of the evaluation.
-    result: gets `step`.
-    step: of the checkpoint that was evaluated.
+    workdir: directory of the run.
+    name: name of the evaluation.
+    result: the result; `step` is added to it.
+    step: the step of the checkpoint that was evaluated.
+
+  Returns:
+    The result.
+
+  Raises:
+    ConfigError: `evaluation.json` is damaged.
   """
   result['step'] = step
   if distributed.is_main_process():
@@ -45,7 +55,7 @@ def save(workdir: pathlib.Path, name: str, result: Result, step: int) -> Result:
 
 
 def table(result: Result) -> str:
-  """A result as plain text."""
+  """The table of a result, which has a `step`, as plain text."""
   width = max(len(name) for name in result['rows'])
   widths = [max(16, len(column) + 2) for column in result['columns']]
   lines = [
@@ -59,7 +69,7 @@ def table(result: Result) -> str:
 
 
 def cell(mean: float | None, std: float | None) -> str:
-  """Mean and, if there is one, standard deviation."""
+  """A cell of the table: the mean and, if there is one, the standard deviation; 'missing' without a mean."""
   if mean is None:
     return 'missing'
   if std is None:
@@ -68,10 +78,10 @@ def cell(mean: float | None, std: float | None) -> str:
 
 
 def mean_and_std(values: Sequence[float]) -> list[float | None]:
-  """[mean, standard deviation (n - 1)], the latter None for one value."""
+  """[mean, standard deviation (n - 1)]; the deviation of a single value is None."""
   return [float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None]
 
 
 def over_seeds(seeds: int) -> str:
-  """The end of a title: over how many seeds a mean was taken."""
+  """The end of a title, such as ', mean over 5 seeds'; empty for one seed."""
   return f', mean over {seeds} seeds' if seeds > 1 else ''

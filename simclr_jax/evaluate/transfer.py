@@ -1,7 +1,7 @@
-"""Transfer: the features of one data set evaluated on others (SimCLR, section 6.3 and appendix B.8).
+"""Transfer: evaluates an encoder on other data sets (SimCLR, section 6.3 and appendix B.8).
 
-Logistic regression (`lbfgs.sweep_l2`) on frozen features of images whose shorter side is resized to the size of
-the encoder, and which are cropped to the central square.
+Logistic regression (`lbfgs.sweep_l2`) on frozen features. The shorter side of an image is resized to the image size of
+the encoder, then the image is cropped to its central square.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import lbfgs, logistic, metrics
 
 MAP = '11-point mAP'
-# Data sets of the paper whose metric is not top-1.
+# The metrics of the paper; of all other data sets, top-1.
 METRICS = {
   'oxford_iiit_pet': 'mean per class',
   'oxford_flowers102': 'mean per class',
@@ -25,7 +25,7 @@ METRICS = {
   'fgvc_aircraft': 'mean per class',
   'voc': MAP,
 }
-HELD_OUT = 0.2  # share of the images that is the test set of a data set without one
+HELD_OUT = 0.2  # fraction of the training images that are the test set of a data set without one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Task:
   """A data set to transfer to.
 
   Attributes:
-    train, test: its images.
-    location: the fields of a recipe that name the data set.
-    metric: 'top-1', 'mean per class' or, with several labels per image, `MAP`.
-    truth: the labels of train and of test, int `[n]` or, with several per image, bool `[n, C]`.
+    train, test: the images.
+    location: the recipe fields that select the data set.
+    metric: 'top-1', 'mean per class', or for several labels per image, `MAP`.
+    truth: labels of train and of test: int `[n]`, or for several labels per image, bool `[n, C]`.
   """
 
   train: Dataset
@@ -46,25 +46,25 @@ class Task:
   truth: tuple[np.ndarray, np.ndarray]
 
 
-def metric(what: str) -> str:
-  """The metric of the paper for a data set of this name; 'top-1' for others."""
-  return METRICS.get(what.split('/')[0].split(':')[0], 'top-1')
+def metric(name: str) -> str:
+  """The metric of the paper for a data set, by its TFDS name; 'top-1' for data sets that are not in the paper."""
+  return METRICS.get(name.split('/')[0].split(':')[0], 'top-1')
 
 
-def load(what: str, folder: str = '') -> Task:
-  """The task of a data set, named as for `--data`.
+def load(name: str, folder: str = '') -> Task:
+  """Loads a data set to transfer to.
 
-  With a validation and a test split in TFDS, training uses train+validation. Without a test split, a
-  fifth of the training images is the test set.
+  A TFDS data set with a validation and a test split is trained on train+validation. Of a data set without a test
+  split, a fifth of the training images is the test set.
 
   Args:
-    what: as of `discover.fields`.
-    folder: TFDS's `data_dir`.
+    name: the data set, as for `--data`, see `discover.fields`.
+    folder: `data_dir` of TFDS; '': the default of TFDS.
 
   Raises:
     ConfigError: the data set is missing, or has no labels.
   """
-  location = discover.fields(what)
+  location = discover.fields(name)
   if location['data.source'] == 'tfds':
     location |= _splits(location['data.name'], location['data.dir'] or folder)
   config = recipes.load('simclr_images', location).data
@@ -73,20 +73,22 @@ def load(what: str, folder: str = '') -> Task:
   if config.source == 'tfds' and not train.labelled:
     from simclr_jax.data import tfds  # needs TensorFlow
 
-    truth = tfds.multilabels(config, config.train_split)
-    if test and truth is not None:
-      return Task(train, test, location, MAP, (truth, tfds.multilabels(config, config.test_split)))
+    train_labels = tfds.multilabels(config, config.train_split)
+    test_labels = tfds.multilabels(config, config.test_split) if test else None
+    if test and train_labels is not None and test_labels is not None:
+      return Task(train, test, location, MAP, (train_labels, test_labels))
   if not train.labelled:
-    raise ConfigError(f'{what} has no labels')
+    raise ConfigError(f'{name} has no labels')
   if not test:
     rest, held_out = hold_out(len(train), HELD_OUT)
     train, test = train.subset(rest), train.subset(held_out)
   if not test.labelled:
-    raise ConfigError(f'the test images of {what} have no labels')
-  return Task(train, test, location, metric(what), (train.labels, test.labels))
+    raise ConfigError(f'the test images of {name} have no labels')
+  return Task(train, test, location, metric(name), (train.labels, test.labels))
 
 
 def _splits(name, folder):
+  """The fields that select the splits of a prepared TFDS data set."""
   from simclr_jax.data import tfds  # needs TensorFlow
 
   prepared = tfds.split_names(name, folder)
@@ -96,24 +98,37 @@ def _splits(name, folder):
 
 
 def linear(encoders: Mapping[str, Encoder | None], task: Task) -> dict[str, float]:
-  """The metric of logistic regression on the features of each encoder; None: raw pixels."""
-  measure = {MAP: metrics.mean_average_precision, 'mean per class': metrics.mean_per_class}
-  measure = measure.get(task.metric, metrics.top_k)
-  train_labels, truth = task.truth
+  """Evaluates encoders on a data set by logistic regression on their features.
+
+  Args:
+    encoders: name -> encoder; None: raw pixels.
+    task: the data set.
+
+  Returns:
+    Name -> the metric of the task, 0 to 1.
+
+  Raises:
+    ConfigError: an image cannot be read, or there are too few images for a validation split.
+    Stopped: a signal arrived.
+  """
+  functions = {MAP: metrics.mean_average_precision, 'mean per class': metrics.mean_per_class}
+  function = functions.get(task.metric, metrics.top_k)
+  train_labels, test_labels = task.truth
   results = {}
   for name, encoder in encoders.items():
-    embed = _whole_image(encoder).embed if encoder else raw_pixels
+    embed = _without_cropping(encoder).embed if encoder else raw_pixels
     x, test = (embed(part)[0] for part in (task.train, task.test))
     if not encoder:
       x, test = logistic.standardize(x, test)
     scores, _ = lbfgs.sweep_l2(x, train_labels, test)
-    if truth.ndim == 1:  # classes that only test images have
-      unseen = max(0, truth.max() + 1 - scores.shape[1])
-      scores = np.pad(scores, ((0, 0), (0, unseen)), constant_values=-np.inf)
-    results[name] = measure(scores, truth)
+    if test_labels.ndim == 1:  # classes that no training image has are never predicted
+      missing = max(0, test_labels.max() + 1 - scores.shape[1])
+      scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf)
+    results[name] = function(scores, test_labels)
   return results
 
 
-def _whole_image(encoder):
+def _without_cropping(encoder):
+  """The encoder with another preprocessing: the largest central square of an image."""
   architecture = {**encoder.architecture, 'eval_view': 'center_crop(1)'}
   return dataclasses.replace(encoder, architecture=architecture)

@@ -1,1 +1,1 @@
-"""What keeps a run alive and records it: files, processes, signals, checkpoints, metrics."""
+"""Infrastructure of runs: files, processes, signals, checkpoints, logs."""
