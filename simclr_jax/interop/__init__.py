@@ -1,1 +1,1 @@
-"""Weights in and out, one file for each format."""
+"""Import and export of weights, one file per format."""

@@ -1,7 +1,7 @@
-"""Encoders as Orbax checkpoints that can be read without this package.
+"""Exports encoders as Orbax checkpoints that can be read without this package, and loads them.
 
-An exported folder holds `variables/`, an Orbax checkpoint of `params` and `batch_stats`, and
-`encoder.json`: the architecture, the preprocessing and the provenance of the weights.
+An exported folder contains `variables/`, an Orbax checkpoint of `params` and `batch_stats`, and `encoder.json` with the
+architecture, the preprocessing and the provenance of the weights.
 """
 
 import json
@@ -19,20 +19,20 @@ from simclr_jax.runtime import checkpoint, files, paths
 
 
 def is_export(folder: pathlib.Path) -> bool:
-  """Whether `export` wrote the folder."""
+  """Whether the folder is an exported encoder."""
   return (folder / 'encoder.json').is_file()
 
 
 def load(folder: pathlib.Path) -> Encoder:
-  """The encoder of an exported folder.
+  """Loads an exported encoder.
 
   Raises:
     CheckpointError: `encoder.json` or the weights are damaged.
-    ConfigError: a file of the user's own that the encoder needs is missing or has changed.
+    ConfigError: a Python file that the encoder needs is missing or has changed.
   """
-  card = folder / 'encoder.json'
+  path = folder / 'encoder.json'
   try:
-    description = json.loads(card.read_text())
+    description = json.loads(path.read_text())
     architecture = upgraded_architecture(description['architecture'])
     provenance = description['provenance']
     encoders.build(architecture)
@@ -40,21 +40,21 @@ def load(folder: pathlib.Path) -> Encoder:
     raise
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise checkpoint.CheckpointError(
-      f'{card} is damaged, or was written by another version: {error}'
+      f'{path} is damaged, or was written by another version: {error}'
     ) from None
   variables, _ = checkpoint.load_tree(folder / 'variables')
   return Encoder(architecture, variables, provenance)
 
 
 def export(encoder: Encoder, out: str | os.PathLike) -> None:
-  """Writes `encoder` to the new folder `out`.
+  """Writes an encoder to the folder `out`, which must be new or empty.
 
   Raises:
     ConfigError: `out` exists and is not an empty folder.
   """
   out = paths.path(out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise ConfigError(f'--out={out} exists already: name a new folder')
+    raise ConfigError(f'--out={out} exists already: choose a new or empty folder')
   out.mkdir(parents=True, exist_ok=True)
   checkpoint.save_tree(out / 'variables', jax.device_get(encoder.variables), {})
   description = {
@@ -66,13 +66,13 @@ def export(encoder: Encoder, out: str | os.PathLike) -> None:
 
 
 def _preprocessing(architecture):
-  """What happens to an image before the first convolution."""
+  """The preprocessing of images, as plain data for other programs."""
   size, view = architecture['image_size'], architecture['eval_view']
   mean, std = resnet.NORMALIZE.get(architecture['normalize'], ((0, 0, 0), (1, 1, 1)))
   return {
     'size': [size, size],
-    'pipeline': augment.PIPELINES.get(view, view),  # an image of that size is not cropped
-    'range': [0, 1],  # then, inside the network: (x - mean) / std
+    'pipeline': augment.PIPELINES.get(view, view),  # for images of another size
+    'range': [0, 1],  # of the input of the network, which computes (x - mean) / std
     'mean': list(mean),
     'std': list(std),
     'layout': 'NHWC, RGB',
