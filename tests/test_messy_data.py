@@ -663,7 +663,7 @@ def test_scan(tmp_path):
   for i, shape in zip(result.index, result.shape):
     contents = pathlib.Path(source.name(i)).read_bytes()
     assert tuple(shape) == shown(contents).shape[:2]
-  turned = {source.paths[i] for i in result.index[result.turned]}
+  turned = {source.paths[i] for i in result.index[result.rotated]}
   assert turned == {name for name in TURNED if name[7] in '2345678'}
   contents = [pathlib.Path(source.name(i)).read_bytes() for i in result.index]
   assert result.duplicates() == len(contents) - len(set(contents)) == 2
