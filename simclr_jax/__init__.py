@@ -1,16 +1,16 @@
 """Contrastive pretraining of image encoders in JAX: SimCLR and MoCo, from a laptop to a TPU pod.
 
-The names below are imported when they are used first, so that `import simclr_jax` takes no time:
+The public names are imported on first use, so that `import simclr_jax` is fast:
 
-  pretrain(config, workdir)       trains a recipe, or resumes; returns the exit code
-  load_recipe(spec, overrides)    a built-in recipe or the path of one, `RECIPE:VARIANT`
-  load_data(config.data, split)   the images of a recipe
-  load_encoder(folder)            the encoder of a run or of an export: `encoder(images)` -> features
-  load_classifier(folder)         the network of a fine-tuned or distilled run
-  embed(encoder, images, file)    writes the features of a data set to a file
+  pretrain(config, workdir)       trains or resumes a run; returns the exit code
+  load_recipe(spec, overrides)    a built-in recipe, or a Python file; `RECIPE:VARIANT`
+  load_data(config.data, split)   the data set of a recipe
+  load_encoder(folder)            the encoder of a run, or an exported one: `encoder(images)` -> features
+  load_classifier(folder)         the network of a fine-tuned, distilled or supervised run
+  embed(encoder, dataset, file)   writes the features of a data set to a file
   knn(...)                        accuracy of the weighted kNN classifier
   Arrays, Dataset, Encoder        classes
-  ConfigError                     the error of invalid recipes, data and folders
+  ConfigError                     raised for invalid recipes, data sets and run directories
 """
 
 import importlib
@@ -32,10 +32,9 @@ _API = {
 }
 __all__ = list(_API)
 
-# XLA's CPU compiler hands reductions and matrix products to YNNPACK from jaxlib 0.10.2 on. On the
-# shapes of a small ResNet that path is 2-4 times slower and sometimes reads past its buffers and
-# crashes (github.com/jax-ml/jax/issues/39257). An empty list switches YNNPACK off; other backends ignore
-# the flag. XLA reads the variable once, before its first compilation.
+# Since jaxlib 0.10.2, XLA's CPU compiler uses YNNPACK for reductions and matrix products. For a small ResNet, this is
+# 2-4 times slower and sometimes crashes with reads out of bounds (github.com/jax-ml/jax/issues/39257). An empty list
+# disables YNNPACK; other backends ignore the flag. XLA reads the variable once, before its first compilation.
 if 'xla_cpu_experimental_ynn_fusion_type' not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = (
     os.environ.get('XLA_FLAGS', '') + ' --xla_cpu_experimental_ynn_fusion_type='

@@ -1,4 +1,4 @@
-"""`simclr-jax COMMAND ...`: parses arguments, calls the command, turns errors into exit codes (`errors.ExitCode`)."""
+"""`simclr-jax COMMAND ...`: parses the arguments, runs the command, converts exceptions to exit codes."""
 
 import argparse
 import logging
@@ -17,7 +17,7 @@ Rerun a command to resume it: `pretrain` on the same --workdir continues from th
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs one command; `argv` defaults to the arguments of the process. Returns the exit code."""
+  """Runs a command and returns the exit code (`errors.ExitCode`); `argv`: arguments (default: `sys.argv[1:]`)."""
   argv = sys.argv[1:] if argv is None else argv
   args = parse(argv)
   _quiet_libraries()
@@ -34,10 +34,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """The arguments of a command line.
+  """Parses a command line.
 
-  `name` is the command, `overrides` the fields that are set by --config.FIELD=VALUE, `command` the whole line.
-  Exits with code 2 and a sentence on stderr if they are invalid.
+  Returns:
+    The arguments of the command, and `name_of_command`; `module`, its module; `parser`, its parser; `overrides`, the
+    fields set by --config.FIELD=VALUE; `command`, the command line.
+
+  Raises:
+    SystemExit: with exit code 2, after an error message on stderr.
   """
   epilog = '\n'.join(['exit codes:', *(f'  {int(c):<5}{c.meaning}' for c in sorted(ExitCode))])
   parser = _parser('simclr-jax', DESCRIPTION, epilog)
@@ -45,7 +49,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
   subparsers = parser.add_subparsers(metavar='COMMAND', required=True, parser_class=_subparser)
   for name in commands.NAMES:
     module = commands.module(name)
-    summary, _, details = module.__doc__.partition('\n\n')
+    summary, _, details = (module.__doc__ or '').partition('\n\n')
     details += getattr(module, 'DETAILS', '')
     text = f'{summary[0].upper()}{summary[1:]}.\n\n{details}'
     command = subparsers.add_parser(name, help=summary, description=text)
@@ -61,7 +65,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-  """Shows defaults, except those that mean nothing to a user."""
+  """Shows defaults that are informative."""
 
   def _get_help_string(self, action):
     if action.default in (None, False, (), '', argparse.SUPPRESS):
@@ -75,7 +79,7 @@ def _parser(name, description, epilog=None):
   )
 
 
-def _subparser(prog, description, **options):
+def _subparser(prog, description, **_):
   return _parser(prog, description)
 
 
@@ -95,7 +99,7 @@ def _add_distributed(parser):
 
 
 def _overrides(rest, error):
-  """The fields that are set by --config.FIELD=VALUE or --config.FIELD VALUE."""
+  """The fields set by --config.FIELD=VALUE or --config.FIELD VALUE; calls `error` for other arguments."""
   overrides = {}
   rest = list(rest)
   while rest:
@@ -112,12 +116,11 @@ def _overrides(rest, error):
 
 
 def _quiet_libraries():
-  """Removes log messages of libraries that are no use to users."""
-  # TensorFlow only reads files and writes logs here.
+  """Suppresses log messages of libraries that are not useful to users."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
   logging.basicConfig(format='%(levelname)s: %(message)s')
-  # Orbax raises exceptions that its threads also log, with tracebacks.
+  # Orbax logs exceptions with tracebacks in its threads, although it also raises them.
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   logging.getLogger('absl').addFilter(
     lambda record: not (record.exc_info and 'orbax' in record.pathname)
@@ -126,13 +129,13 @@ def _quiet_libraries():
 
 
 def _unraisable(error):
-  # When Orbax gives up on a damaged checkpoint, its pending reads find their event loop closed, each
-  # with a traceback from another thread.
+  # After Orbax has failed on a damaged checkpoint, its pending reads in other threads raise this error.
   if str(error.exc_value) != 'Event loop is closed':
     sys.__unraisablehook__(error)
 
 
-def _run(args):
+def _run(args) -> int:
+  """Runs the command; returns the exit code."""
   try:
     if args.name_of_command in commands.SINGLE_PROCESS:
       return args.module.run(args)
@@ -150,21 +153,21 @@ def _run(args):
 
 
 def _run_watched(args):
-  """Runs a command that may be one process of several."""
-  early = getattr(args.module, 'check', None)
-  if early:
-    early(args)  # errors that need neither JAX nor other processes
+  """Runs a command that may be one of several processes."""
+  check = getattr(args.module, 'check', None)
+  if check:
+    check(args)  # before JAX is imported and before other processes are waited for
   from simclr_jax.runtime import distributed
   from simclr_jax.runtime.preemption import Watchdog
 
   distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-  # A command that hangs in one process blocks the others; in a single process it may just take long.
+  # A process that hangs blocks the other processes. A single process may take any time.
   with Watchdog(Watchdog.FIRST if distributed.is_distributed() else 0):
     return args.module.run(args)
 
 
-def _unexpected(error):
-  """The exit code of an exception that is no user error, or the exception itself."""
+def _unexpected(error) -> int:
+  """The exit code of an exception that is not caused by invalid usage; raises unknown ones again."""
   import jax
 
   from simclr_jax.runtime import distributed
@@ -173,13 +176,13 @@ def _unexpected(error):
   if isinstance(error, CheckpointError):
     return _fail(error, ExitCode.ERROR)
   if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error):
-    return _fail('out of device memory: lower the batch size', ExitCode.ERROR)
+    return _fail('out of device memory: use a smaller batch_size', ExitCode.ERROR)
   if not distributed.is_distributed():
     raise error
   traceback.print_exc()
   return distributed.peer_failure(error)
 
 
-def _fail(error, code):
+def _fail(error, code) -> int:
   print(f'simclr-jax: error: {error}', file=sys.stderr)
   return code

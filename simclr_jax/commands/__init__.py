@@ -1,10 +1,12 @@
 """The commands of `simclr-jax`, one file each: its help, its arguments, and what it does.
 
-The docstring of a command's file is its help: the first line is the summary. `add_arguments(parser)` declares the
-arguments, `run(args)` does the work and returns the exit code. `check(args)`, if there is one, comes first and finds
-errors that need no JAX. `args.overrides` has the fields that were set with
-`--config.FIELD=VALUE`, `args.command` the command line. JAX is imported inside `run`, so that `--help` and errors
-about arguments take no seconds.
+The docstring of a file is the help of its command; the first line is the summary. Functions of a file:
+
+  add_arguments(parser)  declares the arguments
+  check(args)            optional: reports invalid arguments before JAX is imported
+  run(args)              runs the command and returns the exit code
+
+`args` is the result of `cli.parse`. JAX is imported inside `run`, so that `--help` and errors about arguments are fast.
 """
 
 import importlib
@@ -14,10 +16,10 @@ NAMES = (
   'pretrain', 'check-data', 'probe', 'knn', 'finetune', 'distill', 'simclrv2', 'transfer', 'embed',
   'export', 'report', 'recipes', 'fields', 'compile-check',
 )  # fmt: skip
-# These run in one process, also where others take part in a multi-process run.
+# Commands that always run in a single process.
 SINGLE_PROCESS = ('check-data', 'compile-check', 'export', 'fields', 'recipes', 'report')
 
 
 def module(name: str) -> ModuleType:
-  """The file of a command."""
+  """The module of a command, one of `NAMES`."""
   return importlib.import_module(f'{__name__}.{name.replace("-", "_")}')

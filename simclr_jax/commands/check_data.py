@@ -3,13 +3,16 @@
 Example:
   simclr-jax check-data --data=my_photographs --sheet=sheet.png
 
-Every image is decoded once: formats, sizes, classes, duplicates, corrupt files. Exit code 1 if any image is corrupt.
+Decodes every image once and reports sizes, formats, classes, duplicates and corrupt files. Exit code 1 if any image is
+corrupt.
 """
+
+import argparse
 
 from simclr_jax.commands import options
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   options.data(parser, required=True)
   parser.add_argument(
@@ -17,7 +20,7 @@ def add_arguments(parser):
   )
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
   """Prints the summary of all splits."""
   from simclr_jax import data
   from simclr_jax.commands import common
@@ -25,7 +28,7 @@ def run(args) -> int:
 
   sheet = args.sheet
   if sheet and (sheet.suffix != '.png' or not sheet.parent.is_dir()):
-    raise ConfigError(f'--sheet={sheet} is not the name of a .png file in a folder that exists')
+    raise ConfigError(f'--sheet={sheet}: name a .png file in an existing folder')
   overrides = {'data.on_device': 'no', **args.overrides}
   config = common.recipe_with_data('simclr_images', args.data, overrides).data
   corrupt = 0
@@ -54,37 +57,38 @@ def _summarise(dataset):
     digests = {hashlib.blake2b(x.tobytes()).digest() for x in dataset.images}
     _line('exact duplicates', f'{len(dataset) - len(digests):,}')
   else:
-    found = scan.scan(dataset)
-    labels, corrupt = found.label, len(found.bad)
-    _summarise_files(dataset, found)
+    result = scan.scan(dataset)
+    labels, corrupt = result.label, len(result.bad)
+    _summarise_files(dataset, result)
   if dataset.labelled:
     counts = np.bincount(labels, minlength=dataset.classes)
     _line('classes', f'{dataset.classes}, {counts.min():,}-{counts.max():,} images per class')
   return corrupt
 
 
-def _summarise_files(dataset, found):
+def _summarise_files(dataset, result):
+  """Prints the result of `scan.scan`."""
   import numpy as np
 
-  if len(found.index):
-    pixels = found.shape.prod(1)
+  if len(result.index):
+    pixels = result.shape.prod(1)
     for name, i in (
       ('smallest', pixels.argmin()),
       ('median', np.argsort(pixels)[len(pixels) // 2]),
       ('largest', pixels.argmax()),
     ):
-      h, w = found.shape[i]
-      _line(name, f'{w} x {h}, {dataset.name(int(found.index[i]))}')
-    _line('formats', ', '.join(f'{k} {n:,}' for k, n in found.kinds().items()))
-    _line('EXIF-rotated', f'{found.rotated.sum():,}')
-    _line('exact duplicates', f'{found.duplicates():,}')
-  _line('corrupt', f'{len(found.bad):,}')
-  for index in found.bad[:20]:
+      h, w = result.shape[i]
+      _line(name, f'{w} x {h}, {dataset.name(int(result.index[i]))}')
+    _line('formats', ', '.join(f'{k} {n:,}' for k, n in result.kinds().items()))
+    _line('EXIF-rotated', f'{result.rotated.sum():,}')
+    _line('exact duplicates', f'{result.duplicates():,}')
+  _line('corrupt', f'{len(result.bad):,}')
+  for index in result.bad[:20]:
     print(f'    {dataset.find_problem([index])}')
-  if len(found.bad) > 20:
-    print(f'    and {len(found.bad) - 20:,} more')
-  if found.bad:
-    print(f'  to skip them: --config.data.skip_bad={len(found.bad)}')
+  if len(result.bad) > 20:
+    print(f'    and {len(result.bad) - 20:,} more')
+  if result.bad:
+    print(f'  to skip them: --config.data.skip_bad={len(result.bad)}')
 
 
 def _line(name, text):
@@ -92,19 +96,19 @@ def _line(name, text):
 
 
 def _contact_sheet(dataset, path, columns=8, rows=6, side=160):
-  """Some images, whole, on one page."""
+  """Writes thumbnails of a sample of the images to a .png file."""
   import PIL.Image
 
   from simclr_jax.data import Arrays
   from simclr_jax.runtime import files
 
-  few = dataset.sample(columns * rows)
-  if isinstance(few, Arrays):
-    images = few.images
+  sample = dataset.sample(columns * rows)
+  if isinstance(sample, Arrays):
+    images = list(sample.images)
   else:
     from simclr_jax.data import decode
 
-    sized = decode.sized(few.iterate_once(), few.settings, skip=True)
+    sized = decode.sized(sample.iterate_once(), sample.settings, skip=True)
     images = list(sized.map(decode.whole).ignore_errors().as_numpy_iterator())
   page = PIL.Image.new('RGB', (columns * side, rows * side), 'white')
   for i, image in enumerate(images):

@@ -11,6 +11,7 @@ the bottleneck (roofline: compute, HBM or interconnect). The exit code is 1 if t
 BatchNorm do not reach all devices, or if images move between devices. Fields are set as in pretrain.
 """
 
+import argparse
 import json
 import os
 import shlex
@@ -19,7 +20,7 @@ import sys
 from simclr_jax.commands import options
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   parser.add_argument('--config', required=True, metavar='RECIPE', help='RECIPE or RECIPE:VARIANT')
   parser.add_argument(
@@ -38,8 +39,8 @@ def add_arguments(parser):
   parser.add_argument('--find-batch', action='store_true', help='find the largest batch that fits')
 
 
-def run(args) -> int:
-  """Compiles and prints the result."""
+def run(args: argparse.Namespace) -> int:
+  """Compiles the step and prints the result; exit code 1 if there are problems."""
   from simclr_jax import config as recipes
 
   recipe = recipes.load(args.config, args.overrides)
@@ -48,7 +49,7 @@ def run(args) -> int:
   from simclr_jax.compile_check import check, hardware, text
 
   os.environ.update(hardware.ENVIRONMENT)
-  jax.config.update('jax_platforms', 'cpu')  # the TPU is only described
+  jax.config.update('jax_platforms', 'cpu')  # no TPU is needed
   topology = hardware.topology(args.topology, args.slices)
   if args.find_batch:
     return _find_batch(args, recipe, topology)

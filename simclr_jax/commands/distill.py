@@ -4,15 +4,20 @@ Example:
   simclr-jax distill --teacher=runs/c10/finetune/1pct-seed0 --workdir=runs/c10/student \\
       --config.model.width_multiplier=0.5
 
-The student is trained on the predictions of the teacher for all training images, and with --config.alpha below 1
-also on the labels that the teacher had. It has the size of the teacher unless --config.model.* changes it.
+The student is trained on the predictions of the teacher for all training images; with --config.alpha below 1, also on
+the labels that the teacher was trained with. The student is as large as the teacher unless --config.model.* is set.
 """
+
+import argparse
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from simclr_jax import config as recipes
 from simclr_jax.commands import options
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   parser.add_argument(
     '--teacher',
@@ -27,25 +32,31 @@ def add_arguments(parser):
   )
 
 
-def check(args):
-  """Finds errors in the recipe and its fields."""
+def check(args: argparse.Namespace) -> None:
+  """Checks the recipe and its fields."""
   recipes.load(args.config, args.overrides)
 
 
-def run(args) -> int:
-  """Trains, tests, prints and saves the table."""
+def run(args: argparse.Namespace) -> int:
+  """Trains and evaluates the students."""
   distill(args.teacher, args.workdir, args.config, args.overrides, args.command)
   return 0
 
 
-def distill(teachers, workdir, spec, overrides, command):
-  """Distillation of fine-tuned runs (`downstream.students`): teachers and students, top-1.
+def distill(
+  teachers: Sequence[pathlib.Path],
+  workdir: pathlib.Path,
+  spec: str,
+  overrides: Mapping[str, Any],
+  command: str,
+) -> dict[str, Any]:
+  """Distils fine-tuned runs; prints and saves a table with the accuracy of teachers and students.
 
   Args:
-    teachers: one run or, with several seeds, several.
-    workdir: of the students.
-    spec, overrides: the recipe of distillation.
-    command: recorded.
+    teachers: directories of fine-tuned runs, one per seed.
+    workdir: directory of the students.
+    spec, overrides: the recipe of the distillation.
+    command: the command line, recorded.
 
   Returns:
     The saved result.
@@ -65,10 +76,10 @@ def distill(teachers, workdir, spec, overrides, command):
     'columns': ['top-1 %', 'parameters, millions'],
     'rows': {
       name: [
-        results.mean_and_std([100 * r['top1'] for r in found]),
-        [found[0]['parameters'] / 1e6, None],
+        results.mean_and_std([100 * r['top1'] for r in seeds]),
+        [seeds[0]['parameters'] / 1e6, None],
       ]
-      for name, found in tests.items()
+      for name, seeds in tests.items()
     },
     'settings': {'recipe': spec, 'test_images': len(test)},
     'runs': tests,

@@ -3,20 +3,24 @@
 Example:
   simclr-jax embed --workdir=runs/c10 --data=my_photographs --out=features.parquet
 
-Without --data, the images of the run are used. The file contains the features, float32 [n, d], names and, if they
-are known, labels; a .npy file the features alone. The same command resumes an interrupted one.
+Without --data, the images of the run are used. The file contains features, float32 [n, d], names, and labels if they
+are known; a .npy file contains features only. Rerun an interrupted command to resume it.
 """
+
+import argparse
 
 from simclr_jax.commands import options
 
 DETAILS = options.DATA_OVERRIDE
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   options.workdir(parser, 'a run, or an exported encoder')
   options.data(parser, required=False)
-  parser.add_argument('--split', choices=('train', 'test'), default='train', help='split of the data')
+  parser.add_argument(
+    '--split', choices=('train', 'test'), default='train', help='split of the data'
+  )
   parser.add_argument(
     '--out',
     required=True,
@@ -26,7 +30,7 @@ def add_arguments(parser):
   )
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
   """Writes the file."""
   from simclr_jax import data, runs
   from simclr_jax.commands import common
@@ -37,8 +41,8 @@ def run(args) -> int:
   embed.check(args.out)
   encoder = runs.load_encoder(args.workdir)
   if args.data:
-    of_data = {k: v for k, v in args.overrides.items() if k.startswith('data.')}
-    recipe = common.recipe_with_data('simclr_images', args.data, of_data)
+    data_fields = {k: v for k, v in args.overrides.items() if k.startswith('data.')}
+    recipe = common.recipe_with_data('simclr_images', args.data, data_fields)
   else:
     recipe = common.recipe_of_run(args.workdir, args.overrides)
   dataset = distributed.run_on_all(lambda: data.load(recipe.data, args.split))

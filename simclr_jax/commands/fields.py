@@ -5,21 +5,22 @@ Examples:
   simclr-jax fields 'data.*'
   simclr-jax fields temperature
 
-Each field with its default, what is allowed, and whether a run may be resumed with another value.
+Shows the default and the allowed values of each field, and whether it may change when a run is resumed.
 """
 
+import argparse
 import fnmatch
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   parser.add_argument(
-    'pattern', nargs='?', default='*', help="a name, part of one, or a pattern with '*'"
+    'pattern', nargs='?', default='*', help="name, part of a name, or pattern with '*'"
   )
 
 
-def run(args) -> int:
-  """Prints them."""
+def run(args: argparse.Namespace) -> int:
+  """Prints the fields."""
   from simclr_jax import fields
   from simclr_jax.errors import ConfigError
   from simclr_jax.validation import did_you_mean
@@ -27,14 +28,14 @@ def run(args) -> int:
   groups = {'all methods': fields.TABLE}
   groups |= {f'method={name}': fields.of_method(name) for name in fields.method_names()}
   pattern = args.pattern if '*' in args.pattern else f'*{args.pattern}*'
-  chosen = {
+  matching = {
     title: {name: field for name, field in table.items() if fnmatch.fnmatch(name, pattern)}
     for title, table in groups.items()
   }
-  if not any(chosen.values()):
+  if not any(matching.values()):
     names = {name for table in groups.values() for name in table}
     raise ConfigError(f'no field matches {args.pattern!r}{did_you_mean(args.pattern, names)}')
-  for title, table in chosen.items():
+  for title, table in matching.items():
     if table:
       print(f'\nFields of {title}')
     for name, field in table.items():

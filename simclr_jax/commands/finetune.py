@@ -3,10 +3,17 @@
 Example:
   simclr-jax finetune --workdir=runs/c10 --labels=1%,10% --seeds=5 --baselines
 
-Each fine-tuning run has its own directory, RUN/finetune/1pct-seed0, and is resumed by the same command. Fields of
-its recipe are set with --config.FIELD=VALUE: head_layer (layers of the projection head that are kept),
-fine_tune_after_block (what is frozen), steps, learning_rate.
+Each fine-tuning run has its own directory, such as RUN/finetune/1pct-seed0. Rerun the same command to resume it.
+--config.FIELD=VALUE sets fields of its recipe, for instance head_layer (layers of the projection head that are kept),
+fine_tune_after_block (layers that are frozen), steps, learning_rate.
 """
+
+import argparse
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_collections
 
 from simclr_jax import config as recipes
 from simclr_jax.commands import options
@@ -14,7 +21,7 @@ from simclr_jax.commands import options
 DETAILS = options.DATA_OVERRIDE
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   options.workdir(parser, 'the pretrained run')
   parser.add_argument(
@@ -32,13 +39,13 @@ def add_arguments(parser):
   options.baselines(parser, 'also train from scratch, and logistic regression on raw pixels')
 
 
-def check(args):
-  """Finds errors in the recipe and its fields."""
+def check(args: argparse.Namespace) -> None:
+  """Checks the recipe and its fields."""
   recipes.load(args.config, args.overrides)
 
 
-def run(args) -> int:
-  """Trains, tests, prints and saves the table."""
+def run(args: argparse.Namespace) -> int:
+  """Fine-tunes and evaluates."""
   data_dir = {k: v for k, v in args.overrides.items() if k == 'data.dir'}
   finetune(
     args.workdir,
@@ -55,14 +62,23 @@ def run(args) -> int:
 
 
 def finetune(
-  workdir, source, spec, overrides, *, labels, seeds, command, name='finetune', baselines=False
-):
-  """Fine-tuning of a run with few labels (`downstream.few_labels`): top-1 by initialisation and labels.
+  workdir: pathlib.Path,
+  source: ml_collections.ConfigDict,
+  spec: str,
+  overrides: Mapping[str, Any],
+  *,
+  labels: Sequence[str],
+  seeds: int,
+  command: str,
+  name: str = 'finetune',
+  baselines: bool = False,
+) -> dict[str, Any]:
+  """Fine-tunes a run with few labels; prints and saves a table with the accuracy by number of labels.
 
   Args:
-    workdir, source: the pretrained run and its recipe.
-    spec, overrides: the recipe of fine-tuning.
-    labels, seeds, command, name, baselines: as of `downstream.few_labels`.
+    workdir, source: directory and recipe of the pretrained run.
+    spec, overrides: the recipe of the fine-tuning.
+    labels, seeds, command, name, baselines: as for `downstream.few_labels`.
 
   Returns:
     The saved result.

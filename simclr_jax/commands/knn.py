@@ -1,28 +1,33 @@
 """classify the test images by their nearest training images
 
-Each of the k nearest neighbours, with cosine similarity s, votes with weight exp(s / temperature). Needs labels.
+Each of the k nearest neighbours votes with weight exp(s / temperature), where s is its cosine similarity. Needs labels.
 The result is added to RUN/evaluation.json and to the report.
 """
+
+import argparse
 
 from simclr_jax.commands import options
 
 DETAILS = options.DATA_OVERRIDE
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   options.workdir(parser)
   parser.add_argument(
     '--k', type=options.positive, default=200, help='number of nearest neighbours'
   )
   parser.add_argument(
-    '--temperature', type=options.above_zero, default=0.1, help='temperature of the neighbour weights'
+    '--temperature',
+    type=options.above_zero,
+    default=0.1,
+    help='temperature of the neighbour weights',
   )
   options.baselines(parser, 'also evaluate raw pixels and the untrained encoder')
 
 
-def run(args) -> int:
-  """Evaluates, prints and saves the table."""
+def run(args: argparse.Namespace) -> int:
+  """Evaluates; prints and saves the table."""
   from simclr_jax.commands import common
   from simclr_jax.evaluate import knn, results
 

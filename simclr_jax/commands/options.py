@@ -1,4 +1,4 @@
-"""Arguments that several commands have, and the types of arguments. This file imports no JAX."""
+"""Arguments that several commands share, and the types of arguments. This file does not import JAX."""
 
 import argparse
 import math
@@ -33,7 +33,7 @@ def baselines(parser: argparse.ArgumentParser, help: str) -> None:
 
 
 def path(text: str) -> pathlib.Path:
-  """A local path or one in a bucket."""
+  """A local or gs:// path."""
   try:
     return paths.path(text)
   except ConfigError as error:

@@ -5,15 +5,16 @@ Examples:
   simclr-jax pretrain --config=simclr_cifar10 --workdir=runs/c10 \\
       --config.epochs=200 --config.data.dir=$HOME/tensorflow_datasets
 
-Without --config, a recipe is chosen by the number and size of the images and printed. Folders
-are searched recursively; sub-folders called train and test are the splits. The same command on the
-same --workdir resumes from the latest checkpoint.
+Without --config, a recipe is suggested by the number and size of the images, and printed. Folders are searched
+recursively; sub-folders named train and test are the splits. Rerun the same command to resume from the latest
+checkpoint.
 
-`simclr-jax recipes` lists the built-in recipes. Any field is set with --config.FIELD=VALUE, for instance
---config.batch_size=256, --config.model.depth=50, --config.augment.view1="moco_v2 | solarize(p=0.2)";
-`simclr-jax fields` lists them.
+`simclr-jax recipes` lists the built-in recipes. --config.FIELD=VALUE sets a field of the recipe, for instance
+--config.batch_size=256, --config.model.depth=50, --config.augment.view1="moco_v2 | solarize(p=0.2)".
+`simclr-jax fields` lists all fields.
 """
 
+import argparse
 import pathlib
 import shlex
 
@@ -21,7 +22,7 @@ from simclr_jax import config as recipes
 from simclr_jax.commands import options
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   options.data(parser, required=False)
   parser.add_argument(
@@ -35,8 +36,8 @@ def add_arguments(parser):
   )
 
 
-def check(args):
-  """Finds errors in the arguments, the recipe and its fields."""
+def check(args: argparse.Namespace) -> None:
+  """Checks the arguments, the recipe and its fields."""
   if not (args.data or args.config):
     args.parser.error('--data or --config is required')
   if not (args.data or args.workdir):
@@ -45,8 +46,8 @@ def check(args):
     recipes.load(args.config, args.overrides)
 
 
-def run(args) -> int:
-  """Trains, and returns the exit code."""
+def run(args: argparse.Namespace) -> int:
+  """Trains, or resumes."""
   from simclr_jax import train
   from simclr_jax.commands import common
 
@@ -67,19 +68,19 @@ def _default_workdir(dataset):
 
 
 def _suggested(dataset, overrides):
-  """A recipe for the data, printed as the arguments that name it."""
+  """A recipe that suits the images; prints the arguments that select it."""
   import jax
 
   from simclr_jax import data
   from simclr_jax.data import discover, suggest
 
-  found = discover.fields(dataset)
-  of_data = {k: v for k, v in overrides.items() if k.startswith('data.')}
-  images = data.load(recipes.load('simclr_images', {**found, **of_data}).data, 'train')
+  data_fields = discover.fields(dataset)
+  data_overrides = {k: v for k, v in overrides.items() if k.startswith('data.')}
+  images = data.load(recipes.load('simclr_images', {**data_fields, **data_overrides}).data, 'train')
   accelerators = 0 if jax.default_backend() == 'cpu' else jax.device_count()
-  name, chosen = suggest.recipe(images, accelerators)
-  values = {**chosen, **{k: v for k, v in found.items() if v}}
+  name, suggested = suggest.recipe(images, accelerators)
+  values = {**suggested, **{k: v for k, v in data_fields.items() if v}}
   arguments = [f'--config={name}', *(f'--config.{k}={v}' for k, v in values.items())]
   print(f'{len(images):,} images, median side {suggest.median_side(images)} px; using recipe')
   print(f'  {shlex.join(arguments)}', flush=True)
-  return recipes.load(name, {**chosen, **found, **overrides})
+  return recipes.load(name, {**suggested, **data_fields, **overrides})

@@ -5,16 +5,18 @@ Examples:
   simclr-jax recipes moco_imagenet:v2
 """
 
+import argparse
 
-def add_arguments(parser):
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   parser.add_argument(
     'name', nargs='?', metavar='RECIPE', help='a recipe, or the path of one; RECIPE:VARIANT'
   )
 
 
-def run(args) -> int:
-  """Prints them."""
+def run(args: argparse.Namespace) -> int:
+  """Prints the list, or the recipe."""
   from simclr_jax import config as recipes
 
   if args.name:

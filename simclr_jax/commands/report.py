@@ -1,22 +1,26 @@
 """write an HTML report of a run
 
-Curves, augmented views, a map of the embeddings, nearest neighbours, evaluations, recipe and
-versions. One self-contained file that needs no network.
+A self-contained file with curves, augmented views, a map of the embeddings, nearest neighbours, evaluations, recipe and
+versions.
 """
+
+import argparse
 
 from simclr_jax.commands import options
 
 DETAILS = options.DATA_OVERRIDE
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   options.workdir(parser)
-  parser.add_argument('--out', type=options.path, metavar='FILE', help='output file (default: RUN/report.html)')
+  parser.add_argument(
+    '--out', type=options.path, metavar='FILE', help='output file (default: RUN/report.html)'
+  )
 
 
-def run(args) -> int:
-  """Writes the page."""
+def run(args: argparse.Namespace) -> int:
+  """Writes the report."""
   from simclr_jax.commands import common
   from simclr_jax.report import page
 

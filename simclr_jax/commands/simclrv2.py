@@ -3,15 +3,17 @@
 Example:
   simclr-jax simclrv2 --config=simclr_digits --workdir=runs/digits --student-width=0.25 --seeds=5
 
-Each stage is a run: RUN, RUN/finetune/1pct-seed0, RUN/distill/1pct-seed0. The same command resumes the stage that
-was interrupted. --config.FIELD=VALUE sets fields of the pretraining; the other stages take recipes.
+Each stage is a run: RUN, RUN/finetune/1pct-seed0, RUN/distill/1pct-seed0. Rerun the same command to resume the stage
+that was interrupted. --config.FIELD=VALUE sets fields of the pretraining; the other stages have their own recipes.
 """
+
+import argparse
 
 from simclr_jax import config as recipes
 from simclr_jax.commands import options
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   options.data(parser, required=False)
   parser.add_argument('--config', required=True, metavar='RECIPE', help='recipe of the pretraining')
@@ -29,22 +31,27 @@ def add_arguments(parser):
     '--student-depth', type=options.positive, help="layers of the student (default: the teacher's)"
   )
   parser.add_argument(
-    '--student-width', type=options.above_zero, help="width multiplier of the student (default: the teacher's)"
+    '--student-width',
+    type=options.above_zero,
+    help="width multiplier of the student (default: the teacher's)",
   )
   parser.add_argument(
-    '--seeds', type=options.positive, default=1, help='number of random seeds for fine-tuning and distillation'
+    '--seeds',
+    type=options.positive,
+    default=1,
+    help='number of random seeds for fine-tuning and distillation',
   )
 
 
-def check(args):
-  """Finds errors in the recipes of all stages now, and not in an hour."""
+def check(args: argparse.Namespace) -> None:
+  """Checks the recipes of all stages before the first one starts."""
   recipes.load(args.config, args.overrides)
   for spec in (args.finetune, args.distill):
     recipes.load(spec)
 
 
-def run(args) -> int:
-  """Runs the stages, prints and saves the table."""
+def run(args: argparse.Namespace) -> int:
+  """Runs the stages; prints and saves the table."""
   from simclr_jax import downstream, train
   from simclr_jax.commands import common
   from simclr_jax.commands.distill import distill
@@ -58,7 +65,7 @@ def run(args) -> int:
   if code:
     raise Stopped(code)
   source = recipes.of_run(workdir, {'data.dir': pretraining.data.dir})
-  tuned = finetune(
+  finetuned = finetune(
     workdir, source, args.finetune, {},
     labels=[args.labels], seeds=args.seeds, baselines=True, command=args.command,
   )  # fmt: skip
@@ -67,23 +74,23 @@ def run(args) -> int:
   size = {'model.depth': args.student_depth, 'model.width_multiplier': args.student_width}
   student = {k: v for k, v in size.items() if v}
   distilled = distill(teachers, workdir / 'distill', args.distill, student, args.command)
-  results.save(workdir, 'simclrv2', _story(args, tuned, distilled), common.step_of(workdir))
+  results.save(workdir, 'simclrv2', _summary(args, finetuned, distilled), common.step_of(workdir))
   return 0
 
 
-def _story(args, tuned, distilled):
-  """The table of all stages."""
+def _summary(args, finetuned, distilled):
+  """The result of all stages."""
   from simclr_jax.evaluate.results import over_seeds
 
-  rows = {**tuned['rows'], 'distilled student': distilled['rows']['student']}
+  rows = {**finetuned['rows'], 'distilled student': distilled['rows']['student']}
   size = [distilled['rows'][name][1][0] for name in ('teacher', 'student')]
   order = ('raw pixels', 'from scratch', 'fine-tuned', 'distilled student')
   return {
     'title': f'SimCLR v2 with {args.labels} of the labels, top-1 %{over_seeds(args.seeds)}',
-    'columns': tuned['columns'],
+    'columns': finetuned['columns'],
     'rows': {name: [rows[name][0]] for name in order},
     'notes': {
-      'distilled student': f'{size[1]:.2f} million parameters, its teacher {size[0]:.2f}, '
+      'distilled student': f'{size[1]:.2f} million parameters, teacher {size[0]:.2f} million; '
       'distilled on all images without labels'
     },
     'settings': {'seeds': args.seeds, 'finetuning': args.finetune, 'distillation': args.distill},

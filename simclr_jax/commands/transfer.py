@@ -1,13 +1,14 @@
-"""measure the features on other data sets
+"""evaluate the features on other data sets
 
 Example:
   simclr-jax transfer --workdir=runs/c10 --to=cifar100,dtd,my_labelled_photographs --baselines
 
-Logistic regression (L-BFGS, L2 strength chosen from 45 values on a validation split) and, with --finetune, also
-fine-tuning with all labels. The metric of Pets, Flowers, Caltech-101 and Aircraft is the mean accuracy per class, as
-published, that of VOC 2007 is mAP, of all others top-1. Data sets that are not available are reported as "missing".
+Logistic regression (L-BFGS, L2 strength chosen from 45 values on a validation split); with --finetune, also
+fine-tuning with all labels. As published, the metric is mean accuracy per class for Pets, Flowers, Caltech-101 and
+Aircraft, mAP for VOC 2007, and top-1 for other data sets. Data sets that are not available are reported as "missing".
 """
 
+import argparse
 import pathlib
 import re
 
@@ -15,7 +16,7 @@ from simclr_jax import config as recipes
 from simclr_jax.commands import options
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
   options.workdir(parser)
   parser.add_argument(
@@ -35,15 +36,15 @@ def add_arguments(parser):
   )
 
 
-def check(args):
-  """Finds errors in the arguments, the recipe and its fields."""
+def check(args: argparse.Namespace) -> None:
+  """Checks the arguments, the recipe and its fields."""
   if args.overrides and not args.finetune:
     args.parser.error('--config.FIELD=VALUE needs --finetune')
   recipes.load(args.config, args.overrides)
 
 
-def run(args) -> int:
-  """Evaluates, prints and saves the table."""
+def run(args: argparse.Namespace) -> int:
+  """Evaluates on each data set; prints and saves the table."""
   from simclr_jax.commands import common
   from simclr_jax.evaluate import results
 
@@ -53,7 +54,8 @@ def run(args) -> int:
   starts = {'from scratch': ''} if args.baselines else {}
   starts = {**starts, 'fine-tuned': str(args.workdir)} if args.finetune else {}
   columns = [*pixels, *encoders, *starts]
-  rows, notes, sizes = {}, {}, {}
+  rows: dict[str, list[list[float | None]]] = {}
+  notes, sizes = {}, {}
   for dataset in args.to:
     print(f'\n{dataset}', flush=True)
     name, metrics, note, size = _evaluate(
@@ -79,14 +81,19 @@ def run(args) -> int:
 
 
 def _short_name(dataset, rows):
-  """The last part of a path that is not a version; all of it, if there is a row of that name already."""
+  """The last part of a path that is not a version; the entire path, if there is already a row of this name."""
   path = pathlib.PurePosixPath(dataset.rstrip('/'))
   short = path.parent.name if re.fullmatch(r'\d+\.\d+\.\d+', path.name) else path.name
   return dataset if any(row.startswith(f'{short} (') for row in rows) else short
 
 
 def _evaluate(args, source, dataset, short, encoders, starts):
-  """One data set: the name of its row, metric by column, a note, and the numbers of images (None: missing)."""
+  """Evaluates on one data set.
+
+  Returns:
+    The name of the row; column -> metric, 0 to 1; a note, or ''; numbers of training and test images, None if the data
+    set is missing.
+  """
   from simclr_jax.errors import ConfigError
   from simclr_jax.evaluate import transfer
   from simclr_jax.runtime import distributed
@@ -97,7 +104,7 @@ def _evaluate(args, source, dataset, short, encoders, starts):
     return f'{short} ({transfer.metric(dataset)})', {}, f'missing: {error}', None
   metrics, note = transfer.linear(encoders, task), ''
   if starts and task.metric == transfer.MAP:
-    note = 'not fine-tuned: it has several labels per image'
+    note = 'not fine-tuned: images have several labels'
   else:
     for column, start in starts.items():
       metrics[column] = _fine_tuned(args, source, short, task, start)
@@ -105,7 +112,7 @@ def _evaluate(args, source, dataset, short, encoders, starts):
 
 
 def _fine_tuned(args, source, short, task, start):
-  """The metric after training with all labels, from the run `start` or ('') from scratch."""
+  """The metric after fine-tuning with all labels, from the run `start`, or if it is '', from scratch."""
   from simclr_jax import downstream
   from simclr_jax.runtime import paths
 
