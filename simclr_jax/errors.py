@@ -16,7 +16,7 @@ class NotFinite(RuntimeError):
 
 
 class Stopped(RuntimeError):
-  """A signal stopped the command after it saved its state. `args[0]` is the exit code."""
+  """A signal stopped the command; a training saves its state before it ends. `args[0]` is the exit code."""
 
 
 class ExitCode(enum.IntEnum):

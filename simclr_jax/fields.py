@@ -176,7 +176,7 @@ TABLE: dict[str, Field] = {
   'warmup_epochs': Field(0.0, 'linear warm-up of the learning rate', Range(0.0)),
   'weight_decay': Field(1e-6, 'weight decay', Range(0.0)),
   'weight_decay_on': Field(
-    'kernels', 'all: BatchNorm parameters and biases, too', Choices('kernels', 'all')
+    'kernels', 'kernels: decay kernels only; all: also BatchNorm parameters and biases', Choices('kernels', 'all')
   ),
   'momentum': Field(0.9, 'momentum of the optimizer', Range(0.0, 1.0)),
   'first_loss': Field(

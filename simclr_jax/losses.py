@@ -60,16 +60,16 @@ def nt_xent(
   cross_view = logits.reshape(m // 2, 2, m // 2, 2)[:, 0, :, 1]  # [n, n], first by second views
   accuracy_n = jnp.mean(jnp.argmax(cross_view, axis=1) == np.arange(m // 2))
   hit = jnp.argmax(logits, axis=1) == positive
-  total = jax.nn.logsumexp(logits, axis=1)
+  log_denominator = jax.nn.logsumexp(logits, axis=1)
   K = 0
   if negatives is not None:
     memory = (
       jnp.matmul(sharding.shard_rows(candidates), negatives.T, precision='highest') / temperature
     )  # [2n, K]
-    total = jnp.logaddexp(total, jax.nn.logsumexp(memory, axis=1))
+    log_denominator = jnp.logaddexp(log_denominator, jax.nn.logsumexp(memory, axis=1))
     hit &= positive_logit >= memory.max(axis=1)
     K = len(negatives)
-  return jnp.mean(total - positive_logit), {
+  return jnp.mean(log_denominator - positive_logit), {
     'contrastive_acc': jnp.mean(hit),
     'contrastive_acc_n': accuracy_n,
     'chance_loss': math.log(m - 1 + K),
@@ -93,8 +93,8 @@ def info_nce(
     `chance_loss`, log(1 + K), the loss if all similarities are equal.
   """
   positive, others = _scores(q, k, negatives, temperature)
-  total = jnp.logaddexp(positive, jax.nn.logsumexp(others, axis=1))
-  return jnp.mean(total - positive), _metrics(positive, others)
+  log_denominator = jnp.logaddexp(positive, jax.nn.logsumexp(others, axis=1))
+  return jnp.mean(log_denominator - positive), _metrics(positive, others)
 
 
 def info_nce_in_batch(q: jax.Array, k: jax.Array, temperature: float) -> tuple[jax.Array, Metrics]:

@@ -13,7 +13,7 @@ from simclr_jax.models import network
 from simclr_jax.momentum import draw_permutation, shuffle, unshuffle
 
 FIELDS = {
-  'temperature': Field(0.07, 'divides the similarities', Range(1e-3)),
+  'temperature': Field(0.07, 'softmax temperature: similarities are divided by it', Range(1e-3)),
   'shuffle': Field(
     'permute', 'how keys are shuffled over BatchNorm groups', Choices('permute', 'transpose', 'none')
   ),

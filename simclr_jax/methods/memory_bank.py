@@ -17,7 +17,7 @@ from simclr_jax.models import network
 
 FIELDS = {
   # Below 0.02, exp(1 / T) overflows float32.
-  'temperature': Field(0.07, 'divides the similarities', Range(0.02)),
+  'temperature': Field(0.07, 'softmax temperature: similarities are divided by it', Range(0.02)),
   'loss': Field(
     'info_nce', 'nce: the loss of InstDisc, whose constant Z is estimated from the first batch',
     Choices('info_nce', 'nce'),

@@ -25,7 +25,7 @@ from simclr_jax.momentum import (
 )
 
 FIELDS = {
-  'temperature': Field(0.07, 'divides the similarities', Range(1e-3)),
+  'temperature': Field(0.07, 'softmax temperature: similarities are divided by it', Range(1e-3)),
   'queue_size': Field(65536, 'number of keys in the queue', Range(1)),
   'key_momentum': Field(0.999, 'momentum of the EMA encoder', Range(0.0, 1.0)),
   'symmetric': Field(

@@ -21,7 +21,7 @@ FIELDS = {
     'nt_xent', 'the contrastive loss',
     Choices('nt_xent', 'nt_logistic', 'margin_triplet', 'pairwise_margin'),
   ),
-  'temperature': Field(0.1, 'divides the similarities', Range(1e-3)),
+  'temperature': Field(0.1, 'softmax temperature: similarities are divided by it', Range(1e-3)),
   'margin': Field(0.8, 'margin of the margin losses', Range(0.0, 2.0)),
   'semi_hard': Field(
     False, 'nt_logistic, margin_triplet: use only the semi-hard negative of each anchor',
