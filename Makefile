@@ -36,6 +36,7 @@ test-browser: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy simclr_jax
 
 # The packages that launch/tpu.sh installs on TPU VMs: exact versions and checksums, for Linux on x86-64 and Python >= 3.11.
 LOCK := uv pip compile --quiet --upgrade --generate-hashes --no-annotate --custom-compile-command='make lock'
@@ -78,4 +79,4 @@ $(VENV)/.installed: setup.py pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-minimal runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(VENV)-minimal runs .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -45,6 +45,7 @@ setup(
     'dev': [
       'gcp-storage-emulator>=2024.8.3',
       'gcsfs>=2024.10',
+      'mypy>=2.4',
       'pyarrow>=18',
       'pytest>=8',
       'pytest-xdist>=3.6',
