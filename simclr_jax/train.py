@@ -137,7 +137,9 @@ def _set_up(config, workdir, train, cleanup) -> _Setup:
 
   setup = distributed.run_on_all(prepare)
   distributed.check_equal(_identity(setup.config))
-  data.check_same({'the training images': setup.train, 'the test images': setup.test})
+  data.check_same(
+    {'checksum of the training images': setup.train, 'checksum of the test images': setup.test}
+  )
   return setup
 
 

@@ -302,7 +302,7 @@ def test_other_images_are_refused(tmp_path):
   job = Job(tmp_path / 'a', arguments, 2, 1)
   assert job.wait(90) == [2, 2], job.log(0)[-2000:]
   for i in range(2):
-    assert 'the training images is' in job.log(i) and 'Traceback' not in job.log(i)
+    assert 'checksum of the training images is' in job.log(i) and 'Traceback' not in job.log(i)
 
 
 def test_a_damaged_checkpoint_in_two_processes(two_processes, tmp_path):

@@ -61,7 +61,7 @@ def labelled(config: ml_collections.ConfigDict) -> tuple[Dataset, Dataset]:
     return train, test
 
   train, test = distributed.run_on_all(load)
-  data.check_same({'the training images': train, 'the test images': test})
+  data.check_same({'checksum of the training images': train, 'checksum of the test images': test})
   return train, test
 
 

@@ -48,6 +48,6 @@ def run(args: argparse.Namespace) -> int:
   dataset = distributed.run_on_all(lambda: data.load(recipe.data, args.split))
   if not len(dataset):
     raise ConfigError(f'the {args.split} split contains no images')
-  data.check_same({'the images': dataset})
+  data.check_same({'checksum of the images': dataset})
   embed.embed(encoder, dataset, args.out)
   return 0
