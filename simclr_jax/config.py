@@ -84,22 +84,6 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ml_collection
   return _finish(config, overrides)
 
 
-def from_dict(
-  values: dict, overrides: Mapping[str, Any] | None = None
-) -> ml_collections.ConfigDict:
-  """Like `load`, for the recipe in the `config.json` of a run.
-
-  Args:
-    values: the recipe, as `read_run` returns it.
-    overrides: as for `load`.
-
-  Raises:
-    ConfigError: as for `load`; or a Python file that the recipe names has changed since the run.
-  """
-  check_code(values.get('code', ()), flatten(values))  # before any of these files is executed
-  return _finish(ml_collections.ConfigDict(values), overrides)
-
-
 def _finish(config, overrides):
   for field, value in (overrides or {}).items():
     _override(config, field, value)
@@ -344,12 +328,18 @@ def read_run(workdir: pathlib.Path) -> dict:
 def of_run(
   workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None
 ) -> ml_collections.ConfigDict:
-  """The recipe of a run, checked and locked; `overrides` as for `load`.
+  """The recipe of a run, checked and locked.
+
+  Args:
+    workdir: directory of the run.
+    overrides: as for `load`.
 
   Raises:
-    ConfigError: as for `read_run` and `from_dict`.
+    ConfigError: as for `read_run` and `load`; or a Python file that the recipe names has changed since the run.
   """
-  return from_dict(read_run(workdir), overrides)
+  values = read_run(workdir)
+  check_code(values.get('code', ()), flatten(values))  # before any of these files is executed
+  return _finish(ml_collections.ConfigDict(values), overrides)
 
 
 def upgraded(old: dict) -> dict:
