@@ -9,13 +9,15 @@ demo: $(VENV)/.installed
 	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --student-width=0.25 --seeds=5
 	$(BIN)/simclr-jax report --workdir=runs/demo
 
-# Two workers: compiling, which takes most of the time, keeps one core busy.
+# Compiling, which takes most of the time, keeps one core busy per worker.
+WORKERS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -m 'not slow and not faults' --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest -m 'not slow and not faults' $(WORKERS)
 
 # Every test once. The fault tests come last and alone: they measure time-outs.
 test-all: $(VENV)/.installed lint
-	$(BIN)/python -m pytest -m 'not faults' --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest -m 'not faults' $(WORKERS)
 	$(BIN)/python -m pytest -m faults
 
 # Several processes, killed and resumed, and the launcher with the real program: a quarter of an hour.
@@ -27,7 +29,7 @@ test-minimal:
 	$(PYTHON) -m venv $(VENV)-minimal
 	$(VENV)-minimal/bin/python -m pip install --quiet uv
 	$(VENV)-minimal/bin/uv pip install --quiet --python=$(VENV)-minimal/bin/python --resolution=lowest-direct --editable '.[dev]'
-	$(VENV)-minimal/bin/python -m pytest -m 'not slow and not faults' --numprocesses=2 --dist=loadfile
+	$(VENV)-minimal/bin/python -m pytest -m 'not slow and not faults' $(WORKERS)
 
 # Opens the report of a small run in headless Chromium (`apt-get install chromium`).
 test-browser: $(VENV)/.installed

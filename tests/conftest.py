@@ -53,6 +53,21 @@ def fails(capsys, *argv, code=2) -> str:
   return stderr
 
 
+# Files that take longest start first, so that pytest's workers end together.
+LONG = (
+  'test_methods',
+  'test_plugins',
+  'test_stream',
+  'test_resume',
+  'test_parallelism',
+  'test_cli',
+)
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: item.path.stem not in LONG)
+
+
 @pytest.fixture
 def test_data() -> pathlib.Path:
   """The folder of real data sets, which some tests need."""

@@ -379,6 +379,7 @@ def test_an_invalid_recipe_is_a_one_line_error(capsys, tmp_path, body, expected)
   assert expected in fails(capsys, 'pretrain', f'--config={path}', f'--workdir={tmp_path / "run"}')
 
 
+@pytest.mark.slow
 def test_without_a_test_split(capsys, tmp_path):
   """Breaks if a data set without a test split, labelled or not, cannot be pretrained on, evaluated
   or reported.

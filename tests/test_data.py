@@ -102,6 +102,7 @@ def test_npz(tmp_path):
     data.load(source(source='arrays', dir=''), 'train')
 
 
+@pytest.mark.slow
 def test_arrays_never_import_tensorflow():
   """Breaks if training on arrays imports TensorFlow."""
   program = """

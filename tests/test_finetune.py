@@ -140,7 +140,7 @@ def test_fine_tuning_starts_from_the_pretrained_weights(pretrained):
     pytest.param('nesterov', -1, (), marks=pytest.mark.slow),
     pytest.param('nesterov', 0, ('stem',), marks=pytest.mark.slow),
     ('nesterov', 1, ('stem', 'group1')),
-    ('nesterov', 4, ('stem', 'group1', 'group2', 'group3')),
+    pytest.param('nesterov', 4, ('stem', 'group1', 'group2', 'group3'), marks=pytest.mark.slow),
     pytest.param('lars', 1, ('stem', 'group1'), marks=pytest.mark.slow),
     pytest.param('adamw', 1, ('stem', 'group1'), marks=pytest.mark.slow),
   ],
@@ -185,6 +185,7 @@ def test_frozen_encoder_is_a_linear_classifier_on_its_features(pretrained):
   np.testing.assert_allclose(step_metrics['loss'], np.log(10), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_pretrained_weights_of_another_network_are_refused(pretrained):
   """Breaks if weights of another shape are loaded in part, or the error does not name the field."""
   for field, value in {

@@ -52,7 +52,7 @@ SMALL_RATE = {'lars': '0.001', 'sgd': '0.0003', 'nesterov': '0.0003', 'adamw': '
 SMALL_GROUPS = {'model.bn_groups': '4'}  # of 8 examples
 VARIANTS = {name: list(recipes.variants(name)) or [''] for name in recipes.names()}
 SPECS = [f'{name}:{v}'.rstrip(':') for name, variants in VARIANTS.items() for v in variants]
-SHORT = [f'{name}:{variants[0]}'.rstrip(':') for name, variants in VARIANTS.items()]
+SHORT = ['simclr_digits', 'moco_cifar10:asymmetric', 'finetune_small']
 
 
 @functools.cache

@@ -50,6 +50,7 @@ def test_features_are_those_of_the_old_version(old, source):
   np.testing.assert_allclose(load_encoder(old / source)(images), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_old_run_resumes_as_if_it_had_not_stopped(old, tmp_path, capsys):
   """Breaks if the recipe of today does not equal that of the old run, or its state means something else."""
   run = tmp_path / 'run'

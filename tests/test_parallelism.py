@@ -62,6 +62,7 @@ def test_rematerialisation_gives_the_same_training(baseline):
   assert_close(ts, baseline[0], 1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation():
   """Breaks if a micro-batch has the wrong rows, gradients are summed instead of averaged, or BatchNorm
   statistics are not passed from one micro-batch to the next.

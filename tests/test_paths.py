@@ -23,6 +23,7 @@ def test_local_and_remote_paths():
     paths.path('ftp://x/y')
 
 
+@pytest.mark.slow
 def test_a_run_uses_only_path_operations_of_buckets(tmp_path, monkeypatch, capsys):
   """Breaks if a file of a run is written with operations that only local paths have. Uses a local
   folder with the file system for buckets.

@@ -179,6 +179,7 @@ def test_a_method_of_ones_own(tmp_path, capsys):
   )
 
 
+@pytest.mark.slow
 def test_an_encoder_of_ones_own(tmp_path, capsys):
   """Breaks if networks other than ResNets, or without BatchNorm, cannot be trained, resumed or exported."""
   path = tmp_path / 'encoder.py'

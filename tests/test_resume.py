@@ -177,6 +177,7 @@ def test_empty_and_stray_files_are_ignored(folder, finish, uninterrupted):
   assert_same(workdir, uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_refused(finish, uninterrupted):
   """Breaks if a run is resumed with another recipe, or the error does not name the field and its
   values.
@@ -201,6 +202,7 @@ def test_a_run_without_checkpoints_can_be_changed(folder, finish):
   assert code == 0, output
 
 
+@pytest.mark.slow
 def test_nan_stops_before_the_next_checkpoint(folder, finish):
   """Breaks if a diverged state is saved, or the exit code is that of other errors."""
   workdir = folder / 'nan'

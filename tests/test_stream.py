@@ -153,6 +153,7 @@ def test_training_from_files_equals_training_from_memory(one_size):
   host_step.loader.close(), device_step.loader.close()
 
 
+@pytest.mark.slow
 def test_streamed_training_on_one_and_eight_devices(photos):
   """Breaks if the rows of a batch are split over the devices in another order."""
   c = recipe(photos[0], batch_size='16')

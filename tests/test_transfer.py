@@ -47,6 +47,7 @@ def test_multilabel_lbfgs_is_one_against_the_rest(monkeypatch):
     np.testing.assert_allclose(ours, theirs, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_transfer_to_a_multilabel_data_set(tmp_path, monkeypatch):
   """Breaks if labels are assigned to the wrong images, or the metric is not mAP."""
   tfds = pytest.importorskip('tensorflow_datasets')
