@@ -113,8 +113,8 @@ def restore(
   Args:
     folder: the folder of the checkpoints of a run.
     target: abstract arrays with shardings, see `abstract`.
-    quarantine: whether newer checkpoints that are unreadable are renamed to `corrupt-<step>`, so that these steps can be
-      saved again. Only the run itself may do this, not a reader.
+    quarantine: whether newer, unreadable checkpoints are renamed to `corrupt-<step>`, so that these steps can be saved
+      again. Only the run itself may do this.
 
   Returns:
     The state and its metadata; None if there are no checkpoints.
