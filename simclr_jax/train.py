@@ -1,18 +1,15 @@
 """The training loop: sets a run up, restores its newest checkpoint, trains, saves and evaluates."""
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
 import pathlib
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 from absl import logging
 from clu import parameter_overview
 
@@ -21,20 +18,16 @@ from simclr_jax import (
   data,
   diagnostics,
   fields,
-  methods,
   optim,
+  recorder,
   runs,
   sharding,
   train_state,
 )
 from simclr_jax.data import Dataset
-from simclr_jax.encoder import Encoder
-from simclr_jax.errors import ConfigError, NotFinite, Stopped
-from simclr_jax.evaluate import knn
-from simclr_jax.runtime import checkpoint, distributed, environment, files, goodput, logs, paths
+from simclr_jax.errors import ConfigError
+from simclr_jax.runtime import checkpoint, distributed, environment, files, goodput, paths
 from simclr_jax.runtime.preemption import GracefulStop, Watchdog
-
-MIN_SAVE_STEPS = 20  # fewest steps between two checkpoints that are saved once per epoch
 
 
 def pretrain(
@@ -77,47 +70,28 @@ def pretrain(
     if distributed.is_main_process():
       _write_config(setup.config, workdir, command)
 
-    recorder = _Recorder(setup, workdir, first, clock, cleanup)
-    trace = _Trace(setup.config.profile_steps, setup.steps, workdir / 'profile', recorder.log)
+    record = recorder.Recorder(setup, workdir, first, clock, cleanup)
+    trace = recorder.Trace(setup.config.profile_steps, setup.steps, workdir / 'profile', record.log)
     for i in range(first, setup.steps):
       with clock.measure('data'):
         step_fn.loader.wait(i)
       trace.before_step(i + 1)
       state, metrics = step_fn(state, i)
       done = i + 1
-      recorder.metrics.push(done, metrics)
+      record.metrics.push(done, metrics)
       watchdog.heartbeat()
       if i == first:
         jax.block_until_ready(metrics)
         clock.first_step_done()
       trace.after_step(done, metrics)
-      stopped = recorder.after_step(done, state, stop, idle=not step_fn.loader.ready(done))
+      stopped = record.after_step(done, state, stop, idle=not step_fn.loader.ready(done))
       if stopped:
         break
-    recorder.finish(done, state, stop, stopped)
+    record.finish(done, state, stop, stopped)
     return stop.exit_code
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setup:
-  """What a run needs before its first step.
-
-  Attributes:
-    config: the recipe, with `data.examples`.
-    train: the training images.
-    test: the labelled images for the online kNN; None: no online kNN.
-    steps: length of the training.
-    mesh: the devices.
-  """
-
-  config: ml_collections.ConfigDict
-  train: Dataset
-  test: Dataset | None
-  steps: int
-  mesh: jax.sharding.Mesh
-
-
-def _set_up(config, workdir, train, cleanup) -> _Setup:
+def _set_up(config, workdir, train, cleanup) -> recorder.Setup:
   """Loads the data, locks the workdir, and checks that recipe, data, devices and workdir fit together."""
 
   def prepare():
@@ -133,7 +107,7 @@ def _set_up(config, workdir, train, cleanup) -> _Setup:
     recipes.check_against(filled, images, jax.device_count(), warmup, steps)
     _warn(filled, images)
     test = _test_images(filled, images) if filled.knn_every_epochs else None
-    return _Setup(filled, images, test, steps, sharding.make_mesh())
+    return recorder.Setup(filled, images, test, steps, sharding.make_mesh())
 
   setup = distributed.run_on_all(prepare)
   distributed.check_equal(_identity(setup.config))
@@ -144,7 +118,7 @@ def _set_up(config, workdir, train, cleanup) -> _Setup:
 
 
 def _restore(
-  setup: _Setup, workdir: pathlib.Path, cleanup: contextlib.ExitStack, quiet: bool
+  setup: recorder.Setup, workdir: pathlib.Path, cleanup: contextlib.ExitStack, quiet: bool
 ) -> tuple[train_state.TrainState, train_state.Step]:
   """The state of the newest checkpoint, or else the initial one, and the step."""
   config, folder = setup.config, workdir / 'checkpoints'
@@ -165,182 +139,6 @@ def _restore(
     state = restored[0]
     print(f'resuming {workdir} from step {int(state.step)} of {setup.steps}', flush=True)
   return state, step_fn
-
-
-class _Recorder:
-  """Logs, saves and evaluates after each step, and at the end of the run.
-
-  Attributes:
-    log: the log of the run.
-    metrics: the metrics of the last step, which are logged during the next one.
-  """
-
-  def __init__(
-    self,
-    setup: _Setup,
-    workdir: pathlib.Path,
-    first: int,
-    clock: goodput.Clock,
-    cleanup: contextlib.ExitStack,
-  ):
-    """`first`: the step from which the run starts or resumes."""
-    config, steps = setup.config, setup.steps
-    self._workdir, self._clock, self._steps = workdir, clock, steps
-    self._saver = cleanup.enter_context(
-      checkpoint.Saver(workdir / 'checkpoints', config.keep_checkpoints)
-    )
-    self.log = logs.Log(workdir, first, steps, config.tensorboard, distributed.is_main_process())
-    cleanup.callback(self.log.close)
-    self.log.event(first, 'start', {'time': clock.started})
-    self.metrics = _Metrics(config, workdir, self.log, clock, first, steps, len(setup.train))
-    self._metadata = {'config': config.to_dict(), 'versions': environment.versions()}
-    self._evaluate = _online_knn(config, setup.train, setup.test) if setup.test else None
-    epoch = max(len(setup.train) // config.batch_size, 1)
-    self._save_every = config.checkpoint_every_steps or max(epoch, MIN_SAVE_STEPS)
-    self._evaluate_every = config.knn_every_epochs * epoch
-    self._saved = first
-
-  def after_step(
-    self, done: int, state: train_state.TrainState, stop: GracefulStop, idle: bool
-  ) -> bool:
-    """Saves and evaluates when due.
-
-    Args:
-      done: number of finished steps.
-      state: the state after them.
-      stop: knows whether a signal has arrived.
-      idle: whether the next batch is not loaded yet, so that the devices have to wait anyway.
-
-    Returns:
-      Whether to stop.
-    """
-    last = done == self._steps
-    stopped = stop.requested()
-    save = last or done % self._save_every == 0
-    evaluate = None if stopped else self._evaluate
-    if evaluate and not last and done % self._evaluate_every:
-      evaluate = None  # not due
-    if save or evaluate or stopped or idle:
-      self.metrics.flush()  # raises if the loss is not finite, before the state is saved
-    if save:
-      self._save(done, state)
-    if evaluate:
-      try:
-        with self._clock.measure('evaluation'):
-          accuracy = evaluate(state)
-        self.log.write(done, {'knn_acc': accuracy} | self._clock.fields())
-        self.log.info(f'step {done}/{self._steps}  online kNN {accuracy:.1%}')
-      except Stopped:
-        stopped = True
-      self.metrics.restart_clock(done)
-    return stopped
-
-  def finish(
-    self, done: int, state: train_state.TrainState, stop: GracefulStop, stopped: bool
-  ) -> None:
-    """Saves the state of a stopped run, waits until it is on disk, and records the event."""
-    stopped = stopped and done < self._steps
-    if stopped and self._saved != done:
-      self._save(done, state)
-    with self._clock.measure('checkpoint'):
-      self._saver.wait()
-    self.log.event(done, 'stopped' if stopped else 'complete', self._clock.fields())
-    if stopped:
-      self.log.info(
-        f'{stop.signal_name}: saved step {done} of {self._steps}; rerun the same command to resume'
-      )
-    else:
-      self.log.info(f'complete: {self._steps} steps, in {self._workdir}')
-
-  def _save(self, done, state):
-    with self._clock.measure('checkpoint'):
-      self.log.flush()
-      self._saver.save(done, state, self._metadata)
-    self._saved = done
-
-
-class _Metrics:
-  """The metrics of the steps, fetched while the next step runs on the device."""
-
-  def __init__(self, config, workdir, log, clock, first, steps, examples):
-    self._pending: tuple[int, dict[str, jax.Array]] | None = None
-    self._config, self._workdir, self._log, self._clock = config, workdir, log, clock
-    self._steps, self._examples = steps, examples
-    self._records = [r for r in logs.read(workdir) if 'loss' in r]
-    self._reported = set(diagnostics.findings(config, []))
-    self.restart_clock(first)
-
-  def restart_clock(self, done: int) -> None:
-    """Starts the interval over which the speed is measured; `done`: number of finished steps."""
-    self._since, self._since_step = time.monotonic(), done
-    self._waited = self._clock.seconds['data']
-
-  def push(self, done: int, metrics: dict[str, jax.Array]) -> None:
-    """Records the metrics of the previous step, and keeps those of the step that was just dispatched."""
-    self.flush()
-    self._pending = (done, metrics)
-
-  def flush(self) -> None:
-    """Waits for the last dispatched step, and records its metrics if it is to be logged.
-
-    Raises:
-      NotFinite: the loss or the gradient of this step is not finite.
-    """
-    if not self._pending:
-      return
-    (done, metrics), self._pending = self._pending, None
-    values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    values = {k: v for k, v in values.items() if k in ('loss', 'grad_norm') or not np.isnan(v)}
-    if not np.isfinite([values['loss'], values['grad_norm']]).all():
-      self._log.write(done, values | self._clock.fields())
-      raise NotFinite(
-        f'step {done}: loss {values["loss"]}, gradient norm {values["grad_norm"]}, learning rate '
-        f'{values["learning_rate"]:.4g}: training stopped before the next checkpoint; '
-        f'{_newest(self._workdir / "checkpoints")}. A lower learning_rate or a longer warm-up usually '
-        'helps'
-      )
-    if done % self._config.log_every_steps == 0 or done in (1, self._steps):
-      self._record(done, values)
-
-  def _record(self, done, values):
-    seconds = max(time.monotonic() - self._since, 1e-9)
-    batch = self._config.batch_size
-    values['data_wait'] = (self._clock.seconds['data'] - self._waited) / seconds
-    values['steps_per_second'] = (done - self._since_step) / seconds
-    values['examples_per_second'] = values['steps_per_second'] * batch
-    values['epoch'] = done * batch / self._examples
-    self.restart_clock(done)
-    self._log.write(done, values | self._clock.fields())
-    self._log.progress(done, values)
-    self._records.append({'step': done, **values})
-    del self._records[1:-200]  # the first step and the recent ones are enough for diagnostics
-    for name, sentence in diagnostics.findings(self._config, self._records).items():
-      if name not in self._reported:
-        self._log.info(sentence)
-        self._reported.add(name)
-
-
-class _Trace:
-  """A profiler trace of the steps FIRST to LAST of `profile_steps`, counted from 1; () traces nothing."""
-
-  def __init__(self, profile_steps: Sequence[int], steps: int, folder: pathlib.Path, log: logs.Log):
-    self._first, last = profile_steps or (0, 0)
-    self._last, self._folder, self._log = min(last, steps), folder, log
-    self._running = False
-
-  def before_step(self, step: int) -> None:
-    """Starts the trace if this is its first step."""
-    if step == self._first:
-      jax.profiler.start_trace(str(self._folder))
-      self._running = True
-
-  def after_step(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Waits for the metrics of this step and writes the trace, if this is its last step."""
-    if self._running and step >= self._last:
-      jax.block_until_ready(metrics)
-      jax.profiler.stop_trace()
-      self._running = False
-      self._log.info(f'wrote a trace of steps {self._first} to {self._last}: {self._folder}')
 
 
 @contextlib.contextmanager
@@ -425,22 +223,3 @@ def _test_images(config, train) -> Dataset | None:
     logging.warning('online kNN evaluation disabled: the test images have no labels')
     return None
   return test
-
-
-def _online_knn(config, train, test) -> Callable[[train_state.TrainState], float]:
-  """A function from a `TrainState` to the kNN accuracy of its encoder on test images."""
-  method = methods.build(config)
-  bank = train.sample(config.knn_images or len(train))
-  queries = test.sample(-(-config.knn_images // 5) or len(test))
-
-  def evaluate(state):
-    variables = method.encoder(state.params, state.state)
-    encoder = Encoder(recipes.architecture(config), variables)
-    return knn.accuracy(*encoder.embed(bank), *encoder.embed(queries))
-
-  return evaluate
-
-
-def _newest(folder):
-  saved = checkpoint.steps(folder)
-  return f'the newest checkpoint is of step {saved[-1]}' if saved else 'there is no checkpoint yet'
