@@ -516,7 +516,9 @@ def augmentation(topology):
   optimizer = optim.build(recipe, rate, method.optimizer_groups)
 
   def step(state, seed, rows):
-    return train_state.train_step(method, optimizer, rate, recipe, state, seed, None, {}, rows)
+    return train_state.train_step(
+      method, optimizer, rate, recipe, state, seed=seed, teacher=None, constants={}, rows=rows
+    )
 
   state = jax.eval_shape(lambda: train_state.create(method, optimizer, 0, SIZE))
   with jax.set_mesh(mesh):
