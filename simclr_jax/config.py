@@ -344,7 +344,7 @@ def of_run(
 
 def upgraded(old: dict) -> dict:
   """Converts the recipe of an older version: renamed fields get their new names, new fields their defaults."""
-  flat = flatten(fields.recipe(old['method']))
+  flat = flatten(fields.recipe(old['method'])) | fields.OLD_DEFAULTS
   for name, value in flatten(old).items():
     flat[fields.RENAMED.get(name, name)] = _upgraded_value(name, value)
   nested: dict = {}

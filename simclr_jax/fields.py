@@ -64,6 +64,26 @@ TABLE: dict[str, Field] = {
   ),
   'data.train_split': Field('train', 'training split', inherited=True),
   'data.test_split': Field('test', 'test split; empty: none', resumable=True, inherited=True),
+  'data.table': Field(
+    '', 'CSV file with the columns path, label and, optionally, split; empty: labels are the names of sub-folders',
+    resumable=True, compiled=False, inherited=True, local=True,
+  ),
+  'data.holdout': Field(
+    0.2, 'fraction of each class that is held out as the test split, if the data set has none; 0: none',
+    Range(0.0, 0.9), compiled=False, inherited=True,
+  ),
+  'data.holdout_seed': Field(
+    0, 'seed of the choice of the held-out images', SEED, compiled=False, inherited=True
+  ),
+  'data.channels': Field(3, 'number of channels of the images', Range(1, 256), inherited=True),
+  'data.alpha': Field(
+    'white', 'background of transparent images; ignore: their colours without the alpha channel',
+    Choices('white', 'black', 'gray', 'ignore'), compiled=False, inherited=True,
+  ),
+  'data.range': Field(
+    (0.0, 0.0), 'LOW,HIGH: values of 16-bit and float images that become black and white; 0, 0: measured',
+    compiled=False, inherited=True,
+  ),
   'data.labels': Field(
     '', 'training labels to use: a fraction, such as 1%, or a number per class; empty: all'
   ),
@@ -150,6 +170,7 @@ TABLE: dict[str, Field] = {
     'all_last_plain (the last without scale and offset)',
     Choices('all', 'hidden', 'none', 'all_last_plain'), inherited=True,
   ),
+  'init_from': Field('', 'a run or an exported encoder to start from; empty: random weights'),
   'sharding': Field(
     'replicated', 'fsdp: parameters and optimizer state are sharded over the devices',
     Choices('replicated', 'fsdp'), resumable=True,
@@ -202,6 +223,8 @@ TABLE: dict[str, Field] = {
 
 # Old names and values of fields in config.json of old runs -> current names and values.
 RENAMED = {'model.dialect': 'model.variant'}
+# Values of fields that old runs did not have, where the default would change their results.
+OLD_DEFAULTS = {'data.holdout': 0.0, 'data.alpha': 'ignore'}
 OLD_VALUES = {'model.head_norm': {True: 'all', False: 'none'}}
 
 

@@ -24,7 +24,6 @@ PyTree = Any
 Loss = tuple[jax.Array, dict[str, Any]]  # loss, metrics
 
 FIELDS = {
-  'init_from': Field('', 'a run or an exported encoder to start from; empty: from scratch'),
   'head_layer': Field(
     0, 'layers of the projection head that are kept below the classifier', Range(0, 4)
   ),
