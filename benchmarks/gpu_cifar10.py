@@ -22,7 +22,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from simclr_jax import cli, config, train
+from simclr_jax import cli, config, run_config, train
 from simclr_jax.runtime import logs
 
 # kNN accuracy of MoCo's published CIFAR-10 demo, asymmetric, 200 epochs.
@@ -87,7 +87,7 @@ def main():
   minutes = (time.monotonic() - start) / 60
   memory = (jax.local_devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0) / 2**30
   records = logs.read(workdir)
-  examples = config.read_run(workdir)['data']['examples']
+  examples = run_config.read(workdir)['data']['examples']
   published = PUBLISHED.get(args.recipe, {})
   print('epoch  kNN %  published')
   for record in records:

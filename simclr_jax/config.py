@@ -1,7 +1,6 @@
-"""Recipes: loads, overrides and checks them, before any device is used."""
+"""Recipes: loads, overrides and checks them, before any device is used. `run_config` has those of runs."""
 
 import ast
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -81,10 +80,13 @@ def load(spec: str, overrides: Mapping[str, Any] | None = None) -> ml_collection
     config = module.get_config(variant) if variant else module.get_config()
   except (ValueError, TypeError) as error:
     raise ConfigError(f'the recipe {spec!r} cannot be built: {error}') from None
-  return _finish(config, overrides)
+  return finish(config, overrides)
 
 
-def _finish(config, overrides):
+def finish(
+  config: ml_collections.ConfigDict, overrides: Mapping[str, Any] | None = None
+) -> ml_collections.ConfigDict:
+  """Overrides fields of an unlocked recipe, checks and locks it; arguments and errors as for `load`."""
   for field, value in (overrides or {}).items():
     _override(config, field, value)
   _record_own_files(config)
@@ -306,61 +308,6 @@ def check_against(
     )
 
 
-def read_run(workdir: pathlib.Path) -> dict:
-  """The recipe of a run as plain data, with the current fields and names.
-
-  Raises:
-    ConfigError: `workdir` is not a run directory, or its `config.json` is damaged.
-  """
-  path = workdir / 'config.json'
-  try:
-    return upgraded(json.loads(path.read_text())['config'])
-  except FileNotFoundError:
-    raise ConfigError(f'{workdir} is not a run directory: it has no config.json') from None
-  except ConfigError:
-    raise
-  except (ValueError, KeyError, TypeError, AttributeError):
-    raise ConfigError(
-      f'{path} is damaged: it contains no recipe; restore the file from a backup'
-    ) from None
-
-
-def of_run(
-  workdir: pathlib.Path, overrides: Mapping[str, Any] | None = None
-) -> ml_collections.ConfigDict:
-  """The recipe of a run, checked and locked.
-
-  Args:
-    workdir: directory of the run.
-    overrides: as for `load`.
-
-  Raises:
-    ConfigError: as for `read_run` and `load`; or a Python file that the recipe names has changed since the run.
-  """
-  values = read_run(workdir)
-  check_code(values.get('code', ()), flatten(values))  # before any of these files is executed
-  return _finish(ml_collections.ConfigDict(values), overrides)
-
-
-def upgraded(old: dict) -> dict:
-  """Converts the recipe of an older version: renamed fields get their new names, new fields their defaults."""
-  flat = flatten(fields.recipe(old['method'])) | fields.OLD_DEFAULTS
-  for name, value in flatten(old).items():
-    flat[fields.RENAMED.get(name, name)] = _upgraded_value(name, value)
-  nested: dict = {}
-  for name, value in flat.items():
-    *group, key = name.split('.')
-    part = nested
-    for g in group:
-      part = part.setdefault(g, {})
-    part[key] = value
-  return nested
-
-
-def _upgraded_value(field, value):
-  return fields.OLD_VALUES.get(field, {}).get(value, value) if isinstance(value, bool) else value
-
-
 def architecture(config: ml_collections.ConfigDict, classifier: bool = False) -> dict:
   """The architecture of the encoder of a recipe, or of its classifier, as plain data.
 
@@ -381,52 +328,3 @@ def architecture(config: ml_collections.ConfigDict, classifier: bool = False) ->
   if classifier:
     values |= {'classes': config.data.num_classes, 'head_layer': config.head_layer}
   return values
-
-
-def upgraded_architecture(old: dict) -> dict:
-  """Converts the `architecture` of an encoder that an older version exported.
-
-  Raises:
-    ConfigError: a Python file that the encoder needs is missing or has changed since.
-  """
-  values = {
-    name: field.default for name, field in fields.TABLE.items() if name.startswith('model.')
-  }
-  for name, value in old.items():
-    field = f'model.{name}'
-    new = fields.RENAMED.get(field, field)
-    values[new if new in values else name] = _upgraded_value(field, value)
-  values = {name.removeprefix('model.'): value for name, value in values.items()}
-  files = {'model.encoder': values['encoder'], 'augment.ops': values.get('ops', '')}
-  check_code(values.get('code', ()), files)
-  return values
-
-
-def check_unchanged(old: dict, new: ml_collections.ConfigDict, workdir: str) -> None:
-  """Checks that a run may be resumed with a recipe.
-
-  Args:
-    old: the recipe of the run.
-    new: the recipe to resume with.
-    workdir: directory of the run, for the message.
-
-  Raises:
-    ConfigError: fields differ that may not change on resume; the message has their old and new values.
-  """
-  old_flat, new_flat = flatten(old), flatten(new)
-  table = fields.of_recipe(new.method)
-  changes = []
-  for field in sorted(old_flat.keys() | new_flat.keys()):
-    before, after = old_flat.get(field), new_flat.get(field)
-    if before == after or (field in table and table[field].resumable):
-      continue
-    if plugins.is_file(str(before)) and plugins.is_file(str(after)):
-      continue  # the file may have moved; the field `code` shows whether its content is the same
-    changes.append(
-      f'{field}: {old_flat.get(field, "absent")!r} -> {new_flat.get(field, "absent")!r}'
-    )
-  if changes:
-    raise ConfigError(
-      f'{workdir} contains a run with a different configuration ({"; ".join(changes)}): '
-      'restore these values or choose a new --workdir'
-    )

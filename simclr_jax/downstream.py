@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, encoder, fields, runs, train
+from simclr_jax import config as recipes, encoder, fields, run_config, runs, train
 from simclr_jax.data import Dataset, labels as subsets
 from simclr_jax.errors import Stopped
 from simclr_jax.evaluate import logistic, metrics
@@ -242,7 +242,7 @@ def students(
   """
   tests = []
   for teacher in teachers:
-    source = recipes.read_run(teacher)
+    source = run_config.read(teacher)
     labels = source['data']['labels'] or '100%'
     student_config, images = with_labels(config, dataset, labels, source['seed'])
     with student_config.unlocked():

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from simclr_jax import config as recipes, methods, optim, train_state
+from simclr_jax import config as recipes, methods, optim, run_config, train_state
 from simclr_jax.encoder import Encoder
 from simclr_jax.errors import ConfigError
 from simclr_jax.interop import orbax
@@ -124,7 +124,7 @@ def _restore(
   workdir: pathlib.Path,
 ) -> tuple[ml_collections.ConfigDict, methods.Method, train_state.TrainState, dict[str, Any]]:
   """Recipe, method, state and metadata of the newest readable checkpoint of a run."""
-  config = recipes.of_run(workdir)
+  config = run_config.load(workdir)
   method = methods.build(config)
   optimizer = optim.build(
     config, optim.schedule(config, config.data.examples), method.optimizer_groups

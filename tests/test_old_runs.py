@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from common import records
 
-from simclr_jax import cli, config
+from simclr_jax import cli, config, run_config
 from simclr_jax.data import digits
 from simclr_jax.runs import load_encoder
 
@@ -33,7 +33,7 @@ def test_old_names_and_values_are_translated(old):
   """Breaks if a renamed field of an old config.json is lost, or a new field has no neutral value."""
   before = json.loads((old / 'moco/config.json').read_text())['config']
   assert before['model']['dialect'] == 'torchvision' and before['model']['head_norm'] is False
-  recipe = config.of_run(old / 'moco')
+  recipe = run_config.load(old / 'moco')
   assert recipe.model.variant == 'torchvision' and recipe.model.head_norm == 'none'
   assert recipe.model.encoder == '' and recipe.model.head_hidden == 0 and recipe.code == ()
   flat = config.flatten(recipe)

@@ -7,7 +7,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, data, encoder, runs
+from simclr_jax import config as recipes, data, encoder, run_config, runs
 from simclr_jax.data import Dataset, discover
 from simclr_jax.encoder import Encoder
 from simclr_jax.errors import ConfigError
@@ -27,7 +27,7 @@ def recipe_of_run(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> ml_col
       raise ConfigError(
         f'--config.{field}: only data.* may be overridden; other fields are fixed by the run'
       )
-  return recipes.of_run(workdir, overrides)
+  return run_config.load(workdir, overrides)
 
 
 def recipe_with_data(

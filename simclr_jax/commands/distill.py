@@ -61,11 +61,11 @@ def distill(
   Returns:
     The saved result.
   """
-  from simclr_jax import downstream
+  from simclr_jax import downstream, run_config
   from simclr_jax.commands import common
   from simclr_jax.evaluate import results
 
-  source = recipes.of_run(teachers[0], {'data.labels': ''})  # all images
+  source = run_config.load(teachers[0], {'data.labels': ''})  # all images
   train, test = common.labelled(source)
   recipe = downstream.recipe(spec, source, overrides)
   workdir.mkdir(parents=True, exist_ok=True)

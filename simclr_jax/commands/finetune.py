@@ -46,10 +46,12 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Fine-tunes and evaluates."""
+  from simclr_jax import run_config
+
   data_dir = {k: v for k, v in args.overrides.items() if k == 'data.dir'}
   finetune(
     args.workdir,
-    recipes.of_run(args.workdir, data_dir),
+    run_config.load(args.workdir, data_dir),
     args.config,
     args.overrides,
     labels=args.labels,

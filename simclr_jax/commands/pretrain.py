@@ -48,7 +48,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Trains, or resumes."""
-  from simclr_jax import train
+  from simclr_jax import run_config, train
   from simclr_jax.commands import common
 
   workdir = args.workdir or _default_workdir(args.data)
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
   elif (workdir / 'config.json').exists():
     from simclr_jax.data import discover
 
-    config = recipes.of_run(workdir, {**discover.fields(args.data), **args.overrides})
+    config = run_config.load(workdir, {**discover.fields(args.data), **args.overrides})
   else:
     config = _suggested(args.data, args.overrides)
   return train.pretrain(config, workdir, args.command)

@@ -52,7 +52,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Runs the stages; prints and saves the table."""
-  from simclr_jax import downstream, train
+  from simclr_jax import downstream, run_config, train
   from simclr_jax.commands import common
   from simclr_jax.commands.distill import distill
   from simclr_jax.commands.finetune import finetune
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
   code = train.pretrain(pretraining, workdir, args.command)
   if code:
     raise Stopped(code)
-  source = recipes.of_run(workdir, {'data.dir': pretraining.data.dir})
+  source = run_config.load(workdir, {'data.dir': pretraining.data.dir})
   finetuned = finetune(
     workdir, source, args.finetune, {},
     labels=[args.labels], seeds=args.seeds, baselines=True, command=args.command,

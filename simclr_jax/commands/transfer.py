@@ -45,10 +45,11 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Evaluates on each data set; prints and saves the table."""
+  from simclr_jax import run_config
   from simclr_jax.commands import common
   from simclr_jax.evaluate import results
 
-  source = recipes.of_run(args.workdir)
+  source = run_config.load(args.workdir)
   encoders = common.encoders(args.workdir, args.baselines)
   pixels = {'raw pixels': None} if args.baselines else {}
   starts = {'from scratch': ''} if args.baselines else {}

@@ -10,11 +10,11 @@ import pathlib
 
 import jax
 
-from simclr_jax.config import upgraded_architecture
 from simclr_jax.data import augment
 from simclr_jax.encoder import Encoder
 from simclr_jax.errors import ConfigError
 from simclr_jax.models import encoders, resnet
+from simclr_jax.run_config import upgraded_architecture
 from simclr_jax.runtime import checkpoint, files, paths
 
 

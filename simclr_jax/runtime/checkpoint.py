@@ -4,6 +4,7 @@ A checkpoint is an Orbax directory with custom metadata: a CRC-32 checksum of ev
 flipped bits, the shapes, and what the caller adds (config, step, versions).
 """
 
+import json
 import pathlib
 from typing import Any
 
@@ -103,6 +104,23 @@ def steps(folder: pathlib.Path) -> list[int]:
 def exists(folder: pathlib.Path) -> bool:
   """Whether `folder` contains checkpoints, readable or damaged."""
   return bool(steps(folder)) or any(folder.glob('corrupt-*'))
+
+
+def newest_metadata(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The metadata of the newest checkpoint whose metadata can be read; None without one. No array is read."""
+  for step in reversed(steps(folder)):
+    try:
+      metadata = ocp.metadata(paths.absolute(folder / str(step))).custom_metadata
+    except Exception:  # Orbax raises many types; `restore` reports the damaged checkpoint
+      continue
+    if metadata:
+      return dict(metadata)
+  return None
+
+
+def checksum(metadata: dict[str, Any]) -> str:
+  """The checksum of all arrays of a checkpoint, 8 hexadecimal digits, from its metadata."""
+  return f'{crc32(json.dumps(metadata["crc32"], sort_keys=True)):08x}'
 
 
 def restore(
