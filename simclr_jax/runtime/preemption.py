@@ -1,7 +1,7 @@
 """Stops a run between two steps after a signal, in all processes at the same step; ends a process that hangs.
 
 `GracefulStop` and `Watchdog` are context managers. Long loops call `check` once per iteration, which serves the
-innermost open `GracefulStop` and `Watchdog`.
+innermost open `GracefulStop` and `Watchdog` of its thread.
 """
 
 import faulthandler
@@ -29,12 +29,12 @@ class GracefulStop:
   A second Ctrl-C stops at once. In a multi-process run, a signal to one process stops all processes, at the same
   call of `requested`: JAX's own handler of SIGTERM stays installed and notifies the other processes.
 
+  Only the main thread of a program can handle signals. In any other thread, signals keep their meaning, and only
+  `request` stops the loop.
+
   Attributes:
-    current: the innermost open `GracefulStop`.
     signal: number of the signal that arrived; None: no signal.
   """
-
-  current: 'GracefulStop | None' = None
 
   def __init__(self):
     self.signal: int | None = None
@@ -42,21 +42,26 @@ class GracefulStop:
     self._distributed = jax.distributed.is_initialized()
 
   def __enter__(self) -> Self:
-    for number in (signal.SIGINT,) if self._distributed else (signal.SIGTERM, signal.SIGINT):
-      self._previous[number] = signal.signal(number, self._handle)
-    self._outer, GracefulStop.current = GracefulStop.current, self
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGINT,) if self._distributed else (signal.SIGTERM, signal.SIGINT):
+        self._previous[number] = signal.signal(number, self._handle)
+    self._outer, _innermost.stop = _innermost.stop, self
     return self
 
   def __exit__(self, *error):
-    GracefulStop.current = self._outer
+    _innermost.stop = self._outer
     for number, handler in self._previous.items():
       signal.signal(number, handler)
 
-  def _handle(self, number, _frame):
+  def request(self, number: int = signal.SIGINT) -> None:
+    """Asks the loop to stop, as a signal with this number does."""
     if self._distributed:
-      os.kill(os.getpid(), signal.SIGTERM)
+      os.kill(os.getpid(), signal.SIGTERM)  # JAX notifies the other processes
     else:
       self.signal = number
+
+  def _handle(self, number, _frame):
+    self.request(number)
     if number == signal.SIGINT:
       signal.signal(number, signal.default_int_handler)
       os.write(STDERR, b'\nCtrl-C: saving after this step; press again to stop at once\n')
@@ -80,6 +85,14 @@ class GracefulStop:
     return '' if self.signal is None else signal.Signals(self.signal).name
 
 
+class _Innermost(threading.local):
+  """The innermost open context managers of a thread."""
+
+  stop: GracefulStop | None = None
+  watchdog: 'Watchdog | None' = None
+
+
+_innermost = _Innermost()
 _calls = 0
 
 
@@ -92,8 +105,8 @@ def _sync_point_reached():
 
 def heartbeat() -> None:
   """Resets the watchdog; for loops that only some of the processes run."""
-  if Watchdog.current:
-    Watchdog.current.heartbeat(compiling=True)
+  if _innermost.watchdog:
+    _innermost.watchdog.heartbeat(compiling=True)
 
 
 def check() -> None:
@@ -105,9 +118,10 @@ def check() -> None:
     Stopped: a signal arrived; outside a `GracefulStop`, only SIGTERM in a multi-process run.
   """
   heartbeat()
-  if GracefulStop.current:
-    if GracefulStop.current.requested():
-      raise Stopped(GracefulStop.current.exit_code)
+  stop = _innermost.stop
+  if stop:
+    if stop.requested():
+      raise Stopped(stop.exit_code)
   elif jax.distributed.is_initialized() and _sync_point_reached():
     raise Stopped(ExitCode.PREEMPTED)
 
@@ -121,11 +135,9 @@ class Watchdog:
 
   Attributes:
     FIRST: the limit in seconds for a heartbeat that may have to wait for the compiler, if larger than the usual one.
-    current: the innermost open `Watchdog`.
   """
 
   FIRST = 3600
-  current: 'Watchdog | None' = None
 
   def __init__(self, seconds: float):
     """`seconds`: the longest time between two heartbeats; 0: no limit."""
@@ -134,7 +146,7 @@ class Watchdog:
     self._done = threading.Event()
 
   def __enter__(self) -> Self:
-    self._outer, Watchdog.current = Watchdog.current, self
+    self._outer, _innermost.watchdog = _innermost.watchdog, self
     if self._outer:
       self._outer._pause()
     if self._seconds:
@@ -145,7 +157,7 @@ class Watchdog:
   def __exit__(self, *error):
     self._done.set()
     self._pause()
-    Watchdog.current = self._outer
+    _innermost.watchdog = self._outer
     if self._outer:
       self._outer.heartbeat(compiling=True)
 
