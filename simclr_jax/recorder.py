@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -31,6 +32,9 @@ class Setup:
     test: the labelled images for the online kNN; None: no online kNN.
     steps: length of the training.
     mesh: the devices.
+    images: fingerprint, number and place of the training images, recorded in each checkpoint.
+    extended: for each extension of the run, the step from which it continued, and the length before.
+    held_out: the test images, with or without labels, for the summary.
   """
 
   config: ml_collections.ConfigDict
@@ -38,6 +42,25 @@ class Setup:
   test: Dataset | None
   steps: int
   mesh: jax.sharding.Mesh
+  images: Mapping[str, Any]
+  extended: Sequence[Mapping[str, int]] = ()
+  held_out: Dataset | None = None
+
+
+class Callback:
+  """What `train.pretrain` calls during a training. All methods do nothing; a plain function serves as `on_step`.
+
+  A method that returns True stops the training: the state is saved, and the same call resumes.
+  """
+
+  def on_step(self, step: int, metrics: dict[str, float]) -> bool | None:
+    """Called once per step, from 1, with all metrics of the step, while the next step runs."""
+
+  def on_epoch(self, epoch: int, metrics: dict[str, float]) -> bool | None:
+    """Called after the last step of each epoch, from 1, with the means of the metrics over its steps."""
+
+  def on_evaluation(self, step: int, metrics: dict[str, float]) -> bool | None:
+    """Called after an online evaluation, with `knn_acc`, 0 to 1."""
 
 
 class Recorder:
@@ -55,8 +78,9 @@ class Recorder:
     first: int,
     clock: goodput.Clock,
     cleanup: contextlib.ExitStack,
+    callbacks: Sequence[Callback | Callable[..., Any]] = (),
   ):
-    """`first`: the step from which the run starts or resumes."""
+    """`first`: the step from which the run starts or resumes; `callbacks`: see `Callback`."""
     config, steps = setup.config, setup.steps
     self._workdir, self._clock, self._steps = workdir, clock, steps
     self._saver = cleanup.enter_context(
@@ -65,13 +89,24 @@ class Recorder:
     self.log = logs.Log(workdir, first, steps, config.tensorboard, distributed.is_main_process())
     cleanup.callback(self.log.close)
     self.log.event(first, 'start', {'time': clock.started})
-    self.metrics = Metrics(config, workdir, self.log, clock, first, steps, len(setup.train))
-    self._metadata = {'config': config.to_dict(), 'versions': environment.versions()}
+    self._callbacks = _Callbacks(callbacks, config.batch_size, len(setup.train))
+    self.metrics = Metrics(
+      config, workdir, self.log, clock, first, steps, len(setup.train), self._callbacks
+    )
+    self._metadata = {
+      'config': config.to_dict(), 'versions': environment.versions(), 'images': dict(setup.images)
+    }  # fmt: skip
     self._evaluate = _online_knn(config, setup.train, setup.test) if setup.test else None
     epoch = max(len(setup.train) // config.batch_size, 1)
     self._save_every = config.checkpoint_every_steps or max(epoch, MIN_SAVE_STEPS)
     self._evaluate_every = config.knn_every_epochs * epoch
     self._saved = first
+
+  def first_step_done(self, done: int) -> None:
+    """Reports the time of the first step, which is mostly compilation, and excludes it from the speed."""
+    self.log.info(f'first step after {self._clock.seconds["start"]:.0f} s, including compilation')
+    self.metrics.restart_clock(done)
+    self.log.restart(done)
 
   def after_step(
     self, done: int, state: train_state.TrainState, stop: GracefulStop, idle: bool
@@ -88,7 +123,7 @@ class Recorder:
       Whether to stop.
     """
     last = done == self._steps
-    stopped = stop.requested()
+    stopped = stop.requested() or self._callbacks.stop
     save = last or done % self._save_every == 0
     evaluate = None if stopped else self._evaluate
     if evaluate and not last and done % self._evaluate_every:
@@ -103,9 +138,11 @@ class Recorder:
           accuracy = evaluate(state)
         self.log.write(done, {'knn_acc': accuracy} | self._clock.fields())
         self.log.info(f'step {done}/{self._steps}  online kNN {accuracy:.1%}')
+        self._callbacks.evaluation(done, {'knn_acc': accuracy})
       except Stopped:
         stopped = True
       self.metrics.restart_clock(done)
+      self.log.restart(done)
     return stopped
 
   def finish(
@@ -120,7 +157,8 @@ class Recorder:
     self.log.event(done, 'stopped' if stopped else 'complete', self._clock.fields())
     if stopped:
       self.log.info(
-        f'{stop.signal_name}: saved step {done} of {self._steps}; rerun the same command to resume'
+        f'{"stopped by a callback" if self._callbacks.stop else stop.signal_name}: saved step {done} of '
+        f'{self._steps}; rerun the same command to resume'
       )
     else:
       self.log.info(f'complete: {self._steps} steps, in {self._workdir}')
@@ -132,10 +170,42 @@ class Recorder:
     self._saved = done
 
 
+class _Callbacks:
+  """Calls callbacks; `stop`: whether one of them returned True."""
+
+  def __init__(self, callbacks, batch_size, examples):
+    self._callbacks, self._batch_size, self._examples = callbacks, batch_size, examples
+    self._epoch: list[dict[str, float]] = []  # metrics of the steps of the epoch
+    self.stop = False
+
+  def step(self, step, metrics, last):
+    if not self._callbacks:
+      return
+    self._call('on_step', step, metrics)
+    self._epoch.append(metrics)
+    epoch, before = (s * self._batch_size // self._examples for s in (step, step - 1))
+    if epoch > before or last:
+      means = {k: float(np.mean([m[k] for m in self._epoch if k in m])) for k in metrics}
+      self._epoch = []
+      self._call('on_epoch', max(epoch, 1) if epoch > before else epoch + 1, means)
+
+  def evaluation(self, step, metrics):
+    self._call('on_evaluation', step, metrics)
+
+  def _call(self, name, number, metrics):
+    for callback in self._callbacks:
+      method = getattr(
+        callback, name, callback if name == 'on_step' and callable(callback) else None
+      )
+      if method and method(number, dict(metrics)) is True:
+        self.stop = True
+
+
 class Metrics:
   """The metrics of the steps, fetched while the next step runs on the device."""
 
-  def __init__(self, config, workdir, log, clock, first, steps, examples):
+  def __init__(self, config, workdir, log, clock, first, steps, examples, callbacks):
+    self._callbacks = callbacks
     self._pending: tuple[int, dict[str, jax.Array]] | None = None
     self._config, self._workdir, self._log, self._clock = config, workdir, log, clock
     self._steps, self._examples = steps, examples
@@ -172,19 +242,20 @@ class Metrics:
         f'{_newest(self._workdir / "checkpoints")}. A lower learning_rate or a longer warm-up usually '
         'helps'
       )
+    epoch = done * self._config.batch_size / self._examples
+    self._callbacks.step(done, values | {'epoch': epoch}, done == self._steps)
     if done % self._config.log_every_steps == 0 or done in (1, self._steps):
-      self._record(done, values)
+      self._record(done, values | {'epoch': epoch})
+    self._log.progress(done, values | {'epoch': epoch}, self._config.batch_size)
 
   def _record(self, done, values):
-    seconds = max(time.monotonic() - self._since, 1e-9)
-    batch = self._config.batch_size
-    values['data_wait'] = (self._clock.seconds['data'] - self._waited) / seconds
-    values['steps_per_second'] = (done - self._since_step) / seconds
-    values['examples_per_second'] = values['steps_per_second'] * batch
-    values['epoch'] = done * batch / self._examples
-    self.restart_clock(done)
+    if done > self._since_step:  # not the first step, whose time is mostly compilation
+      seconds = max(time.monotonic() - self._since, 1e-9)
+      values['data_wait'] = (self._clock.seconds['data'] - self._waited) / seconds
+      values['steps_per_second'] = (done - self._since_step) / seconds
+      values['examples_per_second'] = values['steps_per_second'] * self._config.batch_size
+      self.restart_clock(done)
     self._log.write(done, values | self._clock.fields())
-    self._log.progress(done, values)
     self._records.append({'step': done, **values})
     del self._records[1:-200]  # the first step and the recent ones are enough for diagnostics
     for name, sentence in diagnostics.findings(self._config, self._records).items():

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -102,18 +102,21 @@ def load(
   return recipes.finish(ml_collections.ConfigDict(values), overrides)
 
 
-def check_unchanged(old: dict, new: ml_collections.ConfigDict, workdir: str) -> None:
+def check_unchanged(
+  old: dict, new: ml_collections.ConfigDict, workdir: str, ignored: Sequence[str] = ()
+) -> None:
   """Checks that a run may be resumed with a recipe.
 
   Args:
     old: the recipe of the run.
     new: the recipe to resume with.
     workdir: directory of the run, for the message.
+    ignored: fields that may differ.
 
   Raises:
     ConfigError: fields differ that may not change on resume; the message has their old and new values.
   """
-  changes = _changes(old, new)
+  changes = {name: change for name, change in _changes(old, new).items() if name not in ignored}
   if changes:
     hint = ''
     if changes.keys() <= set(LENGTH):

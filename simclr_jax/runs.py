@@ -87,7 +87,7 @@ def load_pretrained(config: ml_collections.ConfigDict) -> PyTree | None:
       'batch_stats': {'encoder': stats['encoder'], 'head': stats['head']},
     }
     return jax.device_get(weights)
-  if config.head_layer:
+  if config.get('head_layer'):
     raise ConfigError(
       f'{folder} is not a run directory, and only runs contain the projection head: set head_layer=0'
     )
@@ -117,7 +117,9 @@ def load_teacher(config: ml_collections.ConfigDict) -> methods.Teacher | None:
 
 
 def _provenance(workdir, metadata):
-  return {'workdir': str(workdir), **{k: metadata[k] for k in ('step', 'config', 'versions')}}
+  keys = ('step', 'config', 'versions', 'images')  # runs of old versions have no `images`
+  about = {k: metadata[k] for k in keys if k in metadata}
+  return {'workdir': str(workdir), 'checksum': checkpoint.checksum(metadata), **about}
 
 
 def _restore(

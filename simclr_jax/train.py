@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,8 +18,10 @@ from simclr_jax import (
   data,
   diagnostics,
   fields,
+  methods,
   optim,
   recorder,
+  run_config,
   runs,
   sharding,
   train_state,
@@ -36,15 +38,22 @@ def pretrain(
   command: str = '',
   train: Dataset | None = None,
   quiet: bool = False,
+  test: Dataset | None = None,
+  callbacks: Sequence[recorder.Callback] = (),
+  extend: bool = False,
 ) -> int:
   """Trains to the end of the recipe; resumes from the newest checkpoint in `workdir` if there is one.
 
   Args:
     config: a recipe (`config.load`).
-    workdir: the run directory; gets `config.json`, `checkpoints/`, `metrics.jsonl` and `metrics/` (TensorBoard).
+    workdir: the run directory; gets `config.json`, `setup.txt`, `checkpoints/`, `metrics.jsonl` and `metrics/`
+      (TensorBoard).
     command: the command line, recorded for the report.
-    train: the training set, if it is already loaded.
-    quiet: do not print the configuration at the start.
+    train: the training set; None: the data set of the recipe is loaded.
+    quiet: do not print the summary of data, recipe and devices at the start.
+    test: with `train`, labelled images for the online kNN; None: no online kNN.
+    callbacks: called after steps, epochs and evaluations, see `recorder.Callback`.
+    extend: continue a complete run with the larger `epochs` or `steps` of the recipe.
 
   Returns:
     The exit code: 0 when the training is complete, 75 or 130 when a signal stopped it after saving.
@@ -59,7 +68,7 @@ def pretrain(
     stop = cleanup.enter_context(GracefulStop())
     watchdog = cleanup.enter_context(Watchdog(config.watchdog_seconds))
     clock = goodput.Clock()
-    setup = _set_up(config, workdir, train, cleanup)
+    setup = _set_up(config, workdir, (train, test), extend, cleanup)
     watchdog.heartbeat(compiling=True)
     state, step_fn = _restore(setup, workdir, cleanup, quiet)
     watchdog.heartbeat(compiling=True)
@@ -68,9 +77,9 @@ def pretrain(
       print(f'{workdir} is complete: {first} steps', flush=True)
       return stop.exit_code
     if distributed.is_main_process():
-      _write_config(setup.config, workdir, command)
+      _write_config(setup, workdir, command)
 
-    record = recorder.Recorder(setup, workdir, first, clock, cleanup)
+    record = recorder.Recorder(setup, workdir, first, clock, cleanup, callbacks)
     trace = recorder.Trace(setup.config.profile_steps, setup.steps, workdir / 'profile', record.log)
     for i in range(first, setup.steps):
       with clock.measure('data'):
@@ -83,6 +92,7 @@ def pretrain(
       if i == first:
         jax.block_until_ready(metrics)
         clock.first_step_done()
+        record.first_step_done(done)
       trace.after_step(done, metrics)
       stopped = record.after_step(done, state, stop, idle=not step_fn.loader.ready(done))
       if stopped:
@@ -91,23 +101,36 @@ def pretrain(
     return stop.exit_code
 
 
-def _set_up(config, workdir, train, cleanup) -> recorder.Setup:
-  """Loads the data, locks the workdir, and checks that recipe, data, devices and workdir fit together."""
+def _set_up(config, workdir, loaded, extend, cleanup) -> recorder.Setup:
+  """Locks the workdir, loads the data, and checks that recipe, data, devices and workdir fit together.
+
+  Errors that need no data come first, because reading the data may take minutes.
+  """
 
   def prepare():
     distributed.check_accelerator()
     recipes.check(config)
-    images = data.load(config.data, 'train') if train is None else train
-    filled = recipes.with_examples(config, len(images))
     if distributed.is_main_process():
       cleanup.enter_context(_locked(workdir))
-      _check_workdir(filled, workdir)
-    steps = optim.train_steps(filled, len(images))
-    warmup = optim.warmup_steps(filled, len(images))
-    recipes.check_against(filled, images, jax.device_count(), warmup, steps)
-    _warn(filled, images)
-    test = _test_images(filled, images) if filled.knn_every_epochs else None
-    return recorder.Setup(filled, images, test, steps, sharding.make_mesh())
+    absolute = _absolute(config)
+    old = _recipe_to_resume(workdir)
+    if old:
+      _check_recipe(old, absolute, workdir, extend)
+    train, test = loaded if loaded[0] is not None else _load(absolute)
+    filled = recipes.with_examples(absolute, len(train))
+    if old:
+      _check_recipe(old, filled, workdir, extend)
+    images = _describe_images(filled, train)
+    _check_images(images, workdir)
+    steps = optim.train_steps(filled, len(train))
+    warmup = optim.warmup_steps(filled, len(train))
+    recipes.check_against(filled, train, jax.device_count(), warmup, steps)
+    _warn(filled, train)
+    queries = _queries(train, test) if filled.knn_every_epochs else None
+    attempts = _attempts(workdir, old, filled, extend)
+    return recorder.Setup(
+      filled, train, queries, steps, sharding.make_mesh(), images, attempts, test
+    )
 
   setup = distributed.run_on_all(prepare)
   distributed.check_equal(_identity(setup.config))
@@ -123,17 +146,21 @@ def _restore(
   """The state of the newest checkpoint, or else the initial one, and the step."""
   config, folder = setup.config, workdir / 'checkpoints'
   resuming = checkpoint.exists(folder)
+  pretrained = None if resuming else runs.load_pretrained(config)
   state, step_fn = train_state.build(
     config,
     setup.train,
     setup.mesh,
-    pretrained=None if resuming else runs.load_pretrained(config),
+    pretrained=pretrained,
     teacher=runs.load_teacher(config),
     resuming=resuming,
   )
   cleanup.callback(step_fn.loader.close)
-  if not quiet:
-    _describe(setup, state)
+  if distributed.is_main_process():
+    _describe(setup, state, workdir, quiet)
+  if pretrained and not quiet:
+    head = 'with' if methods.head_fits(state.params, pretrained) else 'without'
+    print(f'initialised from {config.init_from}, {head} its projection head')
   restored = checkpoint.restore(folder, checkpoint.abstract(state), quarantine=True)
   if restored:
     state = restored[0]
@@ -160,15 +187,92 @@ def _locked(workdir) -> Iterator[None]:
     yield
 
 
-def _check_workdir(config, workdir):
-  """Refuses to resume a run with another recipe, or one whose recipe is missing."""
+def _absolute(config):
+  """The recipe with absolute paths, so that the run can be read from any folder."""
+  config = config.copy_and_resolve_references()
+  for part, name in ((config.data, 'dir'), (config.data, 'table'), (config, 'init_from')):
+    if part[name] and not paths.is_remote(part[name]):
+      part[name] = _absolute_path(part[name])
+  return config.lock()
+
+
+def _absolute_path(text):
+  """A path, or several paths joined by commas, as absolute paths."""
+  single = pathlib.Path(text).expanduser().exists()
+  parts = [text] if single else text.split(',')
+  return ','.join(str(pathlib.Path(p).expanduser().resolve()) for p in parts)
+
+
+def _recipe_to_resume(workdir) -> dict[str, Any] | None:
+  """The recipe of the run in `workdir`; None if there is no run with checkpoints."""
   if not checkpoint.exists(workdir / 'checkpoints'):
-    return  # no run to resume
-  if not (workdir / 'config.json').exists():
+    return None
+  if not (workdir / run_config.FILE).exists():
     raise ConfigError(
       f'{workdir} has checkpoints, but its config.json is missing: restore the file or choose a new --workdir'
     )
-  recipes.check_unchanged(recipes.read_run(workdir), config, str(workdir))
+  return run_config.read(workdir)
+
+
+def _check_recipe(old, config, workdir, extend):
+  """Refuses to resume a run with another recipe."""
+  ignored = run_config.LENGTH if extend else ()
+  if not config.data.examples:  # the data is not loaded yet
+    ignored = (*ignored, 'data.examples')
+  run_config.check_unchanged(old, config, str(workdir), ignored)
+
+
+def _load(config) -> tuple[Dataset, Dataset | None]:
+  """The training images, and the test images if they can be read."""
+  try:
+    return data.load_splits(config.data)
+  except ConfigError as error:
+    train = data.load(
+      config.data, 'train'
+    )  # raises the same error if the training images are the problem
+    logging.warning('online kNN evaluation disabled: %s', error)
+    return train, None
+
+
+def _describe_images(config, train) -> dict[str, Any]:
+  """What a run records of its training images, plain data."""
+  place = config.data.dir or config.data.name or config.data.source
+  return {'fingerprint': f'{train.fingerprint():08x}', 'images': len(train), 'place': place}
+
+
+def _check_images(images, workdir):
+  """Refuses to continue a run with other images than those it was trained on."""
+  old = (checkpoint.newest_metadata(workdir / 'checkpoints') or {}).get('images')
+  if old and old['fingerprint'] != images['fingerprint']:
+    raise ConfigError(
+      f'{workdir} was trained on other images: {old["images"]:,} in {old["place"]} (fingerprint '
+      f'{old["fingerprint"]}), now {images["images"]:,} in {images["place"]} (fingerprint '
+      f'{images["fingerprint"]}): restore the images or choose a new --workdir'
+    )
+
+
+def _attempts(workdir, old, config, extend) -> list[dict[str, int]]:
+  """The schedules that a run was extended from: step and old length of each."""
+  if not old:
+    if extend:
+      raise ConfigError(f'--extend: {workdir} has no finished run to extend; leave --extend away')
+    return []
+  attempts = run_config.record(workdir).get('extended', [])
+  before, after = ({k: c[k] for k in run_config.LENGTH} for c in (old, config))
+  if extend and before != after:
+    newest = checkpoint.steps(workdir / 'checkpoints')[-1:] or [0]
+    total = optim.train_steps(ml_collections.ConfigDict(old), config.data.examples)
+    if newest[0] < total:
+      raise ConfigError(
+        f'--extend: {workdir} is not complete (step {newest[0]:,} of {total:,}): finish it first, by the same '
+        'command without --extend'
+      )
+    if optim.train_steps(config, config.data.examples) <= total:
+      raise ConfigError(
+        f'--extend: {workdir} has {total:,} steps already: set epochs or steps to a larger value'
+      )
+    attempts = [*attempts, {'from_step': total, **before}]
+  return attempts
 
 
 def _identity(config) -> dict[str, Any]:
@@ -179,27 +283,49 @@ def _identity(config) -> dict[str, Any]:
   return json.loads(json.dumps(flat | environment.versions()))
 
 
-def _write_config(config, workdir, command):
-  values = config.to_dict()
-  if config.data.dir and not paths.is_remote(config.data.dir):
-    values['data']['dir'] = str(pathlib.Path(config.data.dir).expanduser().resolve())
-  about = {'config': values, 'command': command, 'versions': environment.versions()}
-  files.write_json(workdir / 'config.json', about)
+def _write_config(setup, workdir, command):
+  about = {'command': command, 'versions': environment.versions(), 'images': setup.images}
+  if setup.extended:
+    about['extended'] = setup.extended
+  run_config.write(workdir, setup.config, about)
 
 
-def _describe(setup, state):
-  """Prints recipe, versions, devices, data set and parameters at the top of the log."""
+def _describe(setup, state, workdir, quiet):
+  """Prints a summary of data, recipe and devices; the details go to `setup.txt` in the workdir."""
   config, mesh, train = setup.config, setup.mesh, setup.train
-  print(config)
-  print('\n'.join(f'{name} {version}' for name, version in environment.versions().items()))
-  kinds = sorted({d.device_kind for d in mesh.devices.flat})
-  print(f'{mesh.size} device(s): {", ".join(kinds)}; mesh {dict(mesh.shape)}')
-  kind = list(train.images.shape[1:]) if isinstance(train, data.Arrays) else 'read from files'
-  print(f'{len(train):,} images, {kind}; {setup.steps:,} steps of {config.batch_size}')
-  statistics = jax.process_count() == 1  # other processes may hold parts of the parameters
-  print(
-    parameter_overview.get_parameter_overview(state.params, include_stats=statistics), flush=True
+  kinds = ', '.join(sorted({d.device_kind for d in mesh.devices.flat}))
+  versions = environment.versions()
+  # Other processes may hold parts of the parameters.
+  statistics = jax.process_count() == 1
+  overview = parameter_overview.get_parameter_overview(state.params, include_stats=statistics)
+  lines = [f'{name} {version}' for name, version in versions.items()]
+  files.write_text(
+    workdir / 'setup.txt',
+    '\n'.join([str(config), *lines, f'mesh {dict(mesh.shape)}', overview, '']),
   )
+  if quiet:
+    return
+  network = config.model.encoder or f'ResNet-{config.model.depth}'
+  if not config.model.encoder and config.model.width_multiplier != 1:
+    network += f' x {config.model.width_multiplier:g}'
+  size = sum(x.size for x in jax.tree.leaves(state.params)) / 1e6
+  epochs = setup.steps * config.batch_size / len(train)
+  for line in [
+    *data.summary(config.data, train, setup.held_out),
+    f'method: {config.method}, {network}, {size:.2f} million parameters, views of {config.image_size} px',
+    f'training: {setup.steps:,} steps of {config.batch_size:,} images ({epochs:.4g} epochs); '
+    f'{config.optimizer}, learning rate {optim.peak_rate(config):.3g}, {config.schedule}',
+    f'devices: {mesh.size} x {kinds}; jax {versions.get("jax", jax.__version__)}',
+    f'workdir: {workdir} (recipe, versions, parameters: setup.txt)',
+  ]:
+    print(line)
+  for attempt in setup.extended[-1:]:
+    rate = float(optim.schedule(config, len(train))(attempt['from_step']))
+    print(
+      f'extended at step {attempt["from_step"]:,}: the {config.schedule} schedule now covers all '
+      f'{setup.steps:,} steps, so the learning rate continues at {rate:.3g}'
+    )
+  print('compiling the first step ...', flush=True)
 
 
 def _warn(config, train):
@@ -210,14 +336,9 @@ def _warn(config, train):
     logging.warning('the training images have no labels: ignore probe_acc')
 
 
-def _test_images(config, train) -> Dataset | None:
+def _queries(train, test) -> Dataset | None:
   """The labelled test images for the online kNN, or None if there are none."""
-  if not train.labelled:
-    return None
-  try:
-    test = data.load(config.data, 'test')
-  except ConfigError as error:
-    logging.warning('online kNN evaluation disabled: %s', error)
+  if not test or not train.labelled:
     return None
   if not test.labelled:
     logging.warning('online kNN evaluation disabled: the test images have no labels')

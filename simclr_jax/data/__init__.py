@@ -50,3 +50,16 @@ def check_same(datasets: Mapping[str, Dataset | None]) -> None:
     distributed.check_equal(
       {name: images.fingerprint() if images else None for name, images in datasets.items()}
     )
+
+
+def load_splits(config: ml_collections.ConfigDict) -> tuple[Dataset, Dataset | None]:
+  """The training images and the test images; None if there is no test split."""
+  train = load(config, 'train')
+  return train, load(config, 'test') if config.test_split else None
+
+
+def summary(
+  config: ml_collections.ConfigDict, train: Dataset, test: Dataset | None
+) -> list[str]:
+  """Describes a data set in one line, and what was decided about it in further lines."""
+  return [f'{len(train):,} training images' + (f', {len(test):,} test images' if test else '')]

@@ -16,6 +16,7 @@ from simclr_jax.errors import ConfigError
 from simclr_jax.models import encoders, resnet
 from simclr_jax.run_config import upgraded_architecture
 from simclr_jax.runtime import checkpoint, files, paths
+from simclr_jax.runtime.checksum import crc32
 
 
 def is_export(folder: pathlib.Path) -> bool:
@@ -33,6 +34,11 @@ def load(folder: pathlib.Path) -> Encoder:
   path = folder / 'encoder.json'
   try:
     description = json.loads(path.read_text())
+    checksum = description.pop('checksum', None)  # old exports have none
+    if checksum not in (None, _checksum(description)):
+      raise ConfigError(
+        f'{path} was edited after the export, which changes the features: restore the file or export again'
+      )
     architecture = upgraded_architecture(description['architecture'])
     provenance = description['provenance']
     encoders.build(architecture)
@@ -62,7 +68,11 @@ def export(encoder: Encoder, out: str | os.PathLike) -> None:
     'preprocessing': _preprocessing(encoder.architecture),
     'provenance': encoder.provenance,
   }
-  files.write_json(out / 'encoder.json', description)
+  files.write_json(out / 'encoder.json', {**description, 'checksum': _checksum(description)})
+
+
+def _checksum(description):
+  return crc32(json.dumps(description, sort_keys=True))
 
 
 def _preprocessing(architecture):

@@ -23,12 +23,14 @@ encoder, a queue. The returned `loss` is minimised. `batch` has the keys
 layer-wise adaptation of LARS. Other top-level keys of `params` may have their own learning rate, see `optim.Group`.
 """
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import ml_collections
 
@@ -108,6 +110,8 @@ def build(config: ml_collections.ConfigDict) -> Method:
     ConfigError: the method cannot be used with this recipe.
   """
   method = module(config.method).build(config)
+  if config.init_from and not method.load_pretrained:
+    method = method._replace(load_pretrained=functools.partial(warm_start, ema=method.ema_state))
   groups, micro_batch = config.model.bn_groups, config.batch_size // config.accumulate_steps
   if micro_batch * method.joint_views == groups:
     raise ConfigError(
@@ -124,3 +128,37 @@ def build(config: ml_collections.ConfigDict) -> Method:
     return value, (state, metrics)
 
   return method._replace(loss=loss)
+
+
+def warm_start(
+  params: PyTree, state: PyTree, pretrained: PyTree, ema: tuple[str, ...] = ()
+) -> tuple[PyTree, PyTree]:
+  """The `load_pretrained` of methods that have none of their own: pretraining that starts from another run.
+
+  The encoder is initialised with the pretrained weights, and so is the projection head if `head_fits`. Queues,
+  optimizer and learning rate start as in a new run.
+
+  Args:
+    params, state: of `init`; `params` has the keys 'encoder' and 'head', `state` the key 'stats'.
+    pretrained: as `runs.load_pretrained` returns it.
+    ema: keys of `state` that are EMA encoders, see `momentum.init_ema`; they get the same weights.
+
+  Raises:
+    ConfigError: the method has no such encoder.
+  """
+  if 'encoder' not in params or 'stats' not in state:
+    raise ConfigError('init_from is set, but the method has no load_pretrained')
+  parts = ('encoder', 'head') if head_fits(params, pretrained) else ('encoder',)
+  weights = {part: pretrained['params'][part] for part in parts}
+  stats = {**state['stats'], **{part: pretrained['batch_stats'][part] for part in parts}}
+  new = {key: {**state[key], 'params': {**state[key]['params'], **weights}, 'stats': stats} for key in ema if key in state}  # fmt: skip
+  return {**params, **weights}, {**state, 'stats': stats, **new}
+
+
+def head_fits(params: PyTree, pretrained: PyTree) -> bool:
+  """Whether the pretrained projection head has the shapes of the head in `params`."""
+
+  def shapes(tree):
+    return {jax.tree_util.keystr(k): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+  return shapes(params.get('head', {})) == shapes(pretrained['params']['head'])

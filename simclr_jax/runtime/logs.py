@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import pathlib
 import sys
 import time
@@ -9,13 +10,15 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from simclr_jax.runtime import files, paths
 
 
 class Log:
   """Writes metrics.jsonl, TensorBoard files and the progress line of a run."""
+
+  SECONDS = 5.0  # between two lines of progress
 
   def __init__(
     self, workdir: pathlib.Path, first_step: int, steps: int, tensorboard: bool, writes: bool = True
@@ -39,6 +42,8 @@ class Log:
     self._steps = steps
     terminal = sys.stderr.isatty() and writes
     self._bar = tqdm(total=steps, initial=first_step, unit='step', disable=not terminal)
+    self._shown = -math.inf  # time of the last progress line
+    self.restart(first_step)
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
     """Writes a record with the metrics of a step; values that are not finite become null."""
@@ -59,17 +64,35 @@ class Log:
     if self._lines:
       self._lines.flush()
 
-  def progress(self, step: int, metrics: dict[str, float]) -> None:
-    """Shows the progress: in the progress bar on a terminal, otherwise as a line of text."""
-    eta = (self._steps - step) / max(metrics['steps_per_second'], 1e-9)
+  def restart(self, step: int) -> None:
+    """Starts the interval over which the speed for the ETA is measured; `step`: number of finished steps."""
+    self._since, self._since_step = time.monotonic(), step
+
+  def progress(self, step: int, metrics: dict[str, float], batch_size: int) -> None:
+    """Shows the progress every few seconds: in the bar on a terminal, otherwise as a line of text.
+
+    The first and the last step are always shown. Speed and ETA are shown from the second step on.
+
+    Args:
+      step: number of finished steps.
+      metrics: of the last of these steps.
+      batch_size: images per step.
+    """
+    now = time.monotonic()
+    pause = self.SECONDS if self._bar.disable else 0.2
+    if now - self._shown < pause and step not in (1, self._steps):
+      return
+    self._shown = now
     accuracy = metrics.get('contrastive_acc')  # not every method has one
-    text = (
-      f'epoch {metrics["epoch"]:.2f}  loss {metrics["loss"]:.4f}  '
-      + (f'contrastive acc {accuracy:.1%}  ' if accuracy is not None else '')
-      + f'{metrics["examples_per_second"]:,.0f} images/s'
+    text = f'epoch {metrics["epoch"]:.2f}  loss {metrics["loss"]:.4f}' + (
+      f'  contrastive acc {accuracy:.1%}' if accuracy is not None else ''
     )
+    rate = (step - self._since_step) / max(now - self._since, 1e-9)
+    if rate > 0:
+      eta = tqdm.format_interval((self._steps - step) / rate)
+      text += f'  {rate * batch_size:,.0f} images/s' + f'  ETA {eta}' * self._bar.disable
     if self._bar.disable:
-      print(f'step {step}/{self._steps}  {text}  ETA {tqdm.format_interval(eta)}', flush=True)
+      print(f'step {step}/{self._steps}  {text}', flush=True)
     else:
       self._bar.set_postfix_str(text, refresh=False)
       self._bar.update(step - self._bar.n)
