@@ -1,6 +1,7 @@
 """The interface of every data set, and the data set that is an array in memory."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Protocol, Self
 
@@ -11,6 +12,7 @@ from simclr_jax.errors import ConfigError
 from simclr_jax.runtime.checksum import crc32
 
 ON_DEVICE = 4 * 2**30  # bytes of images up to which a data set is kept in device memory
+MAX_CLASSES = 1_000_000  # of labels without names
 
 
 class Dataset(Protocol):
@@ -33,7 +35,7 @@ class Dataset(Protocol):
 
   @property
   def class_names(self) -> Sequence[str]:
-    """Names of the classes; empty if they have none."""
+    """Names of the classes, in the order of the label numbers; empty without labels."""
     ...
 
   def __len__(self) -> int:
@@ -63,14 +65,16 @@ class Dataset(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Arrays:
-  """Images of one size, in memory or mapped from a file.
+  """Images of one size, in memory or mapped from a file. `arrays.convert` makes them of other arrays.
 
   Attributes:
-    images: uint8 `[N, h, w, 3]`.
-    labels: int32 `[N]`, -1 where unknown.
+    images: uint8 `[N, h, w, c]`.
+    labels: int32 `[N]`, from 0 to C - 1, -1 where unknown.
     resident: whether a run keeps the images in device memory.
     image_names: names of the images, if they have any.
-    class_names: names of the classes, if they have any.
+    class_names: names of the C classes; by default '0' to the highest label; empty without labels.
+    range: the values of 16-bit or float images that became black and white; (0, 0): they had 8 bits.
+    remarks: what was done to the images, a sentence each.
   """
 
   images: np.ndarray
@@ -78,15 +82,25 @@ class Arrays:
   resident: bool = True
   image_names: list[str] | None = None
   class_names: Sequence[str] = ()
+  range: tuple[float, float] = (0.0, 0.0)
+  remarks: tuple[str, ...] = ()
 
   def __post_init__(self):
-    if self.images.ndim != 4 or self.images.shape[-1] != 3 or self.images.dtype != np.uint8:
+    if self.images.ndim != 4 or self.images.dtype != np.uint8:
       raise ConfigError(
-        f'images must be uint8 [N, height, width, 3], '
+        f'images must be uint8 [N, height, width, channels], '
         f'these are {self.images.dtype} {list(self.images.shape)}'
       )
     if self.labels.shape != (len(self.images),):
       raise ConfigError(f'{len(self.images)} images, but labels of shape {list(self.labels.shape)}')
+    if not len(self.class_names):
+      highest = int(self.labels.max(initial=-1))
+      if highest >= MAX_CLASSES:
+        raise ConfigError(
+          f'labels go up to {highest}: number the classes, labels = '
+          'np.unique(labels, return_inverse=True)[1]'
+        )
+      object.__setattr__(self, 'class_names', [str(i) for i in range(highest + 1)])
 
   def __len__(self) -> int:
     return len(self.images)
@@ -98,8 +112,8 @@ class Arrays:
 
   @property
   def classes(self) -> int:
-    """One more than the highest label; 0 without labels."""
-    return int(self.labels.max(initial=-1)) + 1
+    """Number of classes; 0 without labels."""
+    return len(self.class_names)
 
   def names(self) -> list[str] | None:
     """Names of the images, if they have any."""
@@ -128,6 +142,12 @@ class Arrays:
 def choose(count: int, total: int) -> np.ndarray:
   """`count` of the integers below `total`, or all of them, ascending; always the same integers."""
   return np.sort(np.random.default_rng(0).permutation(total)[:count])
+
+
+def natural(text: str) -> tuple[tuple[int, int, str], ...]:
+  """A key that sorts names as people do: 1, 2, 10 and a1, a2, a10."""
+  parts = re.split(r'([0-9]+)', text)
+  return tuple((0, int(p), p) if p.isdecimal() else (1, 0, p) for p in parts if p)
 
 
 def fits_on_device(config: ml_collections.ConfigDict, size: int) -> bool:
