@@ -21,7 +21,13 @@ class Log:
   SECONDS = 5.0  # between two lines of progress
 
   def __init__(
-    self, workdir: pathlib.Path, first_step: int, steps: int, tensorboard: bool, writes: bool = True
+    self,
+    workdir: pathlib.Path,
+    first_step: int,
+    steps: int,
+    tensorboard: bool,
+    writes: bool = True,
+    shows: bool = True,
   ):
     """Opens the files; records of steps after `first_step` are removed.
 
@@ -31,6 +37,7 @@ class Log:
       steps: length of the training.
       tensorboard: whether TensorBoard files are written.
       writes: whether this process writes and prints; only one process of a run does.
+      shows: whether the progress and other lines are printed.
 
     Raises:
       OSError: a file cannot be written.
@@ -40,8 +47,9 @@ class Log:
       self._lines = _Lines(workdir / 'metrics.jsonl', _up_to(read(workdir), first_step))
       self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
     self._steps = steps
-    terminal = sys.stderr.isatty() and writes
-    self._bar = tqdm(total=steps, initial=first_step, unit='step', disable=not terminal)
+    self._prints = writes and shows
+    bar = self._prints and (sys.stderr.isatty() or _in_notebook())
+    self._bar = tqdm(total=steps, initial=first_step, unit='step', disable=not bar)
     self._shown = -math.inf  # time of the last progress line
     self.restart(first_step)
 
@@ -69,7 +77,7 @@ class Log:
     self._since, self._since_step = time.monotonic(), step
 
   def progress(self, step: int, metrics: dict[str, float], batch_size: int) -> None:
-    """Shows the progress every few seconds: in the bar on a terminal, otherwise as a line of text.
+    """Shows the progress every few seconds: in the bar of a terminal or notebook, otherwise as a line of text.
 
     The first and the last step are always shown. Speed and ETA are shown from the second step on.
 
@@ -92,14 +100,15 @@ class Log:
       eta = tqdm.format_interval((self._steps - step) / rate)
       text += f'  {rate * batch_size:,.0f} images/s' + f'  ETA {eta}' * self._bar.disable
     if self._bar.disable:
-      print(f'step {step}/{self._steps}  {text}', flush=True)
+      self.info(f'step {step}/{self._steps}  {text}')
     else:
       self._bar.set_postfix_str(text, refresh=False)
       self._bar.update(step - self._bar.n)
 
   def info(self, text: str) -> None:
     """Prints a line of text, on a terminal above the progress bar."""
-    tqdm.write(text) if not self._bar.disable else print(text, flush=True)
+    if self._prints:
+      tqdm.write(text) if not self._bar.disable else print(text, flush=True)
 
   def close(self) -> None:
     """Writes all buffered records and closes the files."""
@@ -166,6 +175,13 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     except ValueError:
       continue  # the line was truncated when the process was killed
   return records
+
+
+def _in_notebook():
+  """Whether the program runs in a Jupyter kernel, which shows progress bars although it is no terminal."""
+  ipython = sys.modules.get('IPython')
+  shell = ipython and ipython.get_ipython()
+  return shell is not None and 'IPKernelApp' in shell.config
 
 
 def _up_to(records, last_step):
