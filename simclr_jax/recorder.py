@@ -79,14 +79,17 @@ class Recorder:
     clock: goodput.Clock,
     cleanup: contextlib.ExitStack,
     callbacks: Sequence[Callback | Callable[..., Any]] = (),
+    shows: bool = True,
   ):
-    """`first`: the step from which the run starts or resumes; `callbacks`: see `Callback`."""
+    """`first`: the step from which the run starts or resumes; `shows`: whether lines and progress are printed."""
     config, steps = setup.config, setup.steps
     self._workdir, self._clock, self._steps = workdir, clock, steps
     self._saver = cleanup.enter_context(
       checkpoint.Saver(workdir / 'checkpoints', config.keep_checkpoints)
     )
-    self.log = logs.Log(workdir, first, steps, config.tensorboard, distributed.is_main_process())
+    self.log = logs.Log(
+      workdir, first, steps, config.tensorboard, distributed.is_main_process(), shows
+    )
     cleanup.callback(self.log.close)
     self.log.event(first, 'start', {'time': clock.started})
     self._callbacks = _Callbacks(callbacks, config.batch_size, len(setup.train))
