@@ -41,6 +41,7 @@ def pretrain(
   test: Dataset | None = None,
   callbacks: Sequence[recorder.Callback] = (),
   extend: bool = False,
+  progress: bool = True,
 ) -> int:
   """Trains to the end of the recipe; resumes from the newest checkpoint in `workdir` if there is one.
 
@@ -54,6 +55,7 @@ def pretrain(
     test: with `train`, labelled images for the online kNN; None: no online kNN.
     callbacks: called after steps, epochs and evaluations, see `recorder.Callback`.
     extend: continue a complete run with the larger `epochs` or `steps` of the recipe.
+    progress: show the progress; if False, and `quiet`, nothing is printed.
 
   Returns:
     The exit code: 0 when the training is complete, 75 or 130 when a signal stopped it after saving.
@@ -70,16 +72,17 @@ def pretrain(
     clock = goodput.Clock()
     setup = _set_up(config, workdir, (train, test), extend, cleanup)
     watchdog.heartbeat(compiling=True)
-    state, step_fn = _restore(setup, workdir, cleanup, quiet)
+    state, step_fn = _restore(setup, workdir, cleanup, quiet, progress)
     watchdog.heartbeat(compiling=True)
     first = int(state.step)
     if first >= setup.steps:
-      print(f'{workdir} is complete: {first} steps', flush=True)
+      if progress:
+        print(f'{workdir} is complete: {first} steps', flush=True)
       return stop.exit_code
     if distributed.is_main_process():
       _write_config(setup, workdir, command)
 
-    record = recorder.Recorder(setup, workdir, first, clock, cleanup, callbacks)
+    record = recorder.Recorder(setup, workdir, first, clock, cleanup, callbacks, progress)
     trace = recorder.Trace(setup.config.profile_steps, setup.steps, workdir / 'profile', record.log)
     for i in range(first, setup.steps):
       with clock.measure('data'):
@@ -141,7 +144,11 @@ def _set_up(config, workdir, loaded, extend, cleanup) -> recorder.Setup:
 
 
 def _restore(
-  setup: recorder.Setup, workdir: pathlib.Path, cleanup: contextlib.ExitStack, quiet: bool
+  setup: recorder.Setup,
+  workdir: pathlib.Path,
+  cleanup: contextlib.ExitStack,
+  quiet: bool,
+  progress: bool,
 ) -> tuple[train_state.TrainState, train_state.Step]:
   """The state of the newest checkpoint, or else the initial one, and the step."""
   config, folder = setup.config, workdir / 'checkpoints'
@@ -164,7 +171,8 @@ def _restore(
   restored = checkpoint.restore(folder, checkpoint.abstract(state), quarantine=True)
   if restored:
     state = restored[0]
-    print(f'resuming {workdir} from step {int(state.step)} of {setup.steps}', flush=True)
+    if progress:
+      print(f'resuming {workdir} from step {int(state.step)} of {setup.steps}', flush=True)
   return state, step_fn
 
 
