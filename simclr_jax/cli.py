@@ -1,6 +1,7 @@
 """`simclr-jax COMMAND ...`: parses the arguments, runs the command, converts exceptions to exit codes."""
 
 import argparse
+import difflib
 import logging
 import os
 import shlex
@@ -58,8 +59,17 @@ def parse(argv: list[str]) -> argparse.Namespace:
     module.add_arguments(command)
     if name not in commands.SINGLE_PROCESS:
       _add_distributed(command)
+  if argv and not argv[0].startswith('-') and argv[0] not in commands.NAMES:
+    from simclr_jax.validation import did_you_mean
+
+    guess = did_you_mean(argv[0], commands.NAMES)
+    parser.error(
+      f'unknown command {argv[0]!r}{guess}; the commands are {", ".join(commands.NAMES)}'
+    )
   args, rest = parser.parse_known_args(argv)
-  args.overrides = _overrides(rest, args.parser.error)
+  args.overrides = _overrides(rest, args.parser)
+  if args.overrides and args.name_of_command in commands.WITHOUT_FIELDS:
+    args.parser.error(f'--config.{next(iter(args.overrides))} has no effect on this command')
   args.command = 'simclr-jax ' + shlex.join(argv)
   return args
 
@@ -98,21 +108,53 @@ def _add_distributed(parser):
   group.add_argument('--process-id', type=int, metavar='I', help='index of this process, from 0')
 
 
-def _overrides(rest, error):
-  """The fields set by --config.FIELD=VALUE or --config.FIELD VALUE; calls `error` for other arguments."""
+def _overrides(rest, parser):
+  """The fields set by --config.FIELD=VALUE or --config.FIELD VALUE; an error for other arguments."""
   overrides = {}
   rest = list(rest)
   while rest:
     argument = rest.pop(0)
     name, equals, value = argument.partition('=')
     if not name.startswith('--config.'):
-      error(f'unexpected argument {argument!r}')
+      parser.error(f'unexpected argument {argument!r}{_suggestion(name, equals + value, parser)}')
     if not equals:
       if not rest:
-        error(f'{name} needs a value: {name}=VALUE')
+        parser.error(f'{name} needs a value: {name}=VALUE')
       value = rest.pop(0)
     overrides[name.removeprefix('--config.')] = value
   return overrides
+
+
+# What users of other programs type -> the field of a recipe.
+SYNONYMS = {
+  'lr': 'learning_rate', 'base_lr': 'learning_rate', 'bs': 'batch_size', 'batch': 'batch_size', 'wd': 'weight_decay',
+  'size': 'image_size', 'img_size': 'image_size', 'resolution': 'image_size', 'arch': 'model.depth',
+  'depth': 'model.depth', 'width': 'model.width_multiplier', 'workers': 'data.threads', 'num_workers': 'data.threads',
+  'tau': 'temperature', 'precision': 'dtype', 'optim': 'optimizer', 'model': 'model.depth', 'resume': '--workdir',
+  'output': '--workdir', 'out': '--workdir', 'output_dir': '--workdir', 'run': '--workdir', 'dir': '--data',
+  'dataset': '--data', 'data_dir': '--data', 'data_path': '--data', 'recipe': '--config', 'cfg': '--config',
+}  # fmt: skip
+
+
+def _suggestion(name, value, parser):
+  """The option or the field that was probably meant: ', did you mean ...?', or ''."""
+  from simclr_jax import fields
+
+  options = [o for action in parser._actions for o in action.option_strings if o.startswith('--')]
+  if not name.startswith('-'):
+    return next(
+      (f', did you mean {o}={name}?' for o in ('--data', '--workdir') if o in options), ''
+    )
+  takes_fields = parser.get_default('name_of_command') in commands.WITH_FIELDS
+  names = [*fields.of_recipe('moco'), *fields.of_recipe('simclr')]
+  names = [n for n in names if takes_fields or n.startswith('data.')]
+  known = {n: f'--config.{n}' for n in names}
+  known |= {n.rpartition('.')[2]: f'--config.{n}' for n in reversed(names)}
+  known |= {o.lstrip('-').replace('-', '_'): o for o in options}
+  bare = name.lstrip('-').replace('-', '_')
+  bare = SYNONYMS.get(bare, bare).lstrip('-')
+  close = difflib.get_close_matches(bare, known, n=1, cutoff=0.7)
+  return f', did you mean {known[close[0]]}{value}?' if close else ''
 
 
 def _quiet_libraries():

@@ -199,16 +199,8 @@ def _absolute(config):
   """The recipe with absolute paths, so that the run can be read from any folder."""
   config = config.copy_and_resolve_references()
   for part, name in ((config.data, 'dir'), (config.data, 'table'), (config, 'init_from')):
-    if part[name] and not paths.is_remote(part[name]):
-      part[name] = _absolute_path(part[name])
+    part[name] = paths.absolute_list(part[name])
   return config.lock()
-
-
-def _absolute_path(text):
-  """A path, or several paths joined by commas, as absolute paths."""
-  single = pathlib.Path(text).expanduser().exists()
-  parts = [text] if single else text.split(',')
-  return ','.join(str(pathlib.Path(p).expanduser().resolve()) for p in parts)
 
 
 def _recipe_to_resume(workdir) -> dict[str, Any] | None:

@@ -18,6 +18,9 @@ NAMES = (
 )  # fmt: skip
 # Commands that always run in a single process.
 SINGLE_PROCESS = ('check-data', 'compile-check', 'export', 'fields', 'recipes', 'report')
+# Commands for which all fields of a recipe can be set with --config.FIELD=VALUE; for most others, only data.*.
+WITH_FIELDS = ('pretrain', 'finetune', 'distill', 'simclrv2', 'transfer', 'compile-check')
+WITHOUT_FIELDS = ('recipes', 'fields')
 
 
 def module(name: str) -> ModuleType:

@@ -30,3 +30,12 @@ def is_remote(path: os.PathLike) -> bool:
 def absolute(path: pathlib.Path) -> pathlib.Path:
   """The absolute path, independent of the working directory."""
   return path if is_remote(path) else path.resolve()
+
+
+def absolute_list(text: str) -> str:
+  """A path, or several joined by commas, as absolute paths; '' and paths in buckets are unchanged."""
+  if not text or '://' in text:
+    return text
+  single = pathlib.Path(text).expanduser().exists()
+  parts = [text] if single else text.split(',')
+  return ','.join(str(pathlib.Path(p).expanduser().resolve()) for p in parts)
