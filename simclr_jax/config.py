@@ -20,6 +20,13 @@ FOLDERS = (
 )
 OWN_FILES = ('method', 'model.encoder', 'augment.ops')  # fields that may name a Python file
 PIPELINES = ('augment.view1', 'augment.view2', 'augment.eval')
+KINDS = {
+  bool: 'true or false',
+  int: 'an integer',
+  float: 'a number',
+  str: 'a string',
+  tuple: 'numbers: 1,2',
+}
 
 
 def names() -> list[str]:
@@ -106,11 +113,7 @@ def _override(config, field, value):
     parsed = _typed(value, old)
     config.update_from_flattened_dict({field: parsed})
   except (ValueError, TypeError, SyntaxError):
-    kinds = {
-      bool: 'true or false', int: 'an integer', float: 'a number', str: 'a string',
-      tuple: 'numbers: 1,2',
-    }  # fmt: skip
-    raise ConfigError(f'{field}={value!r} is not {kinds[type(old)]}') from None
+    raise ConfigError(f'{field}={value!r} is not {KINDS[type(old)]}') from None
 
 
 def _typed(value, like):
@@ -194,7 +197,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   for name, field in fields.of_recipe(flat['method']).items():
     if name not in flat:
       raise ConfigError(f'the recipe lacks the field {name!r}')
-    value = flat[name]
+    value, kind = flat[name], type(field.default)
+    if type(value) is not kind and not (kind is float and type(value) is int):
+      raise ConfigError(f'{name}={value!r} is not {KINDS[kind]}')
     if isinstance(value, float) and not math.isfinite(value):
       raise ConfigError(f'{name}={value} is not a finite number')
     if field.allowed:
