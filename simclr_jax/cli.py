@@ -8,8 +8,9 @@ import shlex
 import sys
 import traceback
 
-from simclr_jax import __version__, commands
+from simclr_jax import __version__, commands, fields
 from simclr_jax.errors import ConfigError, ExitCode, NotFinite, Stopped
+from simclr_jax.validation import did_you_mean
 
 DESCRIPTION = """Contrastive pretraining of image encoders in JAX: SimCLR, MoCo.
 
@@ -60,8 +61,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if name not in commands.SINGLE_PROCESS:
       _add_distributed(command)
   if argv and not argv[0].startswith('-') and argv[0] not in commands.NAMES:
-    from simclr_jax.validation import did_you_mean
-
     guess = did_you_mean(argv[0], commands.NAMES)
     parser.error(
       f'unknown command {argv[0]!r}{guess}; the commands are {", ".join(commands.NAMES)}'
@@ -138,8 +137,6 @@ SYNONYMS = {
 
 def _suggestion(name, value, parser):
   """The option or the field that was probably meant: ', did you mean ...?', or ''."""
-  from simclr_jax import fields
-
   options = [o for action in parser._actions for o in action.option_strings if o.startswith('--')]
   if not name.startswith('-'):
     return next(

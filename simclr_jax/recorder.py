@@ -252,12 +252,12 @@ class Metrics:
     self._log.progress(done, values | {'epoch': epoch}, self._config.batch_size)
 
   def _record(self, done, values):
-    if done > self._since_step:  # not the first step, whose time is mostly compilation
-      seconds = max(time.monotonic() - self._since, 1e-9)
-      values['data_wait'] = (self._clock.seconds['data'] - self._waited) / seconds
-      values['steps_per_second'] = (done - self._since_step) / seconds
-      values['examples_per_second'] = values['steps_per_second'] * self._config.batch_size
-      self.restart_clock(done)
+    # The speed of the first step is unknown: its time is mostly compilation.
+    seconds = time.monotonic() - self._since if done > self._since_step else np.nan
+    values['data_wait'] = (self._clock.seconds['data'] - self._waited) / seconds
+    values['steps_per_second'] = (done - self._since_step) / seconds
+    values['examples_per_second'] = values['steps_per_second'] * self._config.batch_size
+    self.restart_clock(done)
     self._log.write(done, values | self._clock.fields())
     self._records.append({'step': done, **values})
     del self._records[1:-200]  # the first step and the recent ones are enough for diagnostics

@@ -99,7 +99,7 @@ def test_an_invalid_field_is_a_one_line_error(capsys, tmp_path, override, expect
     (['pretrain', '--config=simclr_digits', '--workdir=x', '--config.seed'], 'needs a value'),
     (['pretrain', '--workdir=x'], '--data or --config is required'),
     (['pretrain', '--config=simclr_digits'], '--workdir=RUN is required without --data'),
-    (['pretend'], 'invalid choice'),
+    (['pretend'], "unknown command 'pretend', did you mean 'pretrain'?"),
     ([], 'required: COMMAND'),
     (['knn', '--workdir=/nowhere'], 'is not a run directory'),
     (['embed', '--workdir=/nowhere', '--data=x.npy', '--out=f.npy'], 'neither a run directory'),

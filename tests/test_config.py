@@ -104,13 +104,17 @@ def test_what_may_change_on_resume():
   assert resumable == {
     'log_every_steps', 'checkpoint_every_steps', 'keep_checkpoints', 'knn_every_epochs', 'knn_images',
     'tensorboard', 'watchdog_seconds', 'profile_steps', 'sharding', 'rematerialize', 'first_loss',
-    'data.dir', 'data.test_split', 'data.threads',
+    'data.dir', 'data.table', 'data.test_split', 'data.threads',
   }  # fmt: skip
   compiled = {
     n for m in fields.method_names() for n, f in fields.of_recipe(m).items() if not f.compiled
   }
-  assert compiled == {'seed', 'data.dir', 'data.label_seed', 'teacher'}
-  assert {n for n, f in fields.TABLE.items() if f.local} == {'data.dir', 'data.threads'}
+  assert compiled == {
+    'seed', 'data.dir', 'data.table', 'data.holdout', 'data.holdout_seed', 'data.alpha', 'data.range', 'data.label_seed',
+    'teacher',
+  }  # fmt: skip
+  local = {'data.dir', 'data.table', 'data.threads'}
+  assert {n for n, f in fields.TABLE.items() if f.local} == local
 
 
 def test_fields_command(capsys):
