@@ -17,6 +17,7 @@ setup(
   license='Apache-2.0',
   packages=[*find_packages(include=['simclr_jax', 'simclr_jax.*']), 'simclr_jax.configs'],
   package_dir={'simclr_jax.configs': 'configs'},
+  package_data={'simclr_jax': ['py.typed']},
   python_requires='>=3.11',
   install_requires=[
     'absl-py>=2.1',
@@ -39,13 +40,17 @@ setup(
     'tqdm>=4.66',
   ],
   extras_require={
+    'cuda': ['jax[cuda13]'],  # NVIDIA driver 580 or newer
+    'cuda12': ['jax[cuda12]'],
     'compile-check': [
       'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"'
     ],  # its libtpu
     'dev': [
       'gcp-storage-emulator>=2024.8.3',
       'gcsfs>=2024.10',
+      'ipykernel>=6.29',
       'mypy>=2.4',
+      'nbclient>=0.10',
       'pyarrow>=18',
       'pytest>=8',
       'pytest-xdist>=3.6',

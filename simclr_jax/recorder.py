@@ -50,7 +50,8 @@ class Setup:
 class Callback:
   """What `train.pretrain` calls during a training. All methods do nothing; a plain function serves as `on_step`.
 
-  A method that returns True stops the training: the state is saved, and the same call resumes.
+  A method that returns True, or is interrupted by Ctrl-C, stops the training: the state is saved, and the same call
+  resumes.
   """
 
   def on_step(self, step: int, metrics: dict[str, float]) -> bool | None:
@@ -200,7 +201,10 @@ class _Callbacks:
       method = getattr(
         callback, name, callback if name == 'on_step' and callable(callback) else None
       )
-      if method and method(number, dict(metrics)) is True:
+      try:
+        if method and method(number, dict(metrics)) is True:
+          self.stop = True
+      except KeyboardInterrupt:
         self.stop = True
 
 

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -39,7 +39,7 @@ def pretrain(
   train: Dataset | None = None,
   quiet: bool = False,
   test: Dataset | None = None,
-  callbacks: Sequence[recorder.Callback] = (),
+  callbacks: Sequence[recorder.Callback | Callable[..., Any]] = (),
   extend: bool = False,
   progress: bool = True,
 ) -> int:
