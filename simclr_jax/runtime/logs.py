@@ -6,13 +6,17 @@ import math
 import pathlib
 import sys
 import time
+import warnings
 from typing import Any
 
 import numpy as np
 from absl import logging
-from tqdm.auto import tqdm
 
 from simclr_jax.runtime import files, paths
+
+with warnings.catch_warnings():
+  warnings.simplefilter('ignore')  # in a notebook without ipywidgets, the bar is text
+  from tqdm.auto import tqdm
 
 
 class Log:
@@ -75,6 +79,7 @@ class Log:
   def restart(self, step: int) -> None:
     """Starts the interval over which the speed for the ETA is measured; `step`: number of finished steps."""
     self._since, self._since_step = time.monotonic(), step
+    self._bar.unpause()
 
   def progress(self, step: int, metrics: dict[str, float], batch_size: int) -> None:
     """Shows the progress every few seconds: in the bar of a terminal or notebook, otherwise as a line of text.
