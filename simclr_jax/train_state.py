@@ -95,8 +95,9 @@ def train_step(
   gradient = jax.grad(objective, has_aux=True)
   if config.accumulate_steps == 1:
     grads, (state, metrics) = gradient(ts.params, ts.state, rows, key)
+    metrics.pop('entries', None)
   else:
-    grads, state, metrics = _accumulated(gradient, config.accumulate_steps, ts, rows, key)
+    grads, state, metrics = _accumulated(gradient, config.accumulate_steps, method, ts, rows, key)
   updates, opt_state = optimizer.update(grads, ts.opt_state, ts.params)
   done = ts.step + 1
   logged = (done % config.log_every_steps == 0) | (done == 1) | (done == steps)
@@ -130,26 +131,48 @@ def _augmented(config, method, batch, seed):
   return {'views': views, 'label': batch['label'], 'index': batch['index']}
 
 
-def _accumulated(gradient, parts, ts, rows, key):
-  """Accumulates `gradient` over micro-batches: the mean gradient, the last state, the metrics.
+def _accumulated(gradient, parts, method, ts, rows, key):
+  """Accumulates `gradient` over micro-batches: the mean gradient, the next state, the metrics.
 
-  Micro-batch j of p has the rows j, j + p, j + 2p, ..., so that every device has equally many of its rows.
+  Micro-batch j of p has the rows j, j + p, j + 2p, ..., so that every device has equally many of its rows. The state
+  follows once per step, see `methods`.
   """
+  tables = _tables(method, ts.state)
 
   def add(carry, micro_batch):
     total, state = carry
     i, rows = micro_batch
     rows = jax.tree.map(sharding.shard_rows, rows)
-    grads, (state, metrics) = gradient(ts.params, state, rows, jax.random.fold_in(key, i))
-    return (jax.tree.map(jnp.add, total, grads), state), metrics
+    seen = jax.tree.map(lambda table, now, start: now if table else start, tables, state, ts.state)
+    grads, (new, metrics) = gradient(ts.params, seen, rows, jax.random.fold_in(key, i))
+    # The mean as a sum of changes: what does not change stays the same, bit for bit.
+    moved = jax.tree.map(lambda table, now, new, start: (
+      (now if method.update else new) if table else now + (new - start) / parts
+    ), tables, state, new, ts.state)  # fmt: skip
+    return (jax.tree.map(jnp.add, total, grads), moved), metrics
 
   rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
   zeros = jax.tree.map(jnp.zeros_like, ts.params)
   (total, state), metrics = jax.lax.scan(add, (zeros, ts.state), (jnp.arange(parts), rows))
   z, checksum = metrics.pop('embeddings'), metrics.pop('batch_hash')
+  entries = metrics.pop('entries', None)  # [parts, n / parts, ...]
+  if method.update:
+    in_order = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), entries)
+    state = {**state, **method.update(ts.state, in_order)}
   metrics = jax.tree.map(lambda x: x.mean(0), metrics)
   metrics |= {'embeddings': z.reshape(-1, *z.shape[2:]), 'batch_hash': checksum.sum()}
   return jax.tree.map(lambda x: x / parts, total), state, metrics
+
+
+def _tables(method, state):
+  """For each leaf of `state`, whether it belongs to a table, of which there is no mean, see `methods`."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  with_integers = {path[:-1] for path, x in leaves if not jnp.issubdtype(x.dtype, jnp.floating)}
+
+  def is_table(path, _):
+    return path[:-1] in with_integers or getattr(path[0], 'key', None) in method.sharded_state
+
+  return jax.tree_util.tree_map_with_path(is_table, state)
 
 
 def _embedding_metrics(z, due):

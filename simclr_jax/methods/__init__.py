@@ -16,8 +16,13 @@ encoder, a queue. The returned `loss` is minimised. `batch` has the keys
   teacher      a `Teacher`, for methods with `needs_teacher`
 
 `init` gets a batch with `views` only. `metrics` are scalars; `metrics['loss']` is the logged loss. In addition,
-`metrics` has two arrays: `embeddings`, unit rows `[n, v, d]`, for `simclr_jax.health`; and optionally `features`,
-`[n v, d]`, for the online probe.
+`metrics` has arrays: `embeddings`, unit rows `[n, v, d]`, for `simclr_jax.health`; and optionally `features`,
+`[n v, d]`, for the online probe, and `entries`, for `Method.update`.
+
+With `accumulate_steps` = p, `loss` is called for p micro-batches of n / p images, each time with the state from before
+the step. The new state is the mean of the p states, so a moving average moves once per step, by the mean of the
+micro-batches. Tables have no mean: `sharded_state`, and dicts that contain integers, such as a queue and its pointer. A
+method writes its tables in `Method.update`, once per step; without `update`, each micro-batch passes them to the next.
 
 `params['probe']` is the online probe, which has its own optimizer. `params['classifier']` is excluded from the
 layer-wise adaptation of LARS. Other top-level keys of `params` may have their own learning rate, see `optim.Group`.
@@ -57,6 +62,9 @@ class Method(NamedTuple):
     needs_labels: whether every image needs a label.
     needs_teacher: whether `batch` needs a teacher.
     optimizer_groups: top-level key of `params` -> learning rate of these parameters.
+    update: `update(state, entries)` -> new values for some keys of `state`: writes what the images of a step leave in
+      tables. `entries` are arrays `[n, ...]`, one row per image in the order of the batch. `loss` calls it, too, and
+      returns its result in the state and `entries` in the metrics; None: the method has no such tables.
     load_pretrained: `load_pretrained(params, state, pretrained)`, called outside jit -> the `params` and `state` of
       `init` with the weights that `runs.load_pretrained` returns; None: the method starts from scratch.
     classifier: `classifier(params, state)` -> the variables of a `models.classifier.Classifier`; None: the method
@@ -74,6 +82,7 @@ class Method(NamedTuple):
   needs_labels: bool = False
   needs_teacher: bool = False
   optimizer_groups: Mapping[str, Group] = {}
+  update: Callable[[PyTree, PyTree], dict[str, PyTree]] | None = None
   load_pretrained: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
   classifier: Callable[[PyTree, PyTree], PyTree] | None = None
 

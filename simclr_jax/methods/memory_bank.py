@@ -59,21 +59,27 @@ def build(config: ml_collections.ConfigDict) -> Method:
     else:
       value, Z, metrics = losses.nce(v, positives, negatives, config.temperature, examples, Z)
 
-    new = config.bank_momentum * old + (1 - config.bank_momentum) * sharding.replicate(v)
-    new = losses.l2_normalize(jax.lax.stop_gradient(new))
-    # A batch that spans two epochs may contain an image twice. Only the later row is written: the index of the
-    # earlier one is out of bounds, and mode='drop' ignores it.
-    repeated = jnp.triu(index[:, None] == index[None, :], k=1).any(axis=1)
-    bank = bank.at[jnp.where(repeated, rows, index)].set(new, mode='drop')
     metrics = {
       'loss': value,
       **metrics,
       'features': outputs[0],
       'embeddings': jnp.stack([v, losses.l2_normalize(positives)], axis=1),
+      'entries': {'index': index, 'v': jax.lax.stop_gradient(v)},
     }
-    return value, ({'stats': stats, 'bank': bank, 'Z': Z}, metrics)
+    return value, ({'stats': stats, 'Z': Z, **update(state, metrics['entries'])}, metrics)
+
+  def update(state, entries):
+    bank, index, v = state['bank'], *(sharding.replicate(entries[k]) for k in ('index', 'v'))
+    new = config.bank_momentum * sharding.replicate(bank[index]) + (1 - config.bank_momentum) * v
+    new = losses.l2_normalize(new)
+    # A batch that spans two epochs may contain an image twice. Only the later row is written: the index of the
+    # earlier one is out of bounds, and mode='drop' ignores it.
+    repeated = jnp.triu(index[:, None] == index[None, :], k=1).any(axis=1)
+    return {'bank': bank.at[jnp.where(repeated, rows, index)].set(new, mode='drop')}
 
   def encoder(params, state):
     return network.encoder(params, state['stats'])
 
-  return Method(init, loss, encoder, views=1, contrastive=True, sharded_state=('bank',))
+  return Method(
+    init, loss, encoder, views=1, contrastive=True, sharded_state=('bank',), update=update
+  )

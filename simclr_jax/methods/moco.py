@@ -71,8 +71,7 @@ def from_network(net: network.Network, config: ml_collections.ConfigDict) -> Met
     stats = state['stats']
     key = update_ema(state['key'], params, config.key_momentum)
     negatives = state['queue']['rows']
-    results, features, embeddings = [], [], []
-    new_keys: list[jax.Array] = []
+    results, features, embeddings, keys = [], [], [], []
     for i, (query_view, key_view) in enumerate(directions):
       permutation = draw_permutation(config.shuffle, batch, rng, i)
       outputs, stats = net.apply(params, stats, views[:, query_view])
@@ -83,23 +82,25 @@ def from_network(net: network.Network, config: ml_collections.ConfigDict) -> Met
       results.append(losses.info_nce(q, sharding.shard_rows(k), negatives, config.temperature))
       features.append(outputs[0])
       embeddings.append(jnp.stack([q, k], axis=1))
-      new_keys.insert(0, k)  # keys of the first views come first, as in the CIFAR-10 demo
+      keys.append(k)
     values, each = [value for value, _ in results], [metrics for _, metrics in results]
     metrics = {name: sum(m[name] for m in each) / len(each) for name in each[0]}
     metrics |= {
       'loss': sum(values) / len(values),
-      **queue_metrics(state['queue'], len(directions) * len(views)),
+      **queue_metrics(state['queue'], len(directions) * config.accumulate_steps * len(views)),
       'features': jnp.stack(features, axis=1).reshape(-1, features[0].shape[-1]),
       'embeddings': embeddings[0],
+      'entries': jnp.stack(keys, axis=1),  # [n, directions, d]
     }
-    new = {
-      'stats': stats,
-      'key': key,
-      'queue': enqueue(state['queue'], jnp.concatenate(new_keys)),
-    }
+    new = {'stats': stats, 'key': key, **update(state, metrics['entries'])}
     return sum(values), (new, metrics)
+
+  def update(state, entries):
+    # Keys of the first views come first, as in the CIFAR-10 demo.
+    keys = sharding.replicate(entries)[:, ::-1].swapaxes(0, 1).reshape(-1, entries.shape[-1])
+    return {'queue': enqueue(state['queue'], keys)}
 
   def encoder(params, state):
     return network.encoder(params, state['stats'])
 
-  return Method(init, loss, encoder, contrastive=True, ema_state=('key',))
+  return Method(init, loss, encoder, contrastive=True, ema_state=('key',), update=update)

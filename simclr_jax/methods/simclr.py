@@ -70,11 +70,12 @@ def build(config: ml_collections.ConfigDict) -> Method:
       key = update_ema(state['key'], params, config.key_momentum)
       k, new['key'] = encode(net, key, x)
       negatives = state['queue']['rows']
-      new['queue'] = enqueue(state['queue'], sharding.replicate(k))
     value, metrics = contrast(outputs[-1], negatives)
     z = metrics.pop('z')  # [2n, d]
     if memory:
-      metrics |= queue_metrics(state['queue'], len(z))
+      metrics['entries'] = k.reshape(n, views, -1)
+      metrics |= queue_metrics(state['queue'], config.accumulate_steps * len(z))
+      new |= update(state, metrics['entries'])
     metrics |= {
       'loss': value,
       'features': outputs[0],
@@ -82,7 +83,14 @@ def build(config: ml_collections.ConfigDict) -> Method:
     }
     return config.loss_scale * value, (new, metrics)
 
+  def update(state, entries):
+    keys = sharding.replicate(entries.reshape(-1, entries.shape[-1]))
+    return {'queue': enqueue(state['queue'], keys)}
+
   def encoder(params, state):
     return network.encoder(params, state['stats'])
 
-  return Method(init, loss, encoder, joint_views=2, contrastive=True, ema_state=('key',))
+  return Method(
+    init, loss, encoder, joint_views=2, contrastive=True, ema_state=('key',),
+    update=update if memory else None,
+  )  # fmt: skip
