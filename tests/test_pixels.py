@@ -229,6 +229,39 @@ def test_crop_equals_tensorflows_sampler(shape):
   assert ((left + w < shape[1]) | (w == shape[1])).all()
 
 
+def share_of_whole_images(n, height, width, attempts, rng):
+  """How often `attempts` random boxes all violate a bound of SimCLR's crop, by rejection in numpy."""
+  ratio = rng.uniform(3 / 4, 4 / 3, (n, attempts))  # width / height
+  low, high = (np.sqrt(share * height * width / ratio) for share in (0.08, 1.0))
+  highest = np.minimum(np.minimum(np.round(high), height), np.floor((width + 0.5) / ratio))
+  lowest = np.minimum(np.round(low), highest)
+  h = lowest + np.floor(rng.uniform(size=ratio.shape) * (highest - lowest + 1))
+  w = np.round(h * ratio)
+  valid = (h * w >= 0.1 * height * width) & (h <= height) & (w <= width)
+  return 1 - valid.any(1).mean()
+
+
+@pytest.mark.parametrize('shape', [(500, 50), (50, 500), (640, 50), (50, 640)])
+def test_crop_of_long_images(shape):
+  """Breaks if a crop of a panorama is the whole image more often than after TensorFlow's 100 attempts, or if more
+  attempts change the boxes of the first ones.
+  """
+  n = 4000
+  keys = jax.random.split(jax.random.key(2), n)
+  draw = functools.partial(crop.tensorflow_box, height=shape[0], width=shape[1])
+  boxes, ten = (
+    np.asarray(jax.jit(jax.vmap(functools.partial(draw, attempts=a)))(keys)) for a in (100, 10)
+  )
+  default = np.asarray(jax.jit(jax.vmap(draw))(keys))
+  np.testing.assert_array_equal(default, boxes)
+  share, share_of_ten = ((b[:, 2:] == shape).all(1).mean() for b in (boxes, ten))
+  expected = share_of_whole_images(n, *shape, 100, np.random.default_rng(0))
+  assert abs(share - expected) < 4 * (0.5 / n) ** 0.5
+  assert share < share_of_ten - 0.05
+  found = ~(ten[:, 2:] == shape).all(1)
+  np.testing.assert_array_equal(boxes[found], ten[found])
+
+
 def torchvision_boxes(n, height, width, low, rng):
   """A scalar implementation of RandomResizedCrop.get_params."""
   for _ in range(n):
