@@ -26,6 +26,17 @@ def make_mesh(devices: list[jax.Device] | None = None) -> jax.sharding.Mesh:
   return jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
 
 
+def devices_for(rows: int) -> list[jax.Device]:
+  """The most devices that share a batch of `rows` rows equally: all, or in a single process the first of them.
+
+  A batch of few images stays the same on any number of devices, and so does the result.
+  """
+  devices = jax.devices()
+  if jax.process_count() > 1:
+    return devices
+  return devices[: max(n for n in range(1, len(devices) + 1) if rows % n == 0)]
+
+
 def replicate(x: jax.Array) -> jax.Array:
   """Replicates `x` on every device. For use inside jit; without a mesh in scope, `x` is returned unchanged."""
   return _constrain(x, P())

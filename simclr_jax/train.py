@@ -42,6 +42,7 @@ def pretrain(
   callbacks: Sequence[recorder.Callback | Callable[..., Any]] = (),
   extend: bool = False,
   progress: bool = True,
+  devices: Sequence[jax.Device] | None = None,
 ) -> int:
   """Trains to the end of the recipe; resumes from the newest checkpoint in `workdir` if there is one.
 
@@ -56,6 +57,7 @@ def pretrain(
     callbacks: called after steps, epochs and evaluations, see `recorder.Callback`.
     extend: continue a complete run with the larger `epochs` or `steps` of the recipe.
     progress: show the progress; if False, and `quiet`, nothing is printed.
+    devices: the devices to train on (default: all).
 
   Returns:
     The exit code: 0 when the training is complete, 75 or 130 when a signal stopped it after saving.
@@ -70,7 +72,8 @@ def pretrain(
     stop = cleanup.enter_context(GracefulStop())
     watchdog = cleanup.enter_context(Watchdog(config.watchdog_seconds))
     clock = goodput.Clock()
-    setup = _set_up(config, workdir, (train, test), extend, cleanup)
+    mesh = sharding.make_mesh(list(devices) if devices else None)
+    setup = _set_up(config, workdir, (train, test), extend, mesh, cleanup)
     watchdog.heartbeat(compiling=True)
     state, step_fn = _restore(setup, workdir, cleanup, quiet, progress)
     watchdog.heartbeat(compiling=True)
@@ -104,7 +107,7 @@ def pretrain(
     return stop.exit_code
 
 
-def _set_up(config, workdir, loaded, extend, cleanup) -> recorder.Setup:
+def _set_up(config, workdir, loaded, extend, mesh, cleanup) -> recorder.Setup:
   """Locks the workdir, loads the data, and checks that recipe, data, devices and workdir fit together.
 
   Errors that need no data come first, because reading the data may take minutes.
@@ -127,13 +130,11 @@ def _set_up(config, workdir, loaded, extend, cleanup) -> recorder.Setup:
     _check_images(images, workdir)
     steps = optim.train_steps(filled, len(train))
     warmup = optim.warmup_steps(filled, len(train))
-    recipes.check_against(filled, train, jax.device_count(), warmup, steps)
+    recipes.check_against(filled, train, mesh.size, warmup, steps)
     _warn(filled, train)
     queries = _queries(train, test) if filled.knn_every_epochs else None
     attempts = _attempts(workdir, old, filled, extend)
-    return recorder.Setup(
-      filled, train, queries, steps, sharding.make_mesh(), images, attempts, test
-    )
+    return recorder.Setup(filled, train, queries, steps, mesh, images, attempts, test)
 
   setup = distributed.run_on_all(prepare)
   distributed.check_equal(_identity(setup.config))
