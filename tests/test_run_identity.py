@@ -10,7 +10,7 @@ import pytest
 from common import records
 from conftest import TINY, fails
 
-from simclr_jax import cli, config, run_config, train
+from simclr_jax import cli, config, methods, run_config, runs, train
 from simclr_jax.runs import load_encoder
 
 SETTINGS = {**TINY, 'steps': '4', 'checkpoint_every_steps': '2', 'data.holdout': '0'}
@@ -244,3 +244,19 @@ def test_callbacks(tmp_path, images):
 def test_near_misses_of_options(typed, meant, capsys):
   """Breaks if an option of another program is refused without the option that was meant."""
   assert f'did you mean {meant}?' in fails(capsys, 'pretrain', '--data=digits', typed)
+
+
+def test_warm_start_of_moco(complete):
+  """Breaks if the EMA encoder of MoCo does not start from the same weights, or a head of another size is copied."""
+  recipe = config.load('moco_cifar10', {
+    'init_from': str(complete), 'model.depth': 8, 'model.width_multiplier': 0.125, 'model.stem': 'strided',
+    'model.variant': 'simclr', 'model.normalize': 'none', 'image_size': 28, 'queue_size': 64, 'batch_size': 64,
+  })  # fmt: skip
+  method = methods.build(recipe)
+  params, state = method.init(jax.random.key(1), {'views': np.zeros((2, 2, 28, 28, 3), np.float32)})
+  pretrained = runs.load_pretrained(recipe)
+  new, new_state = method.load_pretrained(params, state, pretrained)
+  same = jax.tree.map(np.array_equal, new['encoder'], pretrained['params']['encoder'])
+  assert all(jax.tree.leaves(same))
+  jax.tree.map(np.testing.assert_array_equal, new_state['key']['params']['encoder'], new['encoder'])
+  assert new['head'] is params['head'] and not methods.head_fits(params, pretrained)
