@@ -3,22 +3,30 @@
 An image is decoded once for all of its views, and only the window that the views need. The window is put onto a
 canvas; the device cuts the views out of the canvas and resizes them. If a window is larger than the canvas, each
 view is cut and resized here. Everything is a tf.data graph of TensorFlow's C++ kernels; Python processes one
-block of headers at a time.
+block of headers at a time. Images that need more than TensorFlow's decoders are decoded by `special`.
 """
 
 import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import augment, crop, headers, stream
+from simclr_jax.data import augment, crop, headers, special, stream, values
 from simclr_jax.data.dataset import Arrays
 from simclr_jax.data.stream import Stream, tf
 from simclr_jax.errors import ConfigError
 
+StreamT = TypeVar('StreamT', bound=Stream)
+
 BLOCK = 64  # images planned at a time
-OTHER, BAD = 4, 5  # branches of `_decode`; 0-3: JPEG at 1/1, 1/2, 1/4, 1/8
+OTHER, SPECIAL, BAD = 4, 5, 6  # branches of `_decode`; 0-3: JPEG at 1/1, 1/2, 1/4, 1/8
+SAMPLE = 4096  # images whose values are measured
+REMOTE_SAMPLE = 256  # the same in a bucket
 
 
 def canvases(
@@ -39,31 +47,32 @@ def canvases(
     config: the `data` part of the recipe.
 
   Returns:
-    Elements with `images`, uint8 `[h, w, 3]` of shape `crop.canvas_shape`, and `crops`, float32
+    Elements with `images`, uint8 `[h, w, data.channels]` of shape `crop.canvas_shape`, and `crops`, float32
     `[views, 2, 4]`, instead of `bytes`.
   """
   parallel = stream.threads(config)
   shape = crop.canvas_shape(size, len(pipelines), config.resize_on)
   kernels = [augment.parse(p)[0].kernel for p in pipelines]
 
-  def plan(head, jpeg_shape, epoch, position):
+  def plan(head, jpeg_shape, rest, epoch, position):
     return _plan(
-      head, jpeg_shape, epoch, position, pipelines=pipelines, size=size, seed=seed,
-      scaled=config.scaled_decoding, max_pixels=config.max_pixels,
+      head, jpeg_shape, rest, epoch, position, pipelines=pipelines, size=size, seed=seed,
+      config=config,
     )  # fmt: skip
 
   def add_plan(e):
     outputs = {
       'branch': (tf.int32, []),
+      'kind': (tf.int32, []),
       'orientation': (tf.int32, []),
       'window': (tf.int32, [4]),
       'crops': (tf.float32, [len(pipelines), 2, 4]),
     }
-    inputs = [e.pop('head'), e.pop('shape'), e['epoch'], e['position']]
+    inputs = [e.pop('head'), e.pop('shape'), e.pop('rest'), e['epoch'], e['position']]
     return {**e, **_call_numpy(plan, inputs, outputs)}
 
   def add_canvas(e):
-    window = _decode(e.pop('bytes'), e.pop('branch'), e.pop('window'))
+    window = _decode(e.pop('bytes'), e.pop('kind'), e.pop('branch'), e.pop('window'), config)
     window = _turn(window, e.pop('orientation'))
     canvas, crops = _canvas(window, e.pop('crops'), shape, size, kernels, config.resize_on)
     return {**e, 'images': canvas, 'crops': crops}
@@ -88,18 +97,37 @@ def _with_header(e):
   shape = tf.cond(
     is_jpeg, lambda: tf.io.extract_jpeg_shape(e['bytes'])[:2], lambda: tf.zeros(2, tf.int32)
   )
-  return {**e, 'head': head, 'shape': tf.ensure_shape(shape, [2])}
+  # All bytes of what is no JPEG: `special` may need them.
+  rest = tf.cond(is_jpeg, lambda: tf.constant(b''), lambda: e['bytes'])
+  return {**e, 'head': head, 'shape': tf.ensure_shape(shape, [2]), 'rest': rest}
 
 
 # Planning: which part of which file is decoded.
 
 
-def _plan(head, jpeg_shape, epoch, position, *, pipelines, size, seed, scaled, max_pixels):
-  """For a block of images: the branch of `_decode`, orientation, window, and crops relative to the window."""
+def _headers(head, jpeg_shape, rest, config):
+  """For a block of images: kind, displayed size, orientation, whether deep (`special.Header`), branch of `_decode`."""
+  kind, shape, orientation, plain = headers.read(head, jpeg_shape)
+  if config.channels not in (1, 3):
+    plain[:] = False  # alpha may be a channel
+  shown, deep = headers.shown(shape, orientation), np.zeros(len(kind), bool)
+  too_large = shape.prod(1) > config.max_pixels
+  for i in np.flatnonzero(~plain & ~too_large & (kind != headers.UNKNOWN)):
+    try:
+      height, width, deep[i] = special.header(rest[i] or head[i].tobytes(), int(kind[i]))
+      shown[i], orientation[i] = (height, width), 1
+    except special.Unreadable:
+      shown[i] = 0
+  bad = [bool(p) for p in headers.problems(kind, shown, config.max_pixels)]
+  branch = np.where(bad, BAD, np.where(plain, OTHER, SPECIAL)).astype(np.int32)
+  return kind, shown, orientation, deep, branch
+
+
+def _plan(head, jpeg_shape, rest, epoch, position, *, pipelines, size, seed, config):
+  """For a block of images: branch of `_decode`, kind, orientation, window, and crops relative to the window."""
   n = len(head)
-  kind, shape, orientation = headers.read(head, jpeg_shape)
-  ok = np.array([not p for p in headers.problems(kind, shape, max_pixels)])
-  shown = headers.shown(np.where(ok[:, None], shape, 1), orientation)
+  kind, shown, orientation, _, branch = _headers(head, jpeg_shape, rest, config)
+  shown = np.where((branch == BAD)[:, None], 1, shown)
 
   def pad_block(x):  # one shape, one compilation
     return np.concatenate([x, np.ones((BLOCK - n, *x.shape[1:]), x.dtype)]).astype(np.int32)
@@ -112,10 +140,10 @@ def _plan(head, jpeg_shape, epoch, position, *, pipelines, size, seed, scaled, m
   crops = np.asarray(places)[:n]  # [n, v, 2, 4]
 
   ratio = np.ones(n)
-  if scaled:  # DCT scaling, never below the size of the view
+  if config.scaled_decoding:  # DCT scaling, never below the size of the view
     smallest = crops[:, :, 0, 2:].min((1, 2)) / size
     ratio = 2.0 ** np.floor(np.log2(np.clip(smallest, 1, 8)))
-    ratio = np.where(kind == headers.JPEG, ratio, 1.0)
+    ratio = np.where((kind == headers.JPEG) & (branch == OTHER), ratio, 1.0)
   crops = crops / ratio[:, None, None, None].astype(np.float32)
   limit = np.ceil(shown / ratio[:, None])
   low = np.floor(crops[:, :, 1, :2].min(1))
@@ -123,25 +151,19 @@ def _plan(head, jpeg_shape, epoch, position, *, pipelines, size, seed, scaled, m
   high = np.clip(np.ceil((crops[:, :, 1, :2] + crops[:, :, 1, 2:]).max(1)), low + 1, limit)
   crops[..., :2] -= low[:, None, None]
   window = _stored(low, high, limit, orientation)
-  branch = np.where(kind == headers.JPEG, np.log2(ratio), OTHER)
-  branch = np.where(ok, branch, BAD)
-  return branch.astype(np.int32), orientation, window.astype(np.int32), crops.astype(np.float32)
+  branch = np.where((kind == headers.JPEG) & (branch == OTHER), np.log2(ratio), branch)
+  return (
+    branch.astype(np.int32), kind, orientation, window.astype(np.int32), crops.astype(np.float32)
+  )  # fmt: skip
 
 
 def _stored(low, high, limit, orientation):
   """A window of the displayed image -> (top, left, height, width) in the stored image."""
-  mirrored = np.stack(_mirrored(orientation), 1)
+  mirrored = np.stack(headers.mirrored(orientation), 1)
   start = np.where(mirrored, limit - high, low)
   window = np.stack([start, high - low], 1)  # [n, 2 (start, length), 2 (y, x)]
   transposed = (orientation >= 5)[:, None, None]
   return np.where(transposed, window[..., ::-1], window).reshape(len(low), 4)
-
-
-def _mirrored(orientation):
-  """Whether an EXIF orientation mirrors rows and columns; orientations from 5 on also transpose, first."""
-  rows = (orientation == 3) | (orientation == 4) | (orientation == 7) | (orientation == 8)
-  columns = (orientation == 2) | (orientation == 3) | (orientation == 6) | (orientation == 7)
-  return rows, columns
 
 
 def _cpu():
@@ -154,31 +176,36 @@ def _cpu():
 # Decoding and drawing.
 
 
-def _decode(contents, branch, window):
-  """The window of an image as stored: uint8 `[h, w, 3]`."""
+def _decode(contents, kind, branch, window, config):
+  """The window of an image as stored: uint8 `[h, w, channels]`."""
 
   def jpeg(ratio):
     def decode():
       # tf.io.decode_and_crop_jpeg has no ratio.
-      return tf.raw_ops.DecodeAndCropJpeg(
+      image = tf.raw_ops.DecodeAndCropJpeg(
         contents=contents, crop_window=window, channels=3, ratio=ratio
       )
+      return _with_channels(image, config)
 
     return decode
 
   def other():
-    return _cut(_rgb(contents), window)
+    return _cut(_with_channels(_rgb(contents), config), window)
 
-  image = tf.switch_case(branch, [*(jpeg(r) for r in (1, 2, 4, 8)), other, _bad])
-  return tf.ensure_shape(image, [None, None, 3])
+  def from_special():
+    return _cut(_special(contents, kind, config)[0], window)
+
+  branches = [*(jpeg(r) for r in (1, 2, 4, 8)), other, from_special, lambda: _bad(config)]
+  return tf.ensure_shape(tf.switch_case(branch, branches), [None, None, config.channels])
 
 
-def _bad():
-  return tf.io.decode_jpeg('', channels=3)  # fails; `stream.read` then finds the reason
+def _bad(config):
+  failed = tf.io.decode_jpeg('', channels=1)  # fails; `stream.read` then finds the reason
+  return tf.zeros([tf.shape(failed)[0], 1, config.channels], tf.uint8)
 
 
 def _rgb(contents):
-  """The first frame of any image in RGB: gray is repeated, alpha is discarded, 16 bits are reduced to 8."""
+  """The first frame of an 8-bit image in RGB: gray is repeated, alpha is discarded."""
   image = tf.io.decode_image(contents, expand_animations=False)
   image.set_shape([None, None, None])
   channels = tf.shape(image)[-1]
@@ -187,8 +214,35 @@ def _rgb(contents):
   )
 
 
+def _with_channels(rgb, config):
+  """RGB, or with `data.channels` 1 its luma: as `values.finish`."""
+  if config.channels != 1:  # other numbers of channels never get here
+    rgb.set_shape([None, None, 3])
+    return rgb
+  luma = tf.tensordot(tf.cast(rgb, tf.float64), tf.constant(values.LUMA, tf.float64), 1)
+  return tf.cast(tf.floor(luma + 0.5), tf.uint8)[..., None]
+
+
+def _special(contents, kind, config):
+  """`special.read`: the image, uint8 `[h, w, channels]`, and int32 `[3]`: transparent, hides, clipped."""
+  settings = values.settings(config)
+
+  def read(contents, kind):
+    try:
+      image = special.read(contents, int(kind), settings)
+    except special.Unreadable:
+      return np.zeros((0, 0, settings.channels), np.uint8), np.zeros(3, np.int32)
+    flags = [image.transparent, image.hides, min(image.clipped, 2**31 - 1)]
+    return image.pixels, np.array(flags, np.int32)
+
+  image, flags = tf.numpy_function(read, [contents, kind], [tf.uint8, tf.int32])
+  image.set_shape([None, None, config.channels])
+  image = tf.cond(tf.size(image) > 0, lambda: image, lambda: _bad(config))
+  return image, tf.ensure_shape(flags, [3])
+
+
 def _cut(image, window):
-  """A part of an image, padded with black: the frame of a GIF may be smaller than its header says."""
+  """A part of an image, padded with black: an image may be smaller than its header says."""
   top, left, height, width = tf.unstack(window)
   image = image[top : top + height, left : left + width]
   missing = [height, width] - tf.shape(image)[:2]
@@ -197,7 +251,7 @@ def _cut(image, window):
 
 def _turn(image, orientation):
   """An image as stored -> as displayed, by its EXIF orientation."""
-  rows, columns = _mirrored(orientation)
+  rows, columns = headers.mirrored(orientation)
 
   def turn():
     y = tf.cond(orientation >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
@@ -208,7 +262,7 @@ def _turn(image, orientation):
 
 
 def _canvas(window, crops, shape, size, kernels, resize_on):
-  """The canvas of a window, uint8 `[*shape, 3]`, and its crops, float32 `[views, 2, 4]`."""
+  """The canvas of a window, uint8 `[*shape, channels]`, and its crops, float32 `[views, 2, 4]`."""
 
   def resized():
     return _resized_views(window, crops, shape, size, kernels)
@@ -218,16 +272,16 @@ def _canvas(window, crops, shape, size, kernels, resize_on):
   else:
     fits = tf.reduce_all(tf.shape(window)[:2] <= shape)
     canvas, new_crops = tf.cond(fits, lambda: (_padded(window, shape), crops), resized)
-  canvas.set_shape([*shape, 3])
+  canvas.set_shape([*shape, window.shape[-1]])
   return canvas, new_crops
 
 
 def _padded(window, shape):
   """A canvas with the window in its upper left corner."""
-  h, w = tf.shape(window)[0], tf.shape(window)[1]
-  flat = tf.reshape(window, [h, 3 * w])  # padding is much faster in two dimensions
-  flat = tf.pad(flat, [[0, shape[0] - h], [0, 3 * (shape[1] - w)]])
-  return tf.reshape(flat, [*shape, 3])
+  h, w, c = tf.shape(window)[0], tf.shape(window)[1], window.shape[-1]
+  flat = tf.reshape(window, [h, c * w])  # padding is much faster in two dimensions
+  flat = tf.pad(flat, [[0, shape[0] - h], [0, c * (shape[1] - w)]])
+  return tf.reshape(flat, [*shape, c])
 
 
 def _resized_views(window, crops, shape, size, kernels):
@@ -242,7 +296,7 @@ def _resized_views(window, crops, shape, size, kernels):
 
 
 def _resize(image, box, size, kernel):
-  """The view of a crop `[2, 4]`: `crop.crop_and_resize`, rounded to uint8 `[size, size, 3]`."""
+  """The view of a crop `[2, 4]`: `crop.crop_and_resize`, rounded to uint8 `[size, size, channels]`."""
   top, left, height, width = tf.unstack(tf.cast(tf.round(box[1]), tf.int32))
   image = image[None, top : top + height, left : left + width]
   if kernel == 'bicubic':  # both rectangles of the crop are equal
@@ -265,28 +319,28 @@ def _resize(image, box, size, kernel):
 def sized(
   encoded: tf.data.Dataset, config: ml_collections.ConfigDict, skip: bool = False
 ) -> tf.data.Dataset:
-  """Adds to encoded images what their headers say: `kind`, `shape` as displayed, `orientation`, `branch`.
+  """Adds to encoded images what their headers say.
 
   Args:
     encoded: elements with `bytes`.
     config: the `data` part of the recipe.
     skip: whether images that cannot be read are skipped; otherwise reading them fails.
-  """
 
-  def read_headers(head, jpeg_shape):
-    kind, shape, orientation = headers.read(head, jpeg_shape)
-    bad = [bool(p) for p in headers.problems(kind, shape, config.max_pixels)]
-    branch = np.where(bad, BAD, OTHER).astype(np.int32)
-    return branch, kind, headers.shown(shape, orientation).astype(np.int32), orientation
+  Returns:
+    Elements with `kind`, `shape` as displayed, `orientation`, `deep` (`special.Header`), and `branch`.
+  """
 
   def add_headers(e):
     outputs = {
-      'branch': (tf.int32, []),
       'kind': (tf.int32, []),
-      'shape': (tf.int32, [2]),
+      'shape': (tf.int64, [2]),
       'orientation': (tf.int32, []),
+      'deep': (tf.bool, []),
+      'branch': (tf.int32, []),
     }
-    return {**e, **_call_numpy(read_headers, [e.pop('head'), e.pop('shape')], outputs)}
+    inputs = [e.pop('head'), e.pop('shape'), e.pop('rest')]
+    columns = _call_numpy(functools.partial(_headers, config=config), inputs, outputs)
+    return {**e, **columns, 'shape': tf.cast(columns['shape'], tf.int32)}
 
   if skip:
     encoded = encoded.ignore_errors()
@@ -296,10 +350,29 @@ def sized(
   return headed.batch(BLOCK).map(add_headers).unbatch()
 
 
-def whole(e: dict[str, tf.Tensor]) -> tf.Tensor:
-  """The whole image of an element of `sized`, as displayed: uint8 `[h, w, 3]`; fails for a corrupt image."""
-  decoded = tf.switch_case(e['branch'] - OTHER, [lambda: _rgb(e['bytes']), _bad])
-  return _cut(_turn(decoded, e['orientation']), tf.concat([[0, 0], e['shape']], 0))
+def whole(
+  e: dict[str, tf.Tensor], config: ml_collections.ConfigDict
+) -> tuple[tf.Tensor, tf.Tensor]:
+  """The whole image of an element of `sized`.
+
+  Args:
+    e: the element.
+    config: the `data` part of the recipe.
+
+  Returns:
+    The image as displayed, uint8 `[h, w, channels]`, and int32 `[3]`: whether it is transparent, whether
+    transparency hides it, and the number of clipped values (`special.Image`). A corrupt image fails.
+  """
+  none = tf.zeros(3, tf.int32)
+  decoded, flags = tf.switch_case(
+    e['branch'] - OTHER,
+    [
+      lambda: (_with_channels(_rgb(e['bytes']), config), none),
+      lambda: _special(e['bytes'], e['kind'], config),
+      lambda: (_bad(config), none),
+    ],
+  )
+  return _cut(_turn(decoded, e['orientation']), tf.concat([[0, 0], e['shape']], 0)), flags
 
 
 def read_all(source: Stream, height: int, width: int) -> Arrays | None:
@@ -309,14 +382,21 @@ def read_all(source: Stream, height: int, width: int) -> Arrays | None:
     ConfigError: an image cannot be decoded.
   """
 
+  config = source.settings
+
   def decoded(e):
     # A corrupt image must fail here instead of becoming a black image.
     fits = tf.reduce_all(e['shape'] == [height, width]) | (e['branch'] == BAD)
-    image = tf.cond(fits, lambda: whole(e), lambda: tf.zeros([height, width, 3], tf.uint8))
-    return tf.ensure_shape(image, [height, width, 3]), e['label'], fits
+    image = tf.cond(
+      fits,
+      lambda: whole(e, config)[0],
+      lambda: tf.zeros([height, width, config.channels], tf.uint8),
+    )
+    return tf.ensure_shape(image, [height, width, config.channels]), e['label'], fits
 
   count = len(source)
-  images, labels = np.empty((count, height, width, 3), np.uint8), np.empty(count, np.int32)
+  images = np.empty((count, height, width, config.channels), np.uint8)
+  labels = np.empty(count, np.int32)
   done = 0
   blocks = sized(source.iterate_once(), source.settings).map(
     decoded, stream.threads(source.settings)
@@ -328,14 +408,63 @@ def read_all(source: Stream, height: int, width: int) -> Arrays | None:
     done += len(block)
   if done != count:
     raise ConfigError(f'{done:,} images were read instead of {count:,}')
-  return Arrays(images, labels, class_names=source.class_names)
+  return Arrays(images, labels, class_names=source.class_names, range=tuple(config.range))
+
+
+# Values of more than 8 bits.
+
+
+def measure(source: Stream) -> tuple[float, float]:
+  """The range of the 16-bit and float images of a stream, of at most `SAMPLE` images; (0, 0) if all have 8 bits."""
+  config = source.settings
+  sample = source.sample(REMOTE_SAMPLE if '://' in config.dir else SAMPLE)
+
+  def extremes(contents, kind):
+    try:
+      x = special.decode(contents, int(kind), config.channels).colour
+    except special.Unreadable:
+      return np.zeros(0), np.zeros(0, bool)
+    finite = x[np.isfinite(x)]
+    ends = [finite.min(), finite.max()] if finite.size else []
+    return np.array(ends, np.float64), np.full(len(ends), x.dtype.kind == 'f')
+
+  deep = sized(sample.iterate_once(), config, skip=True).filter(lambda e: e['deep'])
+  found = deep.map(
+    lambda e: tf.numpy_function(extremes, [e['bytes'], e['kind']], [tf.float64, tf.bool]),
+    stream.threads(config),
+  ).ignore_errors()
+  columns = list(stream.with_threads(found, config).as_numpy_iterator())
+  ends = np.concatenate([np.zeros(0), *(c[0] for c in columns)])
+  if not len(ends):
+    return 0.0, 0.0
+  floats = all(c[1].all() for c in columns)
+  return values.limits(ends.min(), ends.max(), np.dtype(np.float32 if floats else np.uint16))
+
+
+def with_range(source: StreamT, train: Callable[[], Stream]) -> StreamT:
+  """The stream with the setting `range`, which is measured over the training images if the recipe has none.
+
+  Args:
+    source: a stream.
+    train: the training images.
+  """
+  config = source.settings
+  if any(config.range):
+    return source
+  limits = measure(train())
+  if not any(limits):
+    return source
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.range = limits
+  return dataclasses.replace(source, settings=config)  # type: ignore[type-var]
 
 
 # Error messages.
 
 
-def header(contents: bytes) -> tuple[int, np.ndarray]:
-  """Kind, an index into `headers.KINDS`, and displayed height and width of an encoded image."""
+def header(contents: bytes, config: ml_collections.ConfigDict) -> tuple[int, np.ndarray]:
+  """Kind, an index into `headers.KINDS`, and displayed height and width of an encoded image; 0 if unknown."""
   head = np.zeros((1, headers.HEAD), np.uint8)
   start = np.frombuffer(contents[: headers.HEAD], np.uint8)
   head[0, : len(start)] = start
@@ -343,22 +472,31 @@ def header(contents: bytes) -> tuple[int, np.ndarray]:
   if contents[:3] == b'\xff\xd8\xff':
     with contextlib.suppress(tf.errors.InvalidArgumentError):
       shape[0] = tf.io.extract_jpeg_shape(contents).numpy()[:2]
-  kind, shape, orientation = headers.read(head, shape)
-  return int(kind[0]), headers.shown(shape, orientation)[0]
+  kind, shown, *_ = _headers(head, shape, [contents], config)
+  return int(kind[0]), shown[0]
 
 
-def problem(contents: bytes, max_pixels: int) -> str:
+def problem(contents: bytes, config: ml_collections.ConfigDict) -> str:
   """Why an encoded image cannot be decoded, a phrase that follows its name; empty if it can be."""
   if not contents:
     return 'is empty'
-  kind, shape = header(contents)
-  reason = headers.problems(np.array([kind]), shape[None], max_pixels)[0]
-  if reason:
-    is_page = kind == headers.UNKNOWN and contents.lstrip()[:1] == b'<'
-    return reason + (', but a page of HTML or XML' if is_page else '')
+  kind, shape = header(contents, config)
+  reason = headers.problems(np.array([kind]), shape[None], config.max_pixels)[0]
+  if kind == headers.UNKNOWN:
+    return reason + (', but a page of HTML or XML' if contents.lstrip()[:1] == b'<' else '')
+  head = np.frombuffer(contents[: headers.HEAD].ljust(headers.HEAD, b'\0'), np.uint8)[None]
+  plain = headers.read(head, np.ones((1, 2), np.int32)).plain[0]
   try:
-    _rgb(contents)
+    if reason and shape.all():  # too large
+      return reason
+    if not plain or config.channels not in (1, 3):
+      special.header(contents, kind)
+      special.read(contents, kind, values.settings(config))
+    elif not reason:
+      _rgb(contents)
+  except special.Unreadable as error:
+    return str(error)
   except tf.errors.OpError as error:
-    reason = error.message.split('}} ')[-1].split(' [Op:')[0].strip().splitlines()[-1]
-    return f'is a broken {headers.KINDS[kind]}: {reason}'
-  return ''
+    text = error.message.split('}} ')[-1].split(' [Op:')[0].strip().splitlines()[-1]
+    return f'is a broken {headers.KINDS[kind]}: {text}'
+  return reason

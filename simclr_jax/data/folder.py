@@ -11,13 +11,13 @@ from typing import Self
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import decode, scan, stream
+from simclr_jax.data import decode, headers, scan, stream
 from simclr_jax.data.dataset import Arrays, choose, fits_on_device
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime.checksum import crc32
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.gif')
+SUFFIXES = headers.SUFFIXES
 SAMPLE = 32  # files whose headers decide whether all images may have one size
 
 
@@ -66,7 +66,7 @@ class Files:
     """The path of the first of the suspects that cannot be decoded, and why; see `stream.Stream`."""
     for index in scan.scan(self).bad if suspects is None else suspects:
       try:
-        problem = decode.problem(self._contents(index), self.settings.max_pixels)
+        problem = decode.problem(self._contents(index), self.settings)
       except tf.errors.OpError as error:
         problem = f'cannot be read: {error.message.split(";")[-1].strip()}'
       if problem:
@@ -151,9 +151,24 @@ def load(config: ml_collections.ConfigDict, split: str) -> Files | Arrays:
     )
   labels, class_names = _labels(paths, _class_names(base, config, paths))
   files = Files(root, paths, labels, class_names, config)
+  files = decode.with_range(files, lambda: _training_files(files, base, split))
   if config.skip_bad:
     files = scan.without_bad(files)
   return _read_into_memory(files) or files
+
+
+def _training_files(files, base, split):
+  """The training images without labels, whose values `decode.with_range` measures."""
+  name = files.settings.train_split
+  if split == name or not name:
+    return files
+  root = base if name == '.' else posixpath.join(base, name)
+  paths = list_images(root)[0] if tf.io.gfile.isdir(root) else []
+  if not paths:
+    return files
+  return dataclasses.replace(
+    files, root=root, paths=paths, labels=np.full(len(paths), -1, np.int32)
+  )
 
 
 def _reason_not_a_folder(root):
@@ -225,11 +240,15 @@ def _read_into_memory(files: Files) -> Arrays | None:
   sizes = set()
   for i in np.linspace(0, len(files) - 1, SAMPLE).astype(int):
     try:
-      sizes.add(tuple(decode.header(files._contents(i))[1]))
+      sizes.add(tuple(decode.header(files._contents(i), files.settings)[1]))
     except tf.errors.OpError:
       return None  # reported when the image is read
   (h, w), *other_sizes = sizes
-  if other_sizes or not h * w or not fits_on_device(files.settings, len(files) * h * w * 3):
+  if (
+    other_sizes
+    or not h * w
+    or not fits_on_device(files.settings, len(files) * h * w * files.settings.channels)
+  ):
     return None
   arrays = decode.read_all(files, h, w)
   return arrays and dataclasses.replace(arrays, image_names=files.paths)

@@ -115,7 +115,7 @@ class Records(_EncodedRecords):
     suspects = set(scan.scan(self).bad if suspects is None else suspects)
     for e in self.iterate_once().as_numpy_iterator() if suspects else ():
       if e['index'] in suspects:
-        problem = decode.problem(e['bytes'], self.settings.max_pixels)
+        problem = decode.problem(e['bytes'], self.settings)
         if problem:
           return f'{self.name(e["index"])} {problem}'
     return ''
@@ -252,7 +252,7 @@ class IndexedRecords(_EncodedRecords):
         raise ConfigError(
           f'{self.name(index)} cannot be read: {str(error).splitlines()[0]}'
         ) from None
-      problem = decode.problem(image.numpy(), self.settings.max_pixels)
+      problem = decode.problem(image.numpy(), self.settings)
       if problem:
         return f'{self.name(index)} {problem}'
     return ''

@@ -1,7 +1,8 @@
-"""Decodes every image of a data set once, to find corrupt images."""
+"""Decodes every image of a data set once: corrupt images, duplicates, and images that show nothing."""
 
 import collections
 import dataclasses
+import hashlib
 from typing import TypeVar
 
 import numpy as np
@@ -9,24 +10,35 @@ from absl import logging
 from tqdm import tqdm
 
 from simclr_jax.data import decode, headers, stream
+from simclr_jax.data.dataset import Arrays
 from simclr_jax.data.stream import Stream, tf
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import preemption
 
 StreamT = TypeVar('StreamT', bound=Stream)
+FAINT = (
+  32  # an image whose values, from 0 to 255, differ by less uses less than an eighth of its range
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-  """Properties of a stream of N images, m of which can be decoded.
+  """Properties of N images, m of which can be decoded.
 
   Attributes:
     index: int32 `[m]`, indices of the images that can be decoded, ascending.
     shape: int32 `[m, 2]`, their height and width as displayed.
-    kind: int32 `[m]`, their formats, indices into `headers.KINDS`.
+    kind: int32 `[m]`, their formats, indices into `headers.KINDS`; `UNKNOWN` for arrays.
     rotated: bool `[m]`, whether they are EXIF-rotated: stored in another orientation than displayed.
-    digest: int64 `[m]`, equal for files with equal bytes.
+    slow: bool `[m]`, whether they are decoded by `special`.
+    deep: bool `[m]`, whether they have more than 8 bits.
+    digest: int64 `[m]`, equal for files with equal bytes, or for arrays with equal pixels.
     label: int32 `[m]`, -1 where unknown.
+    one_colour: bool `[m]`, whether all pixels are equal.
+    used: int32 `[m]`, the highest minus the lowest value, from 0 to 255.
+    transparent: bool `[m]`, whether a pixel is not opaque.
+    hides: bool `[m]`, whether transparency makes an image of one colour out of one that is not.
+    clipped: int32 `[m]`, number of values outside `data.range`.
     bad: indices of the images that cannot be decoded, ascending.
   """
 
@@ -34,31 +46,63 @@ class Scan:
   shape: np.ndarray
   kind: np.ndarray
   rotated: np.ndarray
+  slow: np.ndarray
+  deep: np.ndarray
   digest: np.ndarray
   label: np.ndarray
+  one_colour: np.ndarray
+  used: np.ndarray
+  transparent: np.ndarray
+  hides: np.ndarray
+  clipped: np.ndarray
   bad: list[int]
 
   def duplicates(self) -> int:
     """Number of images whose bytes are equal to those of an earlier image."""
     return len(self.digest) - len(np.unique(self.digest))
 
-  def kinds(self) -> dict[str, int]:
-    """Number of images by format."""
-    return dict(collections.Counter(headers.KINDS[k] for k in self.kind).most_common())
+  def copies(self, other: 'Scan | None' = None) -> list[tuple[int, int]]:
+    """The images that are copies of an earlier image, or of an image of `other`.
+
+    Returns:
+      Rows of this scan and, for each, the row of the first image with the same bytes.
+    """
+    known: dict[int, int] = {}
+    if other is not None:
+      for row in range(len(other.digest)):
+        known.setdefault(int(other.digest[row]), row)
+      return [(i, known[d]) for i, d in enumerate(self.digest.tolist()) if d in known]
+    firsts = ((i, known.setdefault(d, i)) for i, d in enumerate(self.digest.tolist()))
+    return [(i, first) for i, first in firsts if i != first]
+
+  def faint(self) -> np.ndarray:
+    """bool `[m]`: images of more than one colour that use less than an eighth of the range."""
+    return ~self.one_colour & (self.used < FAINT)
+
+  def kinds(self, rows: np.ndarray | slice = slice(None)) -> dict[str, int]:
+    """Number of images, or of those that `rows` selects, by format."""
+    return dict(collections.Counter(headers.KINDS[k] for k in self.kind[rows]).most_common())
 
 
 def scan(source: Stream) -> Scan:
   """Decodes all images of a stream, on all cores, with a progress bar."""
 
   def examine(e):
-    image = decode.whole(e)
+    image, flags = decode.whole(e, source.settings)
     return {
       'index': tf.cast(e['index'], tf.int32),
       'shape': tf.shape(image)[:2],
       'kind': e['kind'],
       'rotated': e['orientation'] > 1,
+      'slow': e['branch'] == decode.SPECIAL,
+      'deep': e['deep'],
       'label': e['label'],
       'digest': tf.strings.to_hash_bucket_strong(e['bytes'], 2**62, [1, 2]),
+      'one_colour': tf.reduce_all(image == image[:1, :1]),
+      'used': tf.cast(tf.reduce_max(image), tf.int32) - tf.cast(tf.reduce_min(image), tf.int32),
+      'transparent': flags[0] > 0,
+      'hides': flags[1] > 0,
+      'clipped': flags[2],
     }
 
   images = (
@@ -78,6 +122,23 @@ def scan(source: Stream) -> Scan:
   columns = {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
   bad = np.setdiff1d(np.arange(len(source)), columns['index'])
   return Scan(**columns, bad=bad.tolist())
+
+
+def scan_arrays(arrays: Arrays) -> Scan:
+  """The same for images in memory, whose transparency and range were settled when they were read."""
+  n, no = len(arrays), np.zeros(len(arrays), bool)
+  one_colour, used, digest = no.copy(), np.zeros(n, np.int32), np.zeros(n, np.int64)
+  for i, image in enumerate(arrays.images):
+    one_colour[i] = (image == image[:1, :1]).all()
+    used[i] = int(image.max()) - int(image.min())
+    code = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
+    digest[i] = int.from_bytes(code, 'little', signed=True)
+  shape = np.tile(np.array(arrays.images.shape[1:3], np.int32), (n, 1))
+  return Scan(
+    index=np.arange(n, dtype=np.int32), shape=shape, kind=np.full(n, headers.UNKNOWN),
+    rotated=no, slow=no, deep=np.full(n, any(arrays.range)), digest=digest, label=arrays.labels,
+    one_colour=one_colour, used=used, transparent=no, hides=no, clipped=np.zeros(n, np.int32), bad=[],
+  )  # fmt: skip
 
 
 def without_bad(source: StreamT) -> StreamT:

@@ -55,10 +55,12 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
   images = _records(config, builder, split)
   if not len(images):
     raise ConfigError(f'{name} has no images in {split!r}')
+  if features['image'].dtype != np.uint8:
+    images = decode.with_range(images, lambda: _records(config, builder, config.train_split))
   if config.skip_bad:
     images = scan.without_bad(images)
   h, w, _ = features['image'].shape
-  if h and w and fits_on_device(config, len(images) * h * w * 3):
+  if h and w and fits_on_device(config, len(images) * h * w * config.channels):
     return decode.read_all(images, h, w) or images
   return images
 
