@@ -4,22 +4,43 @@ Every training is a run with its own directory, which is resumed and logged like
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, encoder, fields, run_config, runs, train
-from simclr_jax.data import Dataset, labels as subsets
+from simclr_jax import config as recipes, encoder, fields, optim, run_config, runs, sharding, train
+from simclr_jax.data import Dataset, augment, labels as subsets
 from simclr_jax.errors import Stopped
 from simclr_jax.evaluate import logistic, metrics
-from simclr_jax.evaluate.results import Result, mean_and_std
-from simclr_jax.runtime import distributed, files, paths
+from simclr_jax.evaluate.results import Result, assess, mean_and_std
+from simclr_jax.runtime import distributed, files, logs, paths
 
 # Row of the table -> `data.labels` -> for each seed, the result of `test`.
 Tests = dict[str, dict[str, list[dict[str, Any]]]]
+
+# Training from scratch, as a baseline: settings that train any of the networks on few images. Five times as many steps
+# as the fine-tuning, and at least 30 epochs, because random weights need longer than pretrained ones.
+SCRATCH = {
+  'optimizer': 'adamw',
+  'learning_rate': 1e-3,
+  'learning_rate_scaling': 'none',
+  'weight_decay': 0.05,
+  'weight_decay_on': 'kernels',
+  'schedule': 'cosine',
+  'warmup_epochs': 0.0,
+}
+SCRATCH_FACTOR, SCRATCH_EPOCHS = 5, 30
+FITTED = 0.9  # a training whose accuracy on its own images is lower was too short, or its learning rate is wrong
+
+
+class Scratch(NamedTuple):
+  """Settings of the training from scratch; 0: the default."""
+
+  steps: int = 0
+  learning_rate: float = 0.0
 
 
 def recipe(
@@ -64,30 +85,81 @@ def with_labels(
   config.seed, config.data.label_seed, config.data.labels = seed, seed, labels
   config.data.num_classes = dataset.classes
   images = subsets.select(dataset, config.data)
-  if config.data.unlabelled == 'drop':  # the batch cannot be larger than the remaining images
-    devices = jax.device_count()
-    config.batch_size = min(config.batch_size, max(len(images) // devices, 1) * devices)
+  # The batch cannot be larger than the images. It does not depend on the devices, see `run`.
+  largest = len(images) - len(images) % config.accumulate_steps
+  config.batch_size = min(config.batch_size, largest)
   recipes.check(config)
   return config.lock(), images
 
 
+def from_scratch(
+  config: ml_collections.ConfigDict,
+  images: Dataset,
+  scratch: Scratch = Scratch(),  # noqa: B008  (immutable)
+) -> ml_collections.ConfigDict:
+  """The recipe of the same network and labels without pretraining, as a baseline: `SCRATCH`.
+
+  The augmentation is supervised: the crop and the flip of the fine-tuning, without its changes of colour. No layer of
+  the head is kept, and no layer is frozen.
+
+  Args:
+    config: a recipe of fine-tuning, as `with_labels` returns it.
+    images: its training set.
+    scratch: settings that the user chose.
+  """
+  config = config.copy_and_resolve_references()
+  steps = SCRATCH_FACTOR * optim.train_steps(config, len(images))
+  steps = max(steps, -(-SCRATCH_EPOCHS * len(images) // config.batch_size))
+  config.init_from, config.head_layer, config.fine_tune_after_block = '', 0, -1
+  config.update(SCRATCH)
+  config.steps = scratch.steps or steps
+  config.learning_rate = scratch.learning_rate or config.learning_rate
+  config.augment.view1 = _without_colours(config.augment)
+  recipes.check(config)
+  return config.lock()
+
+
+def _without_colours(pipelines):
+  """The first op of `augment.view1`, which crops, and its flip."""
+  ops = augment.parse(augment.with_ops(pipelines.view1, pipelines.ops))
+  texts = []
+  for op in ops[:1] + tuple(op for op in ops[1:] if op.name == 'flip'):
+    p = [] if op.definition.sized else [f'p={op.p}']
+    texts.append(f'{op.name}({", ".join([f"{k}={v!r}" for k, v in op.arguments.items()] + p)})')
+  return ' | '.join(texts)
+
+
 def run(
-  config: ml_collections.ConfigDict, dataset: Dataset, workdir: pathlib.Path, command: str
+  config: ml_collections.ConfigDict,
+  dataset: Dataset,
+  workdir: pathlib.Path,
+  command: str,
+  test_images: Dataset | None = None,
 ) -> None:
   """Trains a run, or resumes it, until it is complete.
+
+  A batch that is not divisible by the number of devices is trained on the most devices that divide it, so that the
+  result does not depend on the devices.
 
   Args:
     config: its recipe.
     dataset: its training set.
     workdir: its directory.
     command: the command line, recorded.
+    test_images: for the online kNN, if the recipe has one.
 
   Raises:
     Stopped: a signal arrived.
     ConfigError, CheckpointError, NotFinite: as for `train.pretrain`.
   """
   print(f'\n{workdir}', flush=True)
-  code = train.pretrain(config, workdir, command, dataset, quiet=True)
+  rows = config.batch_size // config.accumulate_steps
+  devices = sharding.devices_for(rows)
+  if len(devices) < jax.device_count():
+    print(f'{rows} images per step: training on {len(devices)} of {jax.device_count()} devices')
+  code = train.pretrain(
+    config, workdir, command, dataset, quiet=True, test=test_images, devices=devices
+  )
   if code:
     raise Stopped(code)
 
@@ -130,6 +202,7 @@ def few_labels(
   name: str,
   baselines: bool,
   command: str,
+  scratch: Scratch = Scratch(),  # noqa: B008  (immutable)
 ) -> Tests:
   """Fine-tunes a run on subsets of the labels, with several seeds, and evaluates each result.
 
@@ -140,55 +213,114 @@ def few_labels(
     labels: subsets, each as `data.labels`.
     seeds: number of seeds. Each seed selects the labels, the order and the augmentation.
     name: name of the folder.
-    baselines: whether the same network is also trained from scratch, and logistic regression on raw pixels
-      evaluated, with the same labels.
+    baselines: whether the same network is also trained from scratch, and logistic regression on raw pixels and on
+      the features of the untrained encoder evaluated, with the same labels.
     command: the command line, recorded.
+    scratch: settings of the training from scratch.
 
   Returns:
-    Results with the rows 'fine-tuned' and, with `baselines`, 'from scratch' and 'raw pixels'.
+    Results with the rows 'fine-tuned' and, with `baselines`, 'raw pixels', 'untrained encoder' and 'from scratch'.
 
   Raises:
     ConfigError: a subset cannot be selected, or an image cannot be read.
     Stopped: a signal arrived.
   """
-  starts = {'fine-tuned': str(paths.absolute(workdir))}
+  rows: dict[str, Row] = {}
   if baselines:
-    starts = {'from scratch': ''} | starts
-    pixels = [encoder.raw_pixels(x) for x in (dataset, test_images)]
-  tests: Tests = {}
+    untrained = encoder.untrained(runs.load_encoder(workdir).architecture)
+    rows |= {
+      'raw pixels': _logistic(encoder.raw_pixels, test_images),
+      'untrained encoder': _logistic(untrained.embed, test_images),
+    }
+
+  def train_and_test(config, subset, folder):
+    run(config, subset, folder, command, test_images)
+    return {**test(folder, test_images), **_fit(folder)}
+
+  def scratch_row(config, subset, folder):
+    recipe = from_scratch(config, subset, scratch)
+    return train_and_test(recipe, subset, folder.with_name(f'{folder.name}-scratch'))
+
+  def fine_tuned_row(config, subset, folder):
+    with config.unlocked():
+      config.init_from = str(paths.absolute(workdir))
+    return train_and_test(config, subset, folder)
+
+  rows |= {'from scratch': scratch_row} if baselines else {}
+  rows['fine-tuned'] = fine_tuned_row
+  tests: Tests = {row: {text: [] for text in labels} for row in rows}
   for text in labels:
     for seed in range(seeds):
-      for row, start in starts.items():
+      for row, evaluate in rows.items():
         subset_config, subset = with_labels(config, dataset, text, seed)
-        _set_init_from(subset_config, start)
-        folder = workdir / name / f'{short(text)}-seed{seed}{"" if start else "-scratch"}'
-        run(subset_config, subset, folder, command)
-        tests.setdefault(row, {}).setdefault(text, []).append(test(folder, test_images))
-      if baselines:
-        result = _pixels(dataset, text, seed, *pixels)
-        tests.setdefault('raw pixels', {}).setdefault(text, []).append(result)
+        folder = workdir / name / f'{short(text)}-seed{seed}'
+        tests[row][text].append(evaluate(subset_config, subset, folder))
   return tests
 
 
-def _set_init_from(config, start):
-  """Sets `init_from`. From scratch (''), no layer of the head is kept and no layer is frozen."""
-  with config.unlocked():
-    config.init_from = start
-    if not start:
-      config.head_layer, config.fine_tune_after_block = 0, -1
+# Recipe, training set, directory of the fine-tuned run -> result of `test`, or only `top1`.
+Row = Callable[[ml_collections.ConfigDict, Dataset, pathlib.Path], dict[str, Any]]
+
+
+def _logistic(features, test_images) -> Row:
+  """The row of a logistic regression on features, trained on a subset of the labels."""
+  test_features, test_labels = features(test_images)
+
+  def evaluate(config, subset, folder):
+    train_features, train_labels = features(subset)
+    x, test_x = logistic.standardize(train_features, test_features)
+    return {'top1': logistic.accuracy(x, train_labels, test_x, test_labels)}
+
+  return evaluate
+
+
+def _fit(folder):
+  """`train_top1`, the last accuracy of a run on its own augmented images."""
+  accuracies = [r['train_acc'] for r in logs.read(folder) if 'train_acc' in r]
+  return {'train_top1': accuracies[-1]} if accuracies else {}
+
+
+def plan(
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  dataset: Dataset,
+  *,
+  labels: Sequence[str],
+  seeds: int,
+  baselines: bool,
+  scratch: Scratch = Scratch(),  # noqa: B008  (immutable)
+) -> str:
+  """A sentence with the number, the lengths and about the time of the trainings of `few_labels`; arguments as there.
+
+  Raises:
+    ConfigError: a subset cannot be selected, or the recipe does not fit it.
+  """
+  parts, images = [], 0
+  for text in labels:
+    tuned, subset = with_labels(config, dataset, text, 0)
+    recipes_of = {'fine-tuning': tuned}
+    if baselines:
+      recipes_of['from scratch'] = from_scratch(tuned, subset, scratch)
+    for kind, recipe in recipes_of.items():
+      steps = optim.train_steps(recipe, len(subset))
+      images += seeds * steps * recipe.batch_size
+      parts.append(f'{kind} with {text}: {seeds} x {steps:,} steps of {recipe.batch_size}')
+  count = seeds * len(parts)
+  return f'{count} training{"s" * (count > 1)} ({"; ".join(parts)}){_about(workdir, images)}'
+
+
+def _about(workdir, images):
+  """The time of training on so many images, at the speed of the pretraining, which has two views of each."""
+  rates = [r['examples_per_second'] for r in logs.read(workdir) if 'examples_per_second' in r]
+  if not rates:
+    return ''
+  minutes = images / (2 * float(np.median(rates))) / 60
+  return f', about {max(minutes, 1):,.0f} min at the speed of the pretraining, plus compilation'
 
 
 def short(text: str) -> str:
   """`data.labels` as part of the name of a folder: '1%' -> '1pct'."""
   return text.replace('%', 'pct').replace(' ', '')
-
-
-def _pixels(dataset, text, seed, train_pixels, test_pixels):
-  """The accuracy of logistic regression on raw pixels, trained on a subset of the labels."""
-  count = subsets.per_class(text, len(dataset), len(np.unique(dataset.labels)))
-  subset = subsets.balanced_subset(dataset.labels, count, seed)
-  x, test_x = logistic.standardize(train_pixels[0], test_pixels[0])
-  return {'top1': logistic.accuracy(x[subset], train_pixels[1][subset], test_x, test_pixels[1])}
 
 
 def all_labels(
@@ -213,8 +345,11 @@ def all_labels(
     The result of `test`. Raises the same errors as `few_labels`.
   """
   config, images = with_labels(config, dataset, '100%', 0)
-  _set_init_from(config, start)
-  run(config, images, workdir, command)
+  with config.unlocked():
+    config.init_from = start
+  if not start:
+    config = from_scratch(config, images)
+  run(config, images, workdir, command, test_images)
   return test(workdir, test_images)
 
 
@@ -248,23 +383,23 @@ def students(
     with student_config.unlocked():
       student_config.teacher = str(paths.absolute(teacher))
     folder = workdir / teacher.name
-    run(student_config, images, folder, command)
+    run(student_config, images, folder, command, test_images)
     tests.append(test(folder, test_images))
   return tests
 
 
-def summary(tests: Tests, dataset: Dataset, title: str) -> Result:
+def summary(tests: Tests, dataset: Dataset, test_images: Dataset, title: str) -> Result:
   """The results of `few_labels` as a table of `evaluate.results`: top-1 in %, mean and deviation over the seeds.
 
   Args:
     tests: the results.
-    dataset: the training set, with all labels.
+    dataset, test_images: as for `few_labels`.
     title: title of the table.
   """
   columns = list(next(iter(tests.values())))
   classes = len(np.unique(dataset.labels))
   counts = [subsets.per_class(c, len(dataset), classes) for c in columns]
-  return {
+  result = {
     'title': title,
     'columns': [
       f'{c} ({n:,} per class)' if '%' in c else f'{n:,} per class' for c, n in zip(columns, counts)
@@ -276,4 +411,20 @@ def summary(tests: Tests, dataset: Dataset, title: str) -> Result:
     'labels_per_class': counts,
     'settings': {'training_images': len(dataset)},
     'runs': tests,
+    'notes': _unfitted(tests),
   }
+  return assess(result, test_images.labels, classes=dataset.classes)
+
+
+def _unfitted(tests):
+  """A note for each row whose trainings were too short."""
+  notes = {}
+  for row, by_labels in tests.items():
+    for text, results in by_labels.items():
+      fit = [r['train_top1'] for r in results if 'train_top1' in r]
+      if fit and np.mean(fit) < FITTED:
+        notes[row] = (
+          f'with {text}, only {np.mean(fit):.0%} of the training images are classified correctly at the end: train '
+          f'longer ({"--scratch-steps" if row == "from scratch" else "--config.steps"}) or change the learning rate'
+        )
+  return notes

@@ -13,8 +13,18 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simclr_jax import config as recipes
-from simclr_jax.commands import options
+from simclr_jax.commands import finetune, options
+
+SEEDS = 'each student has the seed and the labels of its teacher'
+# Fields that the command sets itself -> how.
+RESERVED = {
+  **finetune.RESERVED,
+  'seed': SEEDS,
+  'data.label_seed': SEEDS,
+  'data.labels': SEEDS,
+  'teacher': 'use --teacher',
+}
+RESERVED.pop('init_from')  # a student may start from a run
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(args: argparse.Namespace) -> None:
   """Checks the recipe and its fields."""
-  recipes.load(args.config, args.overrides)
+  finetune.check_fields(args.config, args.overrides, RESERVED)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,11 +71,11 @@ def distill(
   Returns:
     The saved result.
   """
-  from simclr_jax import downstream, run_config
+  from simclr_jax import downstream, run_config, runs
   from simclr_jax.commands import common
   from simclr_jax.evaluate import results
 
-  source = run_config.load(teachers[0], {'data.labels': ''})  # all images
+  source = run_config.load(teachers[0], finetune.data_fields({'data.labels': '', **overrides}))
   train, test = common.labelled(source)
   recipe = downstream.recipe(spec, source, overrides)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -84,5 +94,7 @@ def distill(
     'settings': {'recipe': spec, 'test_images': len(test)},
     'runs': tests,
   }
-  step = common.step_of(workdir / teachers[0].name)
-  return results.save(workdir, 'distillation', result, step)
+  student = runs.load_encoder(workdir / teachers[0].name)
+  # The second column is no accuracy.
+  result = results.assess(result, test.labels, [len(test), None], train.classes)
+  return results.save(workdir, 'distillation', result, common.about(source, student, train, test))

@@ -5,7 +5,9 @@ Example:
 
 Each fine-tuning run has its own directory, such as RUN/finetune/1pct-seed0. Rerun the same command to resume it.
 --config.FIELD=VALUE sets fields of its recipe, for instance head_layer (layers of the projection head that are kept),
-fine_tune_after_block (layers that are frozen), steps, learning_rate.
+fine_tune_after_block (layers that are frozen), steps, learning_rate; --config.data.* also selects the images.
+The baseline from scratch has its own optimizer, length and augmentation: AdamW, five times as many steps and at least
+30 epochs, crops and flips only.
 """
 
 import argparse
@@ -17,8 +19,18 @@ import ml_collections
 
 from simclr_jax import config as recipes
 from simclr_jax.commands import options
+from simclr_jax.errors import ConfigError
 
 DETAILS = options.DATA_OVERRIDE
+# Fields that the command sets itself -> how.
+RESERVED = {
+  'seed': 'the seeds are 0 to N - 1 with --seeds=N',
+  'data.label_seed': 'the seeds are 0 to N - 1 with --seeds=N',
+  'data.labels': 'use --labels',
+  'data.num_classes': 'the classes of the data set are counted',
+  'data.examples': 'the images are counted',
+  'init_from': 'the run to start from is --workdir',
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,22 +48,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   )
   parser.add_argument('--seeds', type=options.positive, default=1, help='number of random seeds')
   parser.add_argument('--name', default='finetune', help='output subdirectory')
-  options.baselines(parser, 'also train from scratch, and logistic regression on raw pixels')
+  options.baselines(
+    parser,
+    'also train from scratch, and logistic regression on raw pixels and on the untrained encoder',
+  )
+  parser.add_argument(
+    '--scratch-steps',
+    type=options.positive,
+    default=0,
+    metavar='N',
+    help='steps of the baseline from scratch (default: see above)',
+  )
+  parser.add_argument(
+    '--scratch-learning-rate',
+    type=options.above_zero,
+    default=0.0,
+    metavar='RATE',
+    help='learning rate of the baseline from scratch (default: see above)',
+  )
 
 
 def check(args: argparse.Namespace) -> None:
   """Checks the recipe and its fields."""
-  recipes.load(args.config, args.overrides)
+  if (args.scratch_steps or args.scratch_learning_rate) and not args.baselines:
+    args.parser.error('--scratch-steps and --scratch-learning-rate need --baselines')
+  check_fields(args.config, args.overrides, RESERVED)
+
+
+def check_fields(spec: str, overrides: Mapping[str, Any], reserved: Mapping[str, str]) -> None:
+  """Checks the recipe of a command, and that each field that the user set has an effect.
+
+  Args:
+    spec, overrides: the recipe and its fields, as for `config.load`.
+    reserved: fields that the command sets itself -> what to use instead.
+
+  Raises:
+    ConfigError: a field has no effect, or as for `config.load`.
+  """
+  for field in overrides:
+    if field in reserved:
+      raise ConfigError(f'--config.{field} cannot be set here: {reserved[field]}')
+  config = recipes.load(spec, overrides)
+  if 'epochs' in overrides and 'steps' not in overrides and config.steps:
+    raise ConfigError(
+      f'--config.epochs has no effect, because {spec} sets steps={config.steps}: use --config.steps, '
+      'or add --config.steps=0'
+    )
+
+
+def data_fields(overrides: Mapping[str, Any]) -> dict[str, Any]:
+  """The overrides that select the images, for the recipe of the run whose data is used; all its labels are."""
+  return {'data.labels': '', **{k: v for k, v in overrides.items() if k.startswith('data.')}}
 
 
 def run(args: argparse.Namespace) -> int:
   """Fine-tunes and evaluates."""
   from simclr_jax import run_config
 
-  data_dir = {k: v for k, v in args.overrides.items() if k == 'data.dir'}
   finetune(
     args.workdir,
-    run_config.load(args.workdir, data_dir),
+    run_config.load(args.workdir, data_fields(args.overrides)),
     args.config,
     args.overrides,
     labels=args.labels,
@@ -59,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
     name=args.name,
     baselines=args.baselines,
     command=args.command,
+    scratch_steps=args.scratch_steps,
+    scratch_learning_rate=args.scratch_learning_rate,
   )
   return 0
 
@@ -74,6 +132,8 @@ def finetune(
   command: str,
   name: str = 'finetune',
   baselines: bool = False,
+  scratch_steps: int = 0,
+  scratch_learning_rate: float = 0.0,
 ) -> dict[str, Any]:
   """Fine-tunes a run with few labels; prints and saves a table with the accuracy by number of labels.
 
@@ -81,21 +141,25 @@ def finetune(
     workdir, source: directory and recipe of the pretrained run.
     spec, overrides: the recipe of the fine-tuning.
     labels, seeds, command, name, baselines: as for `downstream.few_labels`.
+    scratch_steps, scratch_learning_rate: of the baseline from scratch; 0: the default.
 
   Returns:
     The saved result.
   """
-  from simclr_jax import downstream
+  from simclr_jax import downstream, runs
   from simclr_jax.commands import common
   from simclr_jax.evaluate import results
 
   train, test = common.labelled(source)
   recipe = downstream.recipe(spec, source, overrides)
-  tests = downstream.few_labels(
-    workdir, recipe, train, test,
-    labels=labels, seeds=seeds, name=name, baselines=baselines, command=command,
-  )  # fmt: skip
+  scratch = downstream.Scratch(scratch_steps, scratch_learning_rate)
+  extent: dict[str, Any] = {
+    'labels': labels, 'seeds': seeds, 'baselines': baselines, 'scratch': scratch
+  }  # fmt: skip
+  print(downstream.plan(workdir, recipe, train, **extent), flush=True)
+  tests = downstream.few_labels(workdir, recipe, train, test, name=name, command=command, **extent)
   title = f'Fine-tuning with few labels, top-1 %{results.over_seeds(seeds)}'
-  result = downstream.summary(tests, train, title)
+  result = downstream.summary(tests, train, test, title)
   result['settings'] |= {'recipe': spec, 'seeds': seeds, 'test_images': len(test)}
-  return results.save(workdir, name, result, common.step_of(workdir))
+  about = common.about(source, runs.load_encoder(workdir), train, test)
+  return results.save(workdir, name, result, about)

@@ -10,7 +10,7 @@ that was interrupted. --config.FIELD=VALUE sets fields of the pretraining; the o
 import argparse
 
 from simclr_jax import config as recipes
-from simclr_jax.commands import options
+from simclr_jax.commands import finetune, options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,11 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default=1,
     help='number of random seeds for fine-tuning and distillation',
   )
+  parser.add_argument(
+    '--scratch-steps',
+    type=options.positive,
+    default=0,
+    metavar='N',
+    help='steps of the baseline from scratch (default: as for finetune)',
+  )
 
 
 def check(args: argparse.Namespace) -> None:
   """Checks the recipes of all stages before the first one starts."""
-  recipes.load(args.config, args.overrides)
+  finetune.check_fields(args.config, args.overrides, {})
   for spec in (args.finetune, args.distill):
     recipes.load(spec)
 
@@ -55,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
   from simclr_jax import downstream, run_config, train
   from simclr_jax.commands import common
   from simclr_jax.commands.distill import distill
-  from simclr_jax.commands.finetune import finetune
   from simclr_jax.errors import Stopped
   from simclr_jax.evaluate import results
 
@@ -64,17 +70,19 @@ def run(args: argparse.Namespace) -> int:
   code = train.pretrain(pretraining, workdir, args.command)
   if code:
     raise Stopped(code)
-  source = run_config.load(workdir, {'data.dir': pretraining.data.dir})
-  finetuned = finetune(
-    workdir, source, args.finetune, {},
+  fields = finetune.data_fields({'data.dir': pretraining.data.dir})
+  finetuned = finetune.finetune(
+    workdir, run_config.load(workdir, fields), args.finetune, {},
     labels=[args.labels], seeds=args.seeds, baselines=True, command=args.command,
+    scratch_steps=args.scratch_steps,
   )  # fmt: skip
   short = downstream.short(args.labels)
   teachers = [workdir / 'finetune' / f'{short}-seed{seed}' for seed in range(args.seeds)]
   size = {'model.depth': args.student_depth, 'model.width_multiplier': args.student_width}
   student = {k: v for k, v in size.items() if v}
   distilled = distill(teachers, workdir / 'distill', args.distill, student, args.command)
-  results.save(workdir, 'simclrv2', _summary(args, finetuned, distilled), common.step_of(workdir))
+  about = {key: finetuned[key] for key in ('step', 'checkpoint', 'data')}
+  results.save(workdir, 'simclrv2', _summary(args, finetuned, distilled), about)
   return 0
 
 
@@ -83,15 +91,24 @@ def _summary(args, finetuned, distilled):
   from simclr_jax.evaluate.results import over_seeds
 
   rows = {**finetuned['rows'], 'distilled student': distilled['rows']['student']}
+  student = distilled['interval']['student']
+  intervals = {**finetuned['interval'], 'distilled student': student}
+  intervals = {**finetuned['interval'], 'distilled student': distilled['interval']['student']}
   size = [distilled['rows'][name][1][0] for name in ('teacher', 'student')]
-  order = ('raw pixels', 'from scratch', 'fine-tuned', 'distilled student')
+  order = ('raw pixels', 'untrained encoder', 'from scratch', 'fine-tuned', 'distilled student')
   return {
     'title': f'SimCLR v2 with {args.labels} of the labels, top-1 %{over_seeds(args.seeds)}',
     'columns': finetuned['columns'],
     'rows': {name: [rows[name][0]] for name in order},
+    'interval': {name: [intervals[name][0]] for name in order},
+    **{key: finetuned[key] for key in ('test_images', 'chance')},
+    'interval': {name: intervals[name][:1] for name in order},
+    'test_images': finetuned['test_images'],
+    'chance': finetuned['chance'],
     'notes': {
+      **finetuned['notes'],
       'distilled student': f'{size[1]:.2f} million parameters, teacher {size[0]:.2f} million; '
-      'distilled on all images without labels'
+      'distilled on all images without labels',
     },
     'settings': {'seeds': args.seeds, 'finetuning': args.finetune, 'distillation': args.distill},
   }
