@@ -1,5 +1,6 @@
 """The package as a library: trains an encoder on images in memory or on disk, and gives the run as an object."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -94,6 +95,8 @@ def pretrain(
   except BaseException:
     if new:
       shutil.rmtree(folder)
+      with contextlib.suppress(OSError):  # runs/ has other runs
+        folder.parent.rmdir()
     raise
   if not isinstance(callbacks, Sequence):
     callbacks = [callbacks]
@@ -107,21 +110,16 @@ def pretrain(
   return Run(folder, train, held_out)
 
 
-def _is_place(data) -> bool:
-  """Whether this is what `--data` accepts, not images in memory."""
-  return isinstance(data, (str, os.PathLike))
-
-
 def _new_workdir(data, recipe) -> pathlib.Path:
   """A new folder, runs/NAME, runs/NAME-2, ...; it exists, so that no other run takes it."""
   if jax.process_count() > 1:
     raise ConfigError('workdir is required in a run of several processes')
-  if _is_place(data):
+  if objects.is_place(data):
     name = pathlib.Path(os.fspath(data).split(',')[0]).expanduser().resolve().stem
   else:
     name = (
       pathlib.Path(str(recipe)).stem.split(':')[0]
-      if data is None and _is_place(recipe)
+      if data is None and objects.is_place(recipe)
       else 'images'
     )
   for number in itertools.count(1):
@@ -138,7 +136,7 @@ def _own_files(objects_, folder) -> dict[str, str]:
   """Recipe field -> path of the file, for the method, encoder and ops of the user's own."""
   names = {'method': 'method', 'encoder': 'model.encoder', 'ops': 'augment.ops'}
   given = {kind: value for kind, value in objects_.items() if value is not None}
-  if paths.is_remote(folder) and not all(map(_is_place, given.values())):
+  if paths.is_remote(folder) and not all(map(objects.is_place, given.values())):
     raise ConfigError(f'{", ".join(given)}: for a workdir in a bucket, pass the path of a .py file')
   return {names[kind]: own_code.file_of(value, kind, folder) for kind, value in given.items()}
 
@@ -146,7 +144,7 @@ def _own_files(objects_, folder) -> dict[str, str]:
 def _prepare(data, recipe, labels, test, own, values, progress):
   """The recipe, and the training and test images; None if the recipe says where they are."""
   place: dict[str, Any] = {}
-  if _is_place(data):
+  if objects.is_place(data):
     if labels is not None:
       raise ConfigError(
         'labels are for images in memory: those of a folder are its sub-folders or data.table'
@@ -158,13 +156,13 @@ def _prepare(data, recipe, labels, test, own, values, progress):
     place['data.holdout'] = 0.0
   config = _recipe(recipe or 'simclr_images', place, own, values)
   train = held_out = None
-  if data is not None and not _is_place(data):
+  if data is not None and not objects.is_place(data):
     train = objects.dataset(data, labels, config.data)
     place |= _fields_of(train, config, values)
   elif recipe is None or test is not None:
     train, held_out = datasets.load_splits(config.data)
   if test is not None:
-    held_out = _same_classes(train, _load(test, None, config.data, 'test'))
+    held_out = _same_classes(train, objects.load(test, None, config.data, 'test'))
   if recipe is None:
     recipe, suggested = _suggested(train, progress)
     place |= suggested
@@ -207,16 +205,6 @@ def _suggested(train, progress) -> tuple[str, dict[str, str]]:
   return name, fields
 
 
-def _load(data, labels, config, split) -> Dataset:
-  """Images in memory, or those of a folder with the settings of `config`."""
-  if not _is_place(data):
-    return objects.dataset(data, labels, config)
-  place = {k.removeprefix('data.'): v for k, v in discover.fields(os.fspath(data)).items()}
-  config = config.copy_and_resolve_references()
-  config.update(place)
-  return datasets.load(config, split if place[f'{split}_split'] else 'train')
-
-
 def _same_classes(train, test) -> Dataset:
   """The test images with the numbers of the training classes of the same names."""
   names = list(train.class_names)
@@ -240,8 +228,9 @@ def load_data(data: Any, split: str = 'train', labels: Any = None) -> Dataset:
   """
   if isinstance(data, ml_collections.ConfigDict):
     return datasets.load(data, split)
-  fields = discover.fields(os.fspath(data)) if _is_place(data) else {}
-  return _load(data, labels, recipes.load('simclr_images', fields).data, split)
+  if not objects.is_place(data) or labels is not None:
+    return objects.load(data, labels, recipes.load('simclr_images').data, split)
+  return datasets.load(recipes.load('simclr_images', discover.fields(os.fspath(data))).data, split)
 
 
 def load_run(workdir: str | os.PathLike) -> 'Run':
@@ -379,7 +368,7 @@ class Run:
   def _images(self, data, split) -> Dataset:
     """Images that the user passed, or else a split of the images of the run."""
     if data is not None:
-      return _load(data, None, self.config.data, split)
+      return objects.load(data, None, self.config.data, split)
     loaded = self._train if split == 'train' else self._test
     if loaded is None:
       if self.config.data.source == 'arrays' and not self.config.data.dir:

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from simclr_jax import sharding
-from simclr_jax.data import Arrays, Dataset, augment, loader
+from simclr_jax.data import Arrays, Dataset, augment, loader, objects
 from simclr_jax.models import classifier, encoders
 from simclr_jax.runtime import preemption
 from simclr_jax.runtime.checksum import crc32
@@ -87,9 +88,16 @@ class Encoder:
       raise RuntimeError(f'{wrong} of {len(dataset)} images were not evaluated exactly once')
     return h, labels
 
-  def __call__(self, images: np.ndarray, batch_size: int = 256) -> np.ndarray:
-    """Features, float32 `[n, d]`, of images, uint8 `[n, height, width, 3]`; see `embed`."""
-    return self.embed(Arrays(images, np.full(len(images), -1, np.int32)), batch_size)[0]
+  def __call__(self, images: Any, batch_size: int = 256) -> np.ndarray:
+    """Features, float32 `[n, d]`, in the order of the images.
+
+    Args:
+      images: uint8 `[n, height, width, 3]`, or anything else that `data.objects.load` takes: a folder, a list.
+      batch_size: as for `embed`, which has the errors.
+    """
+    config = self.provenance.get('config', {}).get('data')
+    config = config and ml_collections.ConfigDict(config)
+    return self.embed(objects.load(images, None, config), batch_size)[0]
 
   def digest(self) -> int:
     """The CRC-32 checksum of all variables."""

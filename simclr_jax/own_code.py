@@ -193,8 +193,8 @@ def _source(value):
 
 def _source_in_notebook(value):
   """The source of a class of a notebook, which has no file: the lines of the cell of its methods."""
-  for function in map(inspect.unwrap, filter(inspect.isroutine, vars(value).values())):
-    lines = linecache.getlines(getattr(function, '__code__', function).co_filename)
+  for function in map(inspect.unwrap, filter(inspect.isfunction, vars(value).values())):
+    lines = linecache.getlines(function.__code__.co_filename)
     for node in ast.walk(ast.parse(''.join(lines))) if lines else ():
       if isinstance(node, ast.ClassDef) and node.name == value.__name__:
         first = min([node.lineno, *(d.lineno for d in node.decorator_list)])

@@ -11,6 +11,41 @@ from simclr_jax.data.dataset import Arrays, Dataset
 from simclr_jax.errors import ConfigError
 
 
+def is_place(data: Any) -> bool:
+  """Whether this is the name of a data set, which `--data` accepts, not images in memory."""
+  return isinstance(data, (str, os.PathLike))
+
+
+def load(
+  data: Any, labels: Any, config: ml_collections.ConfigDict | None, split: str = 'train'
+) -> Dataset:
+  """Images in memory, or a split of a data set that `--data` accepts, of which nothing is held out.
+
+  Args:
+    data: the name of a data set, or as for `dataset`.
+    labels: for images in memory.
+    config: the `data` part of a recipe, for the settings other than the place.
+    split: 'train' or 'test'; a data set without a test split is loaded whole.
+
+  Raises:
+    ConfigError: the data is missing, corrupt, or of an unknown kind.
+  """
+  if not is_place(data):
+    return dataset(data, labels, config)
+  if labels is not None:
+    raise ConfigError(
+      'labels are for images in memory: those of a folder are its sub-folders, or in data.table'
+    )
+  if config is None:
+    raise ConfigError(f'{data}: pass the images as an array')
+  from simclr_jax import data as sources
+  from simclr_jax.data import discover
+
+  place = {k.removeprefix('data.'): v for k, v in discover.fields(os.fspath(data)).items()}
+  config = ml_collections.ConfigDict({**config.to_dict(), **place, 'holdout': 0.0})
+  return sources.load(config, split if place[f'{split}_split'] else 'train')
+
+
 def dataset(
   images: Any, labels: Any = None, config: ml_collections.ConfigDict | None = None
 ) -> Dataset:
