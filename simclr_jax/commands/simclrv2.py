@@ -91,8 +91,6 @@ def _summary(args, finetuned, distilled):
   from simclr_jax.evaluate.results import over_seeds
 
   rows = {**finetuned['rows'], 'distilled student': distilled['rows']['student']}
-  student = distilled['interval']['student']
-  intervals = {**finetuned['interval'], 'distilled student': student}
   intervals = {**finetuned['interval'], 'distilled student': distilled['interval']['student']}
   size = [distilled['rows'][name][1][0] for name in ('teacher', 'student')]
   order = ('raw pixels', 'untrained encoder', 'from scratch', 'fine-tuned', 'distilled student')
@@ -100,8 +98,6 @@ def _summary(args, finetuned, distilled):
     'title': f'SimCLR v2 with {args.labels} of the labels, top-1 %{over_seeds(args.seeds)}',
     'columns': finetuned['columns'],
     'rows': {name: [rows[name][0]] for name in order},
-    'interval': {name: [intervals[name][0]] for name in order},
-    **{key: finetuned[key] for key in ('test_images', 'chance')},
     'interval': {name: intervals[name][:1] for name in order},
     'test_images': finetuned['test_images'],
     'chance': finetuned['chance'],
