@@ -230,7 +230,15 @@ def _check_combinations(config):
       f'warmup_epochs={config.warmup_epochs}: only schedule=cosine has a warm-up, '
       f'{config.schedule} has none'
     )
+  limits = config.data.range
+  if len(limits) != 2 or (any(limits) and limits[0] >= limits[1]):
+    raise ConfigError(f'data.range={limits} is not LOW,HIGH: the values of black and white')
   model = config.model
+  if model.normalize != 'none' and config.data.channels != 3:
+    raise ConfigError(
+      f'model.normalize={model.normalize} is for RGB images, but data.channels={config.data.channels}: '
+      'set --config.model.normalize=none'
+    )
   if model.width_multiplier * 64 % 1:
     raise ConfigError(
       f'model.width_multiplier={model.width_multiplier}: 64 times the value must be an integer'
@@ -253,7 +261,9 @@ def _check_pipelines(flat):
   for field in PIPELINES:
     if flat[field] or field != 'augment.view2':
       try:
-        augment.parse(augment.with_ops(flat[field], flat['augment.ops']), field != 'augment.eval')
+        pipeline = augment.with_ops(flat[field], flat['augment.ops'])
+        augment.parse(pipeline, field != 'augment.eval')
+        augment.check_channels(pipeline, flat['data.channels'])
       except ConfigError as error:
         raise ConfigError(f'{field}: {error}') from None
 
@@ -317,7 +327,7 @@ def architecture(config: ml_collections.ConfigDict, classifier: bool = False) ->
   """The architecture of the encoder of a recipe, or of its classifier, as plain data.
 
   Returns:
-    The `model` part of the recipe; `image_size`; `eval_view`, the preprocessing pipeline; with Python files of the
+    The `model` part of the recipe; `image_size`; `channels`; `eval_view`, the preprocessing pipeline; with Python files of the
     user's own, `code` and `ops`; for a classifier, `classes` and `head_layer`.
   """
   from simclr_jax.data import augment  # needs JAX
@@ -325,6 +335,7 @@ def architecture(config: ml_collections.ConfigDict, classifier: bool = False) ->
   values = {
     **config.model.to_dict(),
     'image_size': config.image_size,
+    'channels': config.data.channels,
     'eval_view': augment.with_ops(config.augment.eval, config.augment.ops),
   }
   code = [entry for entry in config.code if not entry.startswith('method=')]

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 
 from simclr_jax import sharding
 from simclr_jax.data import Arrays, Dataset, augment, loader, objects
+from simclr_jax.errors import ConfigError
 from simclr_jax.models import classifier, encoders
 from simclr_jax.runtime import preemption
 from simclr_jax.runtime.checksum import crc32
@@ -22,7 +23,7 @@ PyTree = Any
 
 
 def eval_views(batch: dict[str, jax.Array], pipeline: str, size: int) -> jax.Array:
-  """Preprocesses a batch of `loader.iterate_once` (`augment.eval_view`): float32 `[n, size, size, 3]` in [0, 1]."""
+  """Preprocesses a batch of `loader.iterate_once` (`augment.eval_view`): float32 `[n, size, size, c]` in [0, 1]."""
   if 'crops' not in batch:
     return jax.vmap(lambda x: augment.eval_view(x, pipeline, size))(batch['images'])
   crops = batch['crops'][:, 0]
@@ -72,7 +73,11 @@ class Encoder:
     h, labels = np.empty((0, 0), np.float32), np.full(len(dataset), -1, np.int32)
     times_evaluated = np.zeros(len(dataset), np.int32)
     pipeline, size = self.architecture['eval_view'], self.architecture['image_size']
+    channels = self.architecture.get('channels', 3)
     for batch in loader.iterate_once(dataset, pipeline, size, batch_size, mesh):
+      found = batch['images'].shape[-1]
+      if found != channels:
+        raise ConfigError(f'the encoder needs images of {channels} channels, these have {found}')
       out = jax.device_get(encode(variables, batch))
       real = out['index'] >= 0  # the other rows are padding
       index = out['index'][real]
@@ -122,7 +127,8 @@ def untrained(architecture: dict[str, Any], seed: int = 0) -> Encoder:
   """An encoder with random weights, initialised as for training."""
   size = architecture['image_size']
   net = encoders.build(architecture)
-  init = jax.jit(lambda key: net.init(key, jnp.zeros((1, size, size, 3)), train=False))
+  x = jnp.zeros((1, size, size, architecture.get('channels', 3)))
+  init = jax.jit(lambda key: net.init(key, x, train=False))
   return Encoder(architecture, init(jax.random.key(seed)), {'untrained': True, 'seed': seed})
 
 
@@ -146,7 +152,7 @@ def preprocess(dataset: Dataset, pipeline: str, size: int) -> tuple[np.ndarray, 
     size: side of the result in pixels.
 
   Returns:
-    Images, float32 `[N, size, size, 3]` in [0, 1], and labels, int32 `[N]`, -1 where unknown.
+    Images, float32 `[N, size, size, c]` in [0, 1], and labels, int32 `[N]`, -1 where unknown.
 
   Raises:
     ConfigError: an image cannot be read.
@@ -154,12 +160,15 @@ def preprocess(dataset: Dataset, pipeline: str, size: int) -> tuple[np.ndarray, 
   """
   mesh = sharding.make_mesh(jax.local_devices()[:1])
   draw = jax.jit(functools.partial(eval_views, pipeline=pipeline, size=size))
-  views = np.empty((len(dataset), size, size, 3), np.float32)
+  views = np.empty((0,), np.float32)
   labels = np.empty(len(dataset), np.int32)
   for batch in loader.iterate_once(dataset, pipeline, size, min(64, len(dataset)), mesh):
     preemption.check()
     index = np.asarray(batch['index'])
     real = index >= 0
-    views[index[real]] = np.asarray(draw(batch))[real]
+    drawn = np.asarray(draw(batch))
+    if not len(views):
+      views = np.empty((len(dataset), *drawn.shape[1:]), np.float32)
+    views[index[real]] = drawn[real]
     labels[index[real]] = np.asarray(batch['label'])[real]
   return views, labels

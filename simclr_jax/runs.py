@@ -133,7 +133,9 @@ def _restore(
   )
 
   def init():
-    return train_state.create(method, optimizer, config.seed, config.image_size)
+    return train_state.create(
+      method, optimizer, config.seed, config.image_size, config.data.channels
+    )
 
   device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   target = jax.tree.map(

@@ -43,6 +43,7 @@ def create(
   optimizer: optax.GradientTransformation,
   seed: int | jax.Array,
   image_size: int,
+  channels: int = 3,
 ) -> TrainState:
   """The initial state. It depends on the recipe and `seed` only. Call this function inside jit.
 
@@ -50,8 +51,9 @@ def create(
     method, optimizer: of the recipe.
     seed: integer, may be traced.
     image_size: side of the views in pixels.
+    channels: of the images.
   """
-  batch = {'views': jnp.zeros((2, method.views, image_size, image_size, 3))}
+  batch = {'views': jnp.zeros((2, method.views, image_size, image_size, channels))}
   params, state = method.init(jax.random.key(seed), batch)
   return TrainState(jnp.zeros((), jnp.int32), params, state, optimizer.init(params))
 
@@ -330,7 +332,7 @@ def _programs(key, mesh):
     )  # fmt: skip
 
   def init(seed):
-    return create(method, optimizer, seed, config.image_size)
+    return create(method, optimizer, seed, config.image_size, config.data.channels)
 
   shapes = jax.eval_shape(init, np.uint32(0))
 

@@ -175,7 +175,8 @@ def teacher_shapes(config: ml_collections.ConfigDict) -> methods.Teacher | None:
   if config.teacher:
     return jax.eval_shape(lambda: runs.load_teacher(config))
   net = classifier.build(config.model, config.data.num_classes, config.head_layer)
-  x = jax.ShapeDtypeStruct((2, config.image_size, config.image_size, 3), jnp.float32)
+  size = config.image_size
+  x = jax.ShapeDtypeStruct((2, size, size, config.data.channels), jnp.float32)
   shapes = jax.eval_shape(lambda x: net.init(jax.random.key(0), x), x)
   return methods.Teacher(shapes, json.dumps(recipes.architecture(config, classifier=True)))
 
@@ -195,6 +196,7 @@ def lower(
     config.image_size,
     config.data.resize_on,
     resident,
+    config.data.channels,
   )
   seed = jax.ShapeDtypeStruct((), np.uint32)
   with jax.set_mesh(mesh):

@@ -231,6 +231,7 @@ class StepShapes:
     metrics: embeddings from which metrics are computed.
     shuffled: number of values in the images that ShuffleBN moves between devices; 0 without it.
     sharded_rows: one row of each array that is split over the devices by rows, such as a memory bank.
+    channels: of the images.
   """
 
   embeddings: frozenset[tuple[int, ...]]
@@ -240,6 +241,7 @@ class StepShapes:
   metrics: frozenset[tuple[int, ...]] = frozenset()
   shuffled: int = 0
   sharded_rows: frozenset[tuple[int, ...]] = frozenset()
+  channels: int = 3
 
 
 def purpose(array: Array, shapes: StepShapes, devices: int) -> str:
@@ -285,11 +287,12 @@ def _merge_gathered_axes(dims, devices):
 
 
 def is_image(dims: Sequence[int], shapes: StepShapes) -> bool:
-  """Whether an array has the height and width of an image and 3 channels, in any order, merged or not."""
+  """Whether an array has the height, width and channels of an image, in any order, merged or not."""
+  c = shapes.channels
   for h, w in shapes.image_sizes:
-    for block in ((h, w, 3), (h, 3 * w), (3 * h, w), (h * w, 3), (3 * h * w,)):
+    for block in ((h, w, c), (h, c * w), (c * h, w), (h * w, c), (c * h * w,)):
       rest = list(dims)
-      for side in block:
+      for side in squeeze(block):
         if side not in rest:
           break
         rest.remove(side)

@@ -49,9 +49,12 @@ def step_shapes(
     embeddings=frozenset({(n, width), (m, width)}),
     similarities=frozenset({(a, b) for a in (n, m) for b in (n, m)}),
     parameters=frozenset(parameters),
+    channels=config.data.channels,
     image_sizes=((side, side), crop.canvas_shape(side, method.views, config.data.resize_on)),
     metrics=frozenset(hlo.squeeze((images, v, w)) for v in (1, 2) for w in widths),
-    shuffled=n * side * side * 3 if config.get('shuffle', 'none') != 'none' else 0,
+    shuffled=n * side * side * config.data.channels
+    if config.get('shuffle', 'none') != 'none'
+    else 0,
     sharded_rows=frozenset(hlo.squeeze(x.shape[1:]) for x in sharded if x.ndim > 1),
   )
 
@@ -73,7 +76,7 @@ def embedding_width(
     return network.output_size(config)
   vector, scalar = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((n,), ()))
   batch = {
-    'views': jax.ShapeDtypeStruct((n, method.views, side, side, 3), jnp.float32),
+    'views': jax.ShapeDtypeStruct((n, method.views, side, side, config.data.channels), jnp.float32),
     'label': vector,
     'index': vector,
     'step': scalar,

@@ -50,6 +50,8 @@ PIPELINES = {
     'torch_crop(0.08, 1) | flip | torch_jitter(0.4, 0.4, 0.4, 0.1, p=0.8) | grayscale(p=0.2)'
   ),
   'supervised': 'simclr_crop(0.08, 1) | flip',
+  # Not of a paper: for images that are not RGB.
+  'crop_flip_blur': 'simclr_crop(0.08, 1) | flip | simclr_blur("batch", p=0.5)',
   'simclr_eval': 'center_crop(0.875)',
   'moco_eval': 'torch_center_crop(0.875)',
 }
@@ -119,6 +121,20 @@ def parse(text: str, random: bool = True) -> tuple[Op, ...]:
   if random_ops and not random:
     raise ConfigError(f'the pipeline {text!r} is for evaluation but {random_ops[0]} is random')
   return ops
+
+
+def check_channels(pipeline: str, channels: int) -> None:
+  """Checks that all ops of a pipeline are defined for this number of channels.
+
+  Raises:
+    ConfigError: an op needs RGB images.
+  """
+  named = [op.name for op in parse(pipeline) if op.definition.rgb] if channels != 3 else []
+  if named:
+    raise ConfigError(
+      f'{" and ".join(dict.fromkeys(named))} need{"s" * (len(set(named)) == 1)} RGB images, but data.channels={channels}:'
+      ' set --config.augment.view1=crop_flip_blur (and view2, if the recipe has one)'
+    )
 
 
 def with_ops(pipeline: str, path: str) -> str:
@@ -199,7 +215,7 @@ def view(
 
   Args:
     key: the source of all randomness of the view.
-    image: `[h, w, 3]`, uint8 or float in [0, 1].
+    image: `[h, w, c]`, uint8 or float in [0, 1].
     pipeline: ops, or the name of a pipeline.
     size: of the view.
     shared: a key that all images of a batch share, for ops with per='batch'; without it these ops use
@@ -207,7 +223,7 @@ def view(
     place: the crop, float32 `[2, 4]`; by default a crop drawn with `key`.
 
   Returns:
-    float32 `[size, size, 3]` in [0, 1].
+    float32 `[size, size, c]` in [0, 1].
   """
   ops = parse(pipeline)
   image = _to_float(image)
@@ -243,7 +259,7 @@ def views(
   devices and after any restart. Ops with per='batch' also depend on the position of the batch in the epoch.
 
   Args:
-    images: `[n, h, w, 3]`, uint8 or float in [0, 1].
+    images: `[n, h, w, c]`, uint8 or float in [0, 1].
     epoch, position: int32 `[n]`: the epoch, and the position of the image in its order.
     pipelines: of each view.
     seed: of the run; may be traced.
@@ -251,7 +267,7 @@ def views(
     crops: float32 `[n, views, 2, 4]`, if `images` are only parts of images, as of `decode.canvases`.
 
   Returns:
-    float32 `[n, views, size, size, 3]` in [0, 1].
+    float32 `[n, views, size, size, c]` in [0, 1].
   """
   base = jax.random.key(seed)
   # The key that a batch shares comes from its first image.
@@ -323,7 +339,7 @@ def _view_keys(base, epoch, position):
 def eval_view(
   image: jax.Array, pipeline: str, size: int, place: jax.Array | None = None
 ) -> jax.Array:
-  """The view of one image `[h, w, 3]` for an evaluation: float32 `[size, size, 3]` in [0, 1].
+  """The view of one image `[h, w, c]` for an evaluation: float32 `[size, size, c]` in [0, 1].
 
   An image that already has this size is not cropped. `place` is as for `view`.
   """

@@ -139,6 +139,20 @@ class Arrays:
     return self.subset(choose(count, len(self)))
 
 
+def channels(dataset: Dataset) -> int:
+  """Number of channels of the images."""
+  if isinstance(dataset, Arrays):
+    return dataset.images.shape[-1]
+  return dataset.settings.channels  # type: ignore[attr-defined]  # a stream
+
+
+def value_range(dataset: Dataset) -> tuple[float, float]:
+  """The values of 16-bit or float images that become black and white; (0, 0): all images have 8 bits."""
+  if isinstance(dataset, Arrays):
+    return dataset.range
+  return tuple(dataset.settings.range)  # type: ignore[attr-defined]  # a stream
+
+
 def choose(count: int, total: int) -> np.ndarray:
   """`count` of the integers below `total`, or all of them, ascending; always the same integers."""
   return np.sort(np.random.default_rng(0).permutation(total)[:count])

@@ -184,6 +184,7 @@ def shapes(
   size: int,
   resize_on: str,
   resident: tuple[int, int] | None = None,
+  channels: int = 3,
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
   """Shapes of the `constants` and of a batch of `for_training`, to compile a step without images.
 
@@ -192,20 +193,21 @@ def shapes(
     views, size: number and side of the views.
     resize_on: where streams are resized, `data.resize_on`.
     resident: height and width of images that are kept on the devices; None for a stream.
+    channels: of the images.
   """
   integers = jax.ShapeDtypeStruct((batch_size,), np.int32)
   rows = dict.fromkeys(('index', 'epoch', 'position'), integers)
   if resident:
-    images = jax.ShapeDtypeStruct((examples, *resident, 3), np.uint8)
+    images = jax.ShapeDtypeStruct((examples, *resident, channels), np.uint8)
     return {'images': images, 'label': jax.ShapeDtypeStruct((examples,), np.int32)}, rows
   canvas = crop.canvas_shape(size, views, resize_on)
-  images = jax.ShapeDtypeStruct((batch_size, *canvas, 3), np.uint8)
+  images = jax.ShapeDtypeStruct((batch_size, *canvas, channels), np.uint8)
   crops = jax.ShapeDtypeStruct((batch_size, views, 2, 4), np.float32)
   return {}, {**rows, 'images': images, 'crops': crops, 'label': integers}
 
 
 def with_images(constants: DeviceBatch, batch: DeviceBatch) -> DeviceBatch:
-  """Adds `images` `[n, h, w, 3]` and `label` `[n]` to a batch of `for_training`, inside jit.
+  """Adds `images` `[n, h, w, c]` and `label` `[n]` to a batch of `for_training`, inside jit.
 
   Images that are kept on the devices are `constants`, from which the batch selects by `index`; other batches
   have their images already. The images of streams are the canvases of `decode`, with `crops` `[n, views, 2, 4]`.
@@ -225,7 +227,7 @@ def iterate_once(
     mesh: the devices.
 
   Yields:
-    `images` `[n, h, w, 3]`, with the `crops` of streams `[n, 1, 2, 4]`; `label` and `index` `[n]`,
+    `images` `[n, h, w, c]`, with the `crops` of streams `[n, 1, 2, 4]`; `label` and `index` `[n]`,
     -1 in the padding of the last batch.
 
   Raises:

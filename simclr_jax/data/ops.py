@@ -1,6 +1,6 @@
 """The augmentation ops of pipelines.
 
-An op is a function (key, image `[h, w, 3]`, size of the views, **arguments) -> image. An op that sets the size
+An op is a function (key, image `[h, w, c]`, size of the views, **arguments) -> image. An op that sets the size
 of the views is a function (key, height, width, size, **arguments) -> crop, as in `crop.py`, so that the host
 can crop while it decodes. Values are in [0, 1]; only SimCLR's bicubic crops exceed this range slightly. Ops
 that differ between SimCLR's code (TensorFlow) and MoCo's (torchvision) have the prefix simclr_ or torch_.
@@ -35,6 +35,7 @@ class Definition:
       with such an op, which takes no `p`.
     draws: whether the op is random, that is, uses its key.
     p: default of the probability that the op is applied to an image.
+    rgb: whether the op is defined for the colours red, green and blue only.
   """
 
   function: Callable[..., jax.Array]
@@ -42,6 +43,7 @@ class Definition:
   kernel: str
   draws: bool
   p: float
+  rgb: bool = False
 
   @property
   def sized(self) -> bool:
@@ -54,7 +56,13 @@ class Definition:
     return list(inspect.signature(self.function).parameters.values())[4 if self.sized else 3 :]
 
 
-def op(kernel: str = '', draws: bool = False, p: float = 1.0, **allowed: Range | Choices):
+def op(
+  kernel: str = '',
+  draws: bool = False,
+  p: float = 1.0,
+  rgb: bool = False,
+  **allowed: Range | Choices,
+):
   """Decorator that makes a function an op; see `Definition`. It also serves for ops in your own files.
 
   Raises:
@@ -62,7 +70,7 @@ def op(kernel: str = '', draws: bool = False, p: float = 1.0, **allowed: Range |
   """
 
   def define(function):
-    definition = Definition(function, allowed, kernel, draws, p)
+    definition = Definition(function, allowed, kernel, draws, p, rgb)
     arguments = [parameter.name for parameter in definition.parameters]
     if arguments != list(allowed):
       raise ConfigError(
@@ -144,7 +152,9 @@ def cutout(key, image, size, fraction):
 # Colour.
 
 
-@op(draws=True, strength=Range(0.0, 1.25), brightness=Choices('multiplicative', 'additive'))
+@op(
+  draws=True, rgb=True, strength=Range(0.0, 1.25), brightness=Choices('multiplicative', 'additive')
+)
 def simclr_jitter(key, image, size, strength, brightness='multiplicative'):
   """Brightness, contrast, saturation and hue in random order, clipped to [0, 1] after each.
 
@@ -171,7 +181,9 @@ def simclr_jitter(key, image, size, strength, brightness='multiplicative'):
   return jax.lax.scan(step, image, jax.random.permutation(order_key, 4))[0]
 
 
-@op(draws=True, brightness=FACTOR, contrast=FACTOR, saturation=FACTOR, hue=Range(0.0, 0.5))
+@op(
+  draws=True, rgb=True, brightness=FACTOR, contrast=FACTOR, saturation=FACTOR, hue=Range(0.0, 0.5)
+)
 def torch_jitter(key, image, size, brightness, contrast, saturation, hue):
   """torchvision's `ColorJitter` of a Pillow image: the four in random order, clipped after each.
 
@@ -196,7 +208,7 @@ def torch_jitter(key, image, size, brightness, contrast, saturation, hue):
   return jax.lax.scan(step, image, jax.random.permutation(order_key, 4))[0]
 
 
-@op()
+@op(rgb=True)
 def grayscale(key, image, size):
   """The luma in all three channels."""
   return pixels.grayscale(image)

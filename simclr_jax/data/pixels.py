@@ -1,4 +1,4 @@
-"""Arithmetic on the pixels of one float image `[h, w, 3]`; random values are arguments.
+"""Arithmetic on the pixels of one float image `[h, w, c]`, RGB for colours; random values are arguments.
 
 Where TensorFlow (SimCLR's code) and Pillow or torchvision (MoCo's code) differ, the docstring names the
 definition. Pillow rounds to 8 bits after every op; here only the hue is rounded, where it matters.
@@ -14,6 +14,11 @@ LUMA = np.array([0.2989, 0.5870, 0.1140], np.float32)
 
 
 # Colour.
+
+
+def to_rgb(images: np.ndarray) -> np.ndarray:
+  """Images `[..., c]` of any number of channels for showing: `[..., 3]`, the first three channels, or the first as gray."""
+  return images[..., :3] if images.shape[-1] >= 3 else np.repeat(images[..., :1], 3, -1)
 
 
 def brightness_multiply(image: jax.Array, factor: jax.Array) -> jax.Array:
@@ -89,9 +94,9 @@ def solarize(image: jax.Array, threshold: float) -> jax.Array:
 
 def equalize(image: jax.Array) -> jax.Array:
   """Pillow's `ImageOps.equalize`: makes the distribution of each channel's 8-bit values uniform."""
-  x = jnp.round(255 * image).astype(jnp.int32).reshape(-1, 3)
+  x = jnp.round(255 * image).astype(jnp.int32).reshape(-1, image.shape[-1])
   levels = np.arange(256)
-  count = jnp.sum(x[:, :, None] == levels, axis=0)  # [3, 256]
+  count = jnp.sum(x[:, :, None] == levels, axis=0)  # [c, 256]
   below = jnp.cumsum(count, axis=1) - count
   brightest = jnp.sum(x == x.max(axis=0), axis=0)
   step = (len(x) - brightest[:, None]) // 255
@@ -107,7 +112,7 @@ def gaussian_blur(image: jax.Array, sigma: jax.Array, radius: int, pad: str) -> 
   """Gaussian blur.
 
   Args:
-    image: `[h, w, 3]`.
+    image: `[h, w, c]`.
     sigma: standard deviation in pixels, above 0.
     radius: the kernel has 2 * radius + 1 pixels.
     pad: padding at the border: 'constant' (0), which darkens the border, or 'edge'.

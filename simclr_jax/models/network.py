@@ -79,7 +79,7 @@ def output_size(config: ml_collections.ConfigDict) -> int:
   if config.model.head != 'none':
     return config.model.head_dim
   f, size = encoders.build(config.model), config.image_size
-  x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+  x = jax.ShapeDtypeStruct((1, size, size, config.data.channels), jnp.float32)
   shapes, _ = jax.eval_shape(lambda x: f.init_with_output(jax.random.key(0), x, train=False), x)
   return shapes.shape[-1]
 

@@ -184,7 +184,7 @@ class ResNet(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """Images x `[n, height, width, 3]` in [0, 1] -> features h, float32 `[n, channels of the last block]`."""
+    """Images x `[n, height, width, c]` in [0, 1] -> features h, float32 `[n, channels of the last block]`."""
     for name, value, allowed in (
       ('depth', self.depth, tuple(DEPTHS)),
       ('stem', self.stem, tuple(STEMS)),
