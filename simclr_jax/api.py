@@ -159,6 +159,7 @@ def _prepare(data, recipe, labels, test, own, values, progress):
   if data is not None and not objects.is_place(data):
     train = objects.dataset(data, labels, config.data)
     place |= _fields_of(train, config, values)
+    config = _recipe(recipe or 'simclr_images', place, own, values)
   elif recipe is None or test is not None:
     train, held_out = datasets.load_splits(config.data)
   if test is not None:
@@ -190,6 +191,8 @@ def _recipe(spec, place, own, values) -> ml_collections.ConfigDict:
 def _fields_of(train, config, values) -> dict[str, Any]:
   """The fields of a recipe that depend on images in memory."""
   fields: dict[str, Any] = {'data.examples': 0}
+  if isinstance(train, datasets.Arrays):
+    fields['data.range'] = train.range  # the same for test images and later ones
   if config.data.num_classes and 'data.num_classes' not in values:
     fields['data.num_classes'] = train.classes
   return fields

@@ -7,7 +7,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from simclr_jax.data.dataset import Arrays, Dataset
+from simclr_jax.data import arrays, values
+from simclr_jax.data.dataset import Dataset, natural
 from simclr_jax.errors import ConfigError
 
 
@@ -53,14 +54,14 @@ def dataset(
 
   Args:
     images: one of
-      - an array of N images of one size, or an object with `__array__`, such as a tensor: uint8 `[N, h, w, 3]`; other
-        arrays as for files (`arrays.convert`);
+      - an array of N images of one size, or an object with `__array__`, such as a tensor: uint8 `[N, h, w, 3]`, or
+        another kind that `arrays.convert` takes, such as gray images or floats in [0, 1];
       - a list of N arrays or Pillow images of one size;
       - a list of N paths of image files, of any size;
       - a tuple (images, labels);
       - a sequence of pairs (image, label), or of dicts with `image` and `label`: data sets of PyTorch or Hugging Face;
       - a `Dataset`, which is returned.
-    labels: N integers or strings, which become the classes 0 to C - 1 in sorted order; None: no labels.
+    labels: N integers or strings, which become the classes 0 to C - 1 in natural order; None: no labels.
     config: the `data` part of a recipe.
 
   Raises:
@@ -81,7 +82,8 @@ def dataset(
     else:
       images = items
     images = _stacked(images)
-  return _arrays(np.asarray(images), labels, config)
+  settings = None if config is None else values.settings(config)
+  return arrays.convert(np.asarray(images), labels, settings)
 
 
 def _is_pair(images):
@@ -167,15 +169,6 @@ def _files(paths, labels, config) -> Dataset:
   )
 
 
-def _arrays(images, labels, config) -> Arrays:
-  if images.dtype == object or images.ndim < 3:
-    raise ConfigError(
-      f'images must be uint8 [N, height, width, 3], these are {images.dtype} {list(images.shape)}'
-    )
-  numbers, names = _numbered(labels, len(images))
-  return Arrays(images, numbers, class_names=names)
-
-
 def _numbered(labels, count):
   """Classes 0 to C - 1, int32 `[N]`, and their names; -1 and no names without labels."""
   if labels is None:
@@ -183,5 +176,6 @@ def _numbered(labels, count):
   labels = np.asarray(labels)
   if labels.shape != (count,):
     raise ConfigError(f'{count} images, but labels of shape {list(labels.shape)}')
-  values, numbers = np.unique(labels, return_inverse=True)
-  return numbers.astype(np.int32), [str(v) for v in values]
+  names = sorted({str(v) for v in labels.tolist()}, key=natural)
+  number = {name: i for i, name in enumerate(names)}
+  return np.array([number[str(v)] for v in labels.tolist()], np.int32), names
