@@ -272,8 +272,12 @@ def _per_micro_batch(config):
   return f' / accumulate_steps={config.accumulate_steps}' if config.accumulate_steps > 1 else ''
 
 
-def with_examples(config: ml_collections.ConfigDict, examples: int) -> ml_collections.ConfigDict:
+def with_examples(
+  config: ml_collections.ConfigDict, examples: int, value_range: tuple[float, float] = (0.0, 0.0)
+) -> ml_collections.ConfigDict:
   """The recipe with `data.examples` set to the number of training images, locked.
+
+  `value_range`: as of `data.value_range`; it becomes `data.range`, if the recipe has none.
 
   Raises:
     ConfigError: the recipe sets another number.
@@ -284,6 +288,8 @@ def with_examples(config: ml_collections.ConfigDict, examples: int) -> ml_collec
     )
   filled = config.copy_and_resolve_references()
   filled.data.examples = examples
+  if not any(filled.data.range):
+    filled.data.range = value_range
   return filled.lock()
 
 
@@ -301,6 +307,13 @@ def check_against(
   Raises:
     ConfigError: naming the field, its value and the conflict.
   """
+  from simclr_jax.data import channels  # needs JAX
+
+  if channels(train) != config.data.channels:
+    raise ConfigError(
+      f'data.channels={config.data.channels}, but the images have {channels(train)}: '
+      f'set --config.data.channels={channels(train)}'
+    )
   examples, classes = len(train), config.data.num_classes
   if classes and train.classes > classes:
     raise ConfigError(

@@ -123,7 +123,7 @@ def _set_up(config, workdir, loaded, extend, mesh, cleanup) -> recorder.Setup:
     if old:
       _check_recipe(old, absolute, workdir, extend)
     train, test = loaded if loaded[0] is not None else _load(absolute)
-    filled = recipes.with_examples(absolute, len(train))
+    filled = recipes.with_examples(absolute, len(train), data.value_range(train))
     if old:
       _check_recipe(old, filled, workdir, extend)
     images = _describe_images(filled, train)
@@ -219,7 +219,7 @@ def _check_recipe(old, config, workdir, extend):
   """Refuses to resume a run with another recipe."""
   ignored = run_config.LENGTH if extend else ()
   if not config.data.examples:  # the data is not loaded yet
-    ignored = (*ignored, 'data.examples')
+    ignored = (*ignored, 'data.examples', 'data.range')
   run_config.check_unchanged(old, config, str(workdir), ignored)
 
 

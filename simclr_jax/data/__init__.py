@@ -12,11 +12,11 @@ import jax
 import ml_collections
 
 from simclr_jax.data import labels
-from simclr_jax.data.dataset import Arrays, Dataset, fits_on_device
+from simclr_jax.data.dataset import Arrays, Dataset, channels, fits_on_device, value_range
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import distributed
 
-__all__ = ['Arrays', 'Dataset', 'check_same', 'load']
+__all__ = ['Arrays', 'Dataset', 'channels', 'check_same', 'load', 'value_range']
 
 
 def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
@@ -58,8 +58,6 @@ def load_splits(config: ml_collections.ConfigDict) -> tuple[Dataset, Dataset | N
   return train, load(config, 'test') if config.test_split else None
 
 
-def summary(
-  config: ml_collections.ConfigDict, train: Dataset, test: Dataset | None
-) -> list[str]:
+def summary(config: ml_collections.ConfigDict, train: Dataset, test: Dataset | None) -> list[str]:
   """Describes a data set in one line, and what was decided about it in further lines."""
   return [f'{len(train):,} training images' + (f', {len(test):,} test images' if test else '')]
