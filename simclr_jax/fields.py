@@ -214,6 +214,10 @@ TABLE: dict[str, Field] = {
     10_000, 'training images of the online kNN, with a fifth as many test images; 0: all', Range(0),
     resumable=True,
   ),
+  'knn_features': Field(
+    'h', 'features of the online kNN: h, of the encoder, or z, of the projection head as in the CIFAR-10 demo of MoCo',
+    Choices('h', 'z'), resumable=True, compiled=False,
+  ),
   'tensorboard': Field(True, 'write TensorBoard files', FLAG, resumable=True),
   'watchdog_seconds': Field(
     1800.0, 'the process exits if no step finishes for this time; 0: never', Range(0.0), resumable=True

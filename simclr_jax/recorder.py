@@ -301,8 +301,13 @@ def _online_knn(config, train, test) -> Callable[[train_state.TrainState], float
   queries = test.sample(-(-config.knn_images // 5) or len(test))
 
   def evaluate(state):
-    variables = method.encoder(state.params, state.state)
-    encoder = Encoder(recipes.architecture(config), variables)
+    architecture = recipes.architecture(config)
+    if config.knn_features == 'z':
+      architecture |= {'features': 'z'}
+      variables = methods.projection(config, state.params, state.state)
+    else:
+      variables = method.encoder(state.params, state.state)
+    encoder = Encoder(architecture, variables)
     return knn.accuracy(*encoder.embed(bank), *encoder.embed(queries))
 
   return evaluate

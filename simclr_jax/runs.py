@@ -39,6 +39,25 @@ def load_encoder(folder: str | os.PathLike) -> Encoder:
   return Encoder(recipes.architecture(config), variables, _provenance(folder, metadata))
 
 
+def load_projection(workdir: str | os.PathLike) -> Encoder:
+  """Encoder and projection head of a run.
+
+  Returns:
+    An `Encoder` whose features are z, float32 `[n, d]`, the output of the projection head, not normalised.
+
+  Raises:
+    ConfigError: `workdir` is not a run directory, or its run has no projection head or no checkpoint yet.
+    CheckpointError: the checkpoints are damaged.
+  """
+  workdir = paths.path(workdir)
+  config, _, state, metadata = _restore(workdir)
+  return Encoder(
+    recipes.architecture(config) | {'features': 'z'},
+    methods.projection(config, state.params, state.state),
+    _provenance(workdir, metadata),
+  )
+
+
 def load_classifier(workdir: str | os.PathLike) -> Encoder:
   """The network of a fine-tuned, distilled or supervised run, classifier included.
 

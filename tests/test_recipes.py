@@ -142,6 +142,7 @@ MOCO_DEMO = [
   ('method', 'moco', 'demo: Define MoCo wrapper'),
   ('epochs', 200, 'demo: Set arguments'),
   ('batch_size', 512, 'demo: Set arguments'),
+  ('knn_features', 'z', 'demo: Define train/test: test() calls net, the encoder with its head'),
   ('augment.view1', 'moco_cifar10', 'demo: Define data loaders'),
   ('model.normalize', 'cifar10', 'demo: Define data loaders'),
   ('model.head', 'linear', 'demo: Define base encoder'),
@@ -750,7 +751,7 @@ PLUMBING = {
   'data.dir', 'data.labels', 'data.label_seed', 'data.examples', 'data.skip_bad', 'data.max_pixels',
   'data.on_device', 'data.resize_on', 'data.scaled_decoding', 'data.shuffle_buffer', 'data.threads',
   'log_every_steps', 'checkpoint_every_steps', 'keep_checkpoints', 'knn_every_epochs', 'knn_images',
-  'tensorboard', 'watchdog_seconds', 'profile_steps',
+  'knn_features', 'tensorboard', 'watchdog_seconds', 'profile_steps',
 }  # fmt: skip
 # Fields that fine-tuning and distillation take from the run that they start from.
 OF_THE_RUN = ('model.', 'data.', 'augment.', 'image_size', 'dtype')

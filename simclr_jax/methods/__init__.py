@@ -41,7 +41,7 @@ import ml_collections
 
 from simclr_jax import fields, plugins
 from simclr_jax.errors import ConfigError
-from simclr_jax.models import linear
+from simclr_jax.models import linear, network
 from simclr_jax.optim import Group
 
 PyTree = Any
@@ -137,6 +137,20 @@ def build(config: ml_collections.ConfigDict) -> Method:
     return value, (state, metrics)
 
   return method._replace(loss=loss)
+
+
+def projection(config: ml_collections.ConfigDict, params: PyTree, state: PyTree) -> PyTree:
+  """The variables of encoder and projection head, see `models.network.projection`.
+
+  Raises:
+    ConfigError: the method trains no projection head.
+  """
+  trained = fields.of_method(config.method)
+  if 'head_layer' in trained or 'head' not in params or 'stats' not in state:
+    raise ConfigError(
+      f'method={config.method} trains no projection head, so there are no features z: use the features h'
+    )
+  return network.projection(params, state['stats'])
 
 
 def warm_start(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from simclr_jax.models import encoders, linear, mlp
-from simclr_jax.models.network import apply_train
+from simclr_jax.models.network import apply_train, forward_z
 
 PyTree = Any
 
@@ -89,8 +89,10 @@ def forward(
 
   Returns:
     `forward(variables, x)`: images x float32 `[n, h, w, c]` in [0, 1] -> features `[n, d]`, or if the architecture has
-    'classes', logits `[n, classes]`.
+    'classes', logits `[n, classes]`; if 'features' is 'z', the output of the projection head.
   """
+  if architecture.get('features') == 'z':
+    return forward_z(architecture, dtype)
   if 'classes' in architecture:
     net = build(architecture, architecture['classes'], architecture['head_layer'], dtype=dtype)
     return lambda variables, x: net.apply(variables, x, False)[1]

@@ -74,6 +74,35 @@ def apply_train(
   return y, new.get('batch_stats', stats)
 
 
+def projection(params: PyTree, stats: PyTree) -> PyTree:
+  """The variables of encoder and projection head, for `forward_z`; `params` and `stats` as of `Network`."""
+  parts = ('encoder', 'head')
+  return {'params': {k: params[k] for k in parts}, 'batch_stats': {k: stats[k] for k in parts}}
+
+
+def forward_z(
+  architecture: dict[str, Any], dtype: Any = jnp.float32
+) -> Callable[[PyTree, jax.Array], jax.Array]:
+  """The forward pass of encoder and projection head, in evaluation mode.
+
+  Args:
+    architecture: see `config.architecture`.
+    dtype: dtype of convolutions and matrix products.
+
+  Returns:
+    `forward(variables, x)`: variables of `projection`, images x `[n, h, w, c]` in [0, 1] -> z `[n, d]`, not normalised.
+  """
+  f, g = encoders.build(architecture, dtype), mlp.head(architecture, dtype)
+
+  def forward(variables, x):
+    params, stats = variables['params'], variables['batch_stats']
+    h, _ = apply_train(f, params['encoder'], stats['encoder'], x, train=False)
+    outputs, _ = apply_train(g, params['head'], stats['head'], h, train=False)
+    return outputs[-1]
+
+  return forward
+
+
 def output_size(config: ml_collections.ConfigDict) -> int:
   """The size d of the output z `[n, d]` of the head; without a head, the size of the features."""
   if config.model.head != 'none':
