@@ -6,9 +6,9 @@
 The paper tuned each loss over learning rates 0.01, 0.1, 0.3, 0.5, 1, margins 0, 0.4, 0.8, 1.6 and
 temperatures 0.1, 0.2, 0.5, 1 (appendix B.10) but does not state the best values. The values here
 are from the middle of these lists and need tuning. Published linear accuracies are in the list of
-variants. The losses do not have the same negatives: NT-Xent has the 2n - 2 other views of a batch,
-as in the paper; the others here have the n - 1 images in the other view, and the paper does not
-state theirs. Part of a difference may come from this. Hardware: as simclr_imagenet. Not yet repeated here.
+variants. The paper takes the negatives of this comparison from one view only (B.10). So do the
+losses here, with n - 1 negatives, except for NT-Xent, which has its usual 2n - 2: a part of its
+lead may come from this. Hardware: as simclr_imagenet. Not yet repeated here.
 """
 
 import ml_collections
