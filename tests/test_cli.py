@@ -325,41 +325,6 @@ def test_evaluations_override_only_data_fields(run, capsys):
   assert 'only data.*' in fails(capsys, 'knn', f'--workdir={run}', '--config.temperature=1')
 
 
-def snippets():
-  """The Python snippets of the README."""
-  return re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
-
-
-def test_readme_plain_orbax_snippet(exported):
-  """Breaks if the README's snippet that loads an export without this package fails."""
-  snippet = next(s for s in snippets() if 'from orbax.checkpoint' in s)
-  assert 'simclr_jax' not in snippet
-  images = data.load(config.load('simclr_digits').data, 'test').images[:8]
-  np.save(exported.parent / 'images.npy', images)
-  program = (
-    snippet.replace("'my_encoder'", repr(str(exported)))
-    + f'\nimport numpy as np, sys\nx = np.load({str(exported.parent / "images.npy")!r}) / np.float32(255)\n'
-    + f'np.save({str(exported.parent / "plain.npy")!r}, features(x))\n'
-    + "assert 'simclr_jax' not in sys.modules\n"
-  )
-  subprocess.run([sys.executable, '-c', program], check=True)
-  expected = load_encoder(exported)(images)
-  np.testing.assert_allclose(np.load(exported.parent / 'plain.npy'), expected, atol=1e-5)
-
-
-def test_readme_python_snippet(run):
-  """Breaks if the README's example of the Python API fails or becomes longer."""
-  snippet = next(s for s in snippets() if 'train_state' in s)
-  assert len([line for line in snippet.splitlines() if line.strip()]) <= 12
-  small = ', '.join(f'{k!r}: {v!r}' for k, v in SMALL.items())
-  program = snippet.replace("'runs/demo'", repr(str(run))).replace(
-    "sj.load_recipe('simclr_digits')", f"sj.load_recipe('simclr_digits', {{{small}}})"
-  )
-  scope = {}
-  exec(compile(program, 'README', 'exec'), scope)
-  assert scope['features'].shape == (100, 32)
-
-
 @pytest.mark.parametrize(
   'body, expected',
   [

@@ -1,7 +1,7 @@
 """export the encoder weights
 
 The folder contains variables/, an Orbax checkpoint of params and batch_stats, and encoder.json with architecture,
-preprocessing and provenance. The README shows how to read them without this package.
+preprocessing and provenance. docs/export.md shows how to read them without this package.
 """
 
 import argparse
