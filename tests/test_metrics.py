@@ -89,3 +89,13 @@ def test_average_precision(positives):
   negated = loop_average_precision(-scores, positive)
   assert mean == pytest.approx((expected + negated) / 2)
   assert metrics.average_precision(1.0 * positive, positive) == 1
+
+
+def test_difficult_objects_are_ignored():
+  """Breaks if an image with difficult objects only counts as a positive or as a negative of this class."""
+  scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.7, 0.9], [0.6, 0.3]])
+  positive = np.array([[0, 0], [1, 0], [0, 1], [1, 0]], bool)
+  ignored = np.array([[1, 0], [0, 0], [1, 0], [0, 0]], bool)
+  assert metrics.mean_average_precision(scores, positive, ignored) == 1
+  as_negative = metrics.mean_average_precision(scores, positive)
+  assert as_negative == pytest.approx((0.5 + 1) / 2)  # precision 1/2 at all recalls of the first class

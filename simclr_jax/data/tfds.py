@@ -144,11 +144,35 @@ def _from_directory(folder):
 def multilabels(config: ml_collections.ConfigDict, split: str) -> np.ndarray | None:
   """The classes of each image of a data set with several labels per image, such as VOC 2007.
 
+  Objects that VOC marks as difficult are no positives: the feature `labels_no_difficult` is used if there is one.
+
   Returns:
     bool `[N, C]` in the order of `load`; None without a feature `labels` that is a sequence of classes.
   """
+  name = 'labels_no_difficult' if has_difficult(config) else 'labels'
+  return _classes_of(config, split, name)
+
+
+def has_difficult(config: ml_collections.ConfigDict) -> bool:
+  """Whether a data set marks objects as difficult, as VOC does."""
+  return 'labels_no_difficult' in dict(_builder(config).info.features)
+
+
+def difficult(config: ml_collections.ConfigDict, split: str) -> np.ndarray | None:
+  """The classes of which an image shows difficult objects only: VOC's metric ignores the image for these classes.
+
+  Returns:
+    bool `[N, C]` in the order of `load`; None if the data set does not mark objects as difficult.
+  """
+  if not has_difficult(config):
+    return None
+  shown, clear = _classes_of(config, split, 'labels'), multilabels(config, split)
+  return None if shown is None or clear is None else shown & ~clear
+
+
+def _classes_of(config, split, name) -> np.ndarray | None:
   builder = _builder(config)
-  labels = dict(builder.info.features).get('labels')
+  labels = dict(builder.info.features).get(name)
   if not isinstance(labels, tfds.features.Sequence):
     return None
   classes = labels.feature
@@ -156,11 +180,11 @@ def multilabels(config: ml_collections.ConfigDict, split: str) -> np.ndarray | N
     return None
   examples = builder.as_dataset(
     split=split,
-    decoders=tfds.decode.PartialDecoding({'labels': True}),
+    decoders=tfds.decode.PartialDecoding({name: True}),
     read_config=tfds.ReadConfig(interleave_cycle_length=1),  # in the order of the files
   )
   return np.array(
-    [np.isin(np.arange(classes.num_classes), e['labels']) for e in tfds.as_numpy(examples)]
+    [np.isin(np.arange(classes.num_classes), e[name]) for e in tfds.as_numpy(examples)]
   )
 
 
