@@ -63,13 +63,19 @@ pre { background: #f3f4f6; padding: .8rem; overflow-x: auto; font-size: .85rem }
 """
 
 
-def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib.Path) -> None:
+def write(
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  out: pathlib.Path,
+  images: tuple[Dataset, Dataset | None] | None = None,
+) -> None:
   """Writes the report of a run.
 
   Args:
     workdir: of the run.
     config: its recipe.
     out: the HTML file.
+    images: the training and test images, if they are loaded already.
 
   Raises:
     ConfigError: the folder of `out` does not exist, or the data of the run is not available.
@@ -78,11 +84,8 @@ def write(workdir: pathlib.Path, config: ml_collections.ConfigDict, out: pathlib
   if not out.parent.is_dir():
     raise ConfigError(f'--out={out}: the folder {out.parent} does not exist')
   encoder = runs.load_encoder(workdir)
-  train = data.load(config.data, 'train')
-  try:
-    test, split = data.load(config.data, 'test'), 'held-out'
-  except ConfigError:  # unlabelled data often has no test split
-    test, split = train, 'training'
+  train, held_out = images or data.load_splits(config.data)
+  test, split = (train, 'training') if held_out is None else (held_out, 'held-out')
   records = logs.read(workdir)
   metrics = [r for r in records if 'event' not in r]
   name = html.escape(paths.absolute(workdir).name)
