@@ -98,4 +98,6 @@ def test_difficult_objects_are_ignored():
   ignored = np.array([[1, 0], [0, 0], [1, 0], [0, 0]], bool)
   assert metrics.mean_average_precision(scores, positive, ignored) == 1
   as_negative = metrics.mean_average_precision(scores, positive)
-  assert as_negative == pytest.approx((0.5 + 1) / 2)  # precision 1/2 at all recalls of the first class
+  assert as_negative == pytest.approx(
+    (0.5 + 1) / 2
+  )  # precision 1/2 at all recalls of the first class
