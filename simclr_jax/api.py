@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import itertools
 import os
@@ -23,7 +24,7 @@ from simclr_jax import (
   runs,
   train as training,
 )
-from simclr_jax.data import Dataset, discover, objects, suggest
+from simclr_jax.data import Dataset, discover, labels as label_tools, objects, suggest
 from simclr_jax.encoder import Encoder
 from simclr_jax.errors import ConfigError
 from simclr_jax.recorder import Callback
@@ -158,6 +159,8 @@ def _prepare(data, recipe, labels, test, own, values, progress):
   train = held_out = None
   if data is not None and not objects.is_place(data):
     train = objects.dataset(data, labels, config.data)
+    if test is None:
+      train, held_out = _held_out(train, config.data)
     place |= _fields_of(train, config, values)
     config = _recipe(recipe or 'simclr_images', place, own, values)
   elif recipe is None or test is not None:
@@ -186,6 +189,16 @@ def _recipe(spec, place, own, values) -> ml_collections.ConfigDict:
   shared = recipes.flatten(new).keys() - {'method', 'code'}
   new.update_from_flattened_dict({k: v for k, v in recipes.flatten(config).items() if k in shared})
   return recipes.finish(new, values)
+
+
+def _held_out(images, config) -> tuple[Dataset, Dataset | None]:
+  """The training images and, of labelled ones, those that are held out for evaluations, as for folders."""
+  if not (config.holdout and images.labelled and images.classes > 1):
+    return images, None
+  rest, held_out = label_tools.held_out_split(
+    images.labels, images.class_names, config.holdout, config.holdout_seed
+  )
+  return images.subset(rest), images.subset(held_out) if len(held_out) else None
 
 
 def _fields_of(train, config, values) -> dict[str, Any]:
@@ -342,6 +355,36 @@ class Run:
     bank, queries = self._labelled(train, test)
     return knn.accuracy(*self.encoder.embed(bank), *self.encoder.embed(queries), k, temperature)
 
+  def probe(
+    self, train: Any = None, test: Any = None, protocol: str = 'sgd', **settings: Any
+  ) -> dict[str, Any]:
+    """The linear probe: a linear classifier trained on the frozen features, see `evaluate.probe.train_linear`.
+
+    Args:
+      train, test: labelled images, as for `knn`.
+      protocol: 'sgd', or the published 'simclr' or 'moco'.
+      **settings: of `evaluate.probe.Settings`, such as `epochs=20, seed=1`. Features are computed once unless
+        `cached=False`.
+
+    Returns:
+      `top1`, 0 to 1, and further metrics and settings.
+
+    Raises:
+      ConfigError: there are no labels, or a setting does not exist.
+    """
+    from simclr_jax.evaluate import probe
+
+    if protocol not in probe.PROTOCOLS:
+      raise ConfigError(f'protocol={protocol!r} is not one of {", ".join(probe.PROTOCOLS)}')
+    known = [field.name for field in dataclasses.fields(probe.Settings)]
+    for name in settings:
+      if name not in known:
+        raise ConfigError(f'probe has no setting {name!r}, only {", ".join(known)}')
+    chosen = probe.Settings(**{'cached': True, **settings})
+    images = self._labelled(train, test)
+    score = probe.train_linear(self.encoder, *images, probe.PROTOCOLS[protocol], chosen)
+    return {name: value for name, value in score.items() if name != 'classifier'}
+
   def report(self, out: str | os.PathLike | None = None) -> pathlib.Path:
     """Writes the HTML report of the run.
 
@@ -354,7 +397,12 @@ class Run:
     from simclr_jax.report import page
 
     path = self.workdir / 'report.html' if out is None else paths.path(out)
-    page.write(self.workdir, self.config, path)
+    images = None if self._train is None else (self._train, self._test)
+    if images is None and self._in_memory():
+      raise ConfigError(
+        f'{self.workdir} was trained on images in memory, which are needed: call report() on the run of pretrain'
+      )
+    page.write(self.workdir, self.config, path, images)
     return path
 
   def export(self, out: str | os.PathLike) -> pathlib.Path:
@@ -368,13 +416,17 @@ class Run:
     orbax.export(self.encoder, out)
     return paths.path(out)
 
+  def _in_memory(self):
+    """Whether the run was trained on images in memory, which it does not store."""
+    return self.config.data.source == 'arrays' and not self.config.data.dir
+
   def _images(self, data, split) -> Dataset:
     """Images that the user passed, or else a split of the images of the run."""
     if data is not None:
       return objects.load(data, None, self.config.data, split)
     loaded = self._train if split == 'train' else self._test
     if loaded is None:
-      if self.config.data.source == 'arrays' and not self.config.data.dir:
+      if self._in_memory():
         raise ConfigError(
           f'{self.workdir} was trained on images in memory: pass the {split} images'
         )
