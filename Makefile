@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-all test-faults test-minimal test-browser lint lock bench bench-input mechanisms gpu-cifar10 tpu-table clean
 
 demo: $(VENV)/.installed
-	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --student-width=0.25 --seeds=5
+	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --student-width=0.25 --seeds=5 --scratch-steps=100 --scratch-learning-rate=0.01
 	$(BIN)/simclr-jax report --workdir=runs/demo
 
 # Compiling, which takes most of the time, keeps one core busy per worker.

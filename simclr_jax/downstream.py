@@ -22,17 +22,17 @@ from simclr_jax.runtime import distributed, files, logs, paths
 Tests = dict[str, dict[str, list[dict[str, Any]]]]
 
 # Training from scratch, as a baseline: settings that train any of the networks on few images. Five times as many steps
-# as the fine-tuning, and at least 30 epochs, because random weights need longer than pretrained ones.
+# as the fine-tuning, and at least 30 epochs, because random weights need longer than pretrained ones; a tenth of them
+# is the warm-up.
 SCRATCH = {
   'optimizer': 'adamw',
-  'learning_rate': 1e-3,
+  'learning_rate': 3e-3,
   'learning_rate_scaling': 'none',
   'weight_decay': 0.05,
   'weight_decay_on': 'kernels',
   'schedule': 'cosine',
-  'warmup_epochs': 0.0,
 }
-SCRATCH_FACTOR, SCRATCH_EPOCHS = 5, 30
+SCRATCH_FACTOR, SCRATCH_EPOCHS, SCRATCH_CROP = 5, 30, 0.5
 FITTED = 0.9  # a training whose accuracy on its own images is lower was too short, or its learning rate is wrong
 
 
@@ -99,8 +99,8 @@ def from_scratch(
 ) -> ml_collections.ConfigDict:
   """The recipe of the same network and labels without pretraining, as a baseline: `SCRATCH`.
 
-  The augmentation is supervised: the crop and the flip of the fine-tuning, without its changes of colour. No layer of
-  the head is kept, and no layer is frozen.
+  The augmentation is milder than that of the fine-tuning, which may be made for contrastive learning: crops show at
+  least half of the image. No layer of the head is kept, and no layer is frozen.
 
   Args:
     config: a recipe of fine-tuning, as `with_labels` returns it.
@@ -113,19 +113,22 @@ def from_scratch(
   config.init_from, config.head_layer, config.fine_tune_after_block = '', 0, -1
   config.update(SCRATCH)
   config.steps = scratch.steps or steps
+  config.warmup_epochs = 0.1 * config.steps * config.batch_size / len(images)
   config.learning_rate = scratch.learning_rate or config.learning_rate
-  config.augment.view1 = _without_colours(config.augment)
+  config.augment.view1 = _mild(config.augment)
   recipes.check(config)
   return config.lock()
 
 
-def _without_colours(pipelines):
-  """The first op of `augment.view1`, which crops, and its flip."""
-  ops = augment.parse(augment.with_ops(pipelines.view1, pipelines.ops))
+def _mild(pipelines):
+  """`augment.view1` with crops that show at least half of the image, as ops with all their arguments."""
   texts = []
-  for op in ops[:1] + tuple(op for op in ops[1:] if op.name == 'flip'):
-    p = [] if op.definition.sized else [f'p={op.p}']
-    texts.append(f'{op.name}({", ".join([f"{k}={v!r}" for k, v in op.arguments.items()] + p)})')
+  for op in augment.parse(augment.with_ops(pipelines.view1, pipelines.ops)):
+    arguments = op.arguments if op.definition.sized else {**op.arguments, 'p': op.p}
+    if 'area_min' in arguments:
+      least = min(max(arguments['area_min'], SCRATCH_CROP), arguments['area_max'])
+      arguments = {**arguments, 'area_min': least}
+    texts.append(f'{op.name}({", ".join(f"{k}={v!r}" for k, v in arguments.items())})')
   return ' | '.join(texts)
 
 
@@ -311,7 +314,7 @@ def plan(
 
 def _about(workdir, images):
   """The time of training on so many images, at the speed of the pretraining, which has two views of each."""
-  rates = [r['examples_per_second'] for r in logs.read(workdir) if 'examples_per_second' in r]
+  rates = [r['examples_per_second'] for r in logs.read(workdir) if r.get('examples_per_second')]
   if not rates:
     return ''
   minutes = images / (2 * float(np.median(rates))) / 60

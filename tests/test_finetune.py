@@ -14,9 +14,11 @@ from simclr_jax import (
   losses,
   methods,
   runs,
+  sharding,
   train,
   train_state,
 )
+from simclr_jax.commands import finetune
 from simclr_jax.data import labels as subsets
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import metrics
@@ -199,6 +201,95 @@ def test_pretrained_weights_of_another_network_are_refused(pretrained):
     fine_tune('/nowhere')
 
 
+@pytest.mark.parametrize(
+  'command, field, message',
+  [
+    ('finetune', 'seed=5', '--seeds'),
+    ('finetune', 'data.label_seed=7', '--seeds'),
+    ('finetune', 'data.labels=3', '--labels'),
+    ('finetune', 'data.num_classes=3', 'are counted'),
+    ('finetune', 'init_from=x', '--workdir'),
+    ('finetune', 'epochs=3', 'sets steps=40: use --config.steps'),
+    ('distill', 'seed=5', 'of its teacher'),
+    ('distill', 'teacher=x', '--teacher'),
+  ],
+)
+def test_fields_without_effect_are_refused(command, field, message, capsys):
+  """Breaks if a field that the command sets itself, or that has no effect, is accepted."""
+  given = {'finetune': ['--workdir=run'], 'distill': ['--workdir=students', '--teacher=run']}
+  assert cli.main([command, *given[command], f'--config.{field}']) == 2
+  error = capsys.readouterr().err
+  assert message in error and f'--config.{field.split("=")[0]}' in error
+
+
+def test_fields_that_select_the_images_have_an_effect(pretrained, capsys):
+  """Breaks if another split is accepted and ignored, or labels that the pretraining hid stay hidden."""
+  arguments = ['finetune', f'--workdir={pretrained}', '--config.data.test_split=nowhere']
+  assert cli.main(arguments) == 2
+  assert 'nowhere' in capsys.readouterr().err
+  fields = finetune.data_fields({'data.train_split': 'x', 'steps': '3'})
+  assert fields == {'data.labels': '', 'data.train_split': 'x'}
+
+
+def test_training_from_scratch_is_a_recipe_of_its_own():
+  """Breaks if the baseline keeps the rate, the length or the frozen layers of the fine-tuning."""
+  source = recipes.load('simclr_digits', TINY)
+  images = data.load(source.data, 'train')
+  tuned, subset = downstream.with_labels(
+    downstream.recipe('finetune_small', source, {'fine_tune_after_block': 2}), images, '1%', 3
+  )
+  scratch = downstream.from_scratch(tuned, subset)
+  assert (scratch.init_from, scratch.head_layer, scratch.fine_tune_after_block) == ('', 0, -1)
+  assert (tuned.steps, scratch.steps, scratch.batch_size) == (40, 200, 60)
+  assert (scratch.optimizer, scratch.learning_rate) == ('adamw', 3e-3)
+  assert scratch.warmup_epochs * len(subset) / scratch.batch_size == pytest.approx(20)
+  assert (scratch.seed, scratch.data.label_seed, scratch.data.labels) == (3, 3, '1%')
+  assert 'simclr_crop(area_min=0.5' in scratch.augment.view1 and 'flip' not in scratch.augment.view1
+  more, subset = downstream.with_labels(tuned, images, '50%', 0)
+  assert downstream.from_scratch(more, subset).steps == 1407  # 30 epochs of 3,000 images
+  chosen = downstream.from_scratch(tuned, subset, downstream.Scratch(7, 0.5))
+  assert (chosen.steps, chosen.learning_rate) == (7, 0.5)
+
+
+@pytest.mark.parametrize('rows, devices', [(60, 6), (64, 8), (7, 7), (1, 1), (5, 5), (22, 2)])
+def test_devices_share_a_batch_equally(rows, devices):
+  """Breaks if a batch does not split over the devices, or fewer devices than possible are used."""
+  assert len(sharding.devices_for(rows)) == devices and jax.device_count() == 8
+
+
+@pytest.mark.slow
+def test_fine_tuning_does_not_depend_on_the_devices(pretrained, tmp_path, monkeypatch):
+  """Breaks if batch size or weights depend on the number of devices, or a run cannot be resumed on another number."""
+  source = recipes.load('simclr_digits', TINY)
+  images = data.load(source.data, 'train')
+  weights = []
+  for count, steps in ((1, 4), (8, 2), (1, 4)):  # the second run is resumed on one device
+    config, subset = downstream.with_labels(
+      downstream.recipe('finetune_small', source, {'steps': 4}), images, '1%', 0
+    )
+    assert config.batch_size == 60
+    with config.unlocked():
+      config.init_from = str(pretrained)
+    folder = tmp_path / ('whole' if not weights else 'resumed')
+    devices = jax.devices()[:count]
+    monkeypatch.setattr(jax, 'devices', lambda devices=devices: devices)
+    if steps == 2:
+      callback = lambda step, _: step == 2  # noqa: E731
+      train.pretrain(
+        config,
+        folder,
+        '',
+        subset,
+        quiet=True,
+        callbacks=[callback],
+        devices=sharding.devices_for(60),
+      )
+      continue
+    downstream.run(config, subset, folder, '')
+    weights.append(jax.device_get(runs.load_classifier(folder).variables))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *weights)
+
+
 # Distillation.
 
 
@@ -291,19 +382,29 @@ def test_finetune_and_distill_commands(pretrained, tmp_path, capsys):
   again.
   """
   command = ['finetune', f'--workdir={pretrained}', '--labels=1%', '--seeds=2', '--baselines',
-             '--config.steps=2', '--config.head_layer=1']  # fmt: skip
+             '--scratch-steps=3', '--config.steps=2', '--config.head_layer=1']  # fmt: skip
   assert cli.main(command) == 0
+  printed = capsys.readouterr().out
+  assert (
+    '4 trainings (fine-tuning with 1%: 2 x 2 steps of 60; from scratch with 1%: 2 x 3 steps of 60)'
+    in printed
+  )
   result = json.loads((pretrained / 'evaluation.json').read_text())['finetune']
   assert result['columns'] == ['1% (6 per class)']
-  assert set(result['rows']) == {'from scratch', 'fine-tuned', 'raw pixels'}
+  assert list(result['rows']) == ['raw pixels', 'untrained encoder', 'from scratch', 'fine-tuned']
   assert all(std is not None for cells in result['rows'].values() for _, std in cells)
+  assert result['test_images'] == 1188 and result['chance']['uniform'] == 10
+  assert all(low < high for ends in result['interval'].values() for low, high in ends)
+  assert 'train' in result['data'] and result['checkpoint']
+  assert '--scratch-steps' in result['notes']['from scratch']  # 3 steps do not fit the images
   folders = {p.name for p in (pretrained / 'finetune').iterdir()}
   assert folders == {f'1pct-seed{seed}{y}' for seed in (0, 1) for y in ('', '-scratch')}  # fmt: skip
   subset = [
     json.loads((pretrained / 'finetune' / f'1pct-seed{seed}' / 'config.json').read_text())['config']
     for seed in (0, 1)
   ]
-  assert [c['data']['label_seed'] for c in subset] == [0, 1]
+  assert [(c['seed'], c['data']['label_seed']) for c in subset] == [(0, 0), (1, 1)]
+  assert {c['batch_size'] for c in subset} == {60}
   capsys.readouterr()
   assert cli.main(command) == 0
   output = capsys.readouterr().out

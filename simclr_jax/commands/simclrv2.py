@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar='N',
     help='steps of the baseline from scratch (default: as for finetune)',
   )
+  parser.add_argument(
+    '--scratch-learning-rate',
+    type=options.above_zero,
+    default=0.0,
+    metavar='RATE',
+    help='learning rate of the baseline from scratch (default: as for finetune)',
+  )
 
 
 def check(args: argparse.Namespace) -> None:
@@ -74,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
   finetuned = finetune.finetune(
     workdir, run_config.load(workdir, fields), args.finetune, {},
     labels=[args.labels], seeds=args.seeds, baselines=True, command=args.command,
-    scratch_steps=args.scratch_steps,
+    scratch_steps=args.scratch_steps, scratch_learning_rate=args.scratch_learning_rate,
   )  # fmt: skip
   short = downstream.short(args.labels)
   teachers = [workdir / 'finetune' / f'{short}-seed{seed}' for seed in range(args.seeds)]
