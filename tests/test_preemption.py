@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -58,3 +59,30 @@ def test_check_raises_after_a_signal():
     with pytest.raises(Stopped):
       preemption.check()
   preemption.check()
+
+
+def test_threads_do_not_share_a_stop():
+  """Breaks if a thread handles signals, or a request to stop one training stops another one."""
+  handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+  seen = []
+
+  def work():
+    with preemption.Watchdog(60), preemption.GracefulStop() as stop:
+      seen.append([signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)])
+      stop.request()
+      with pytest.raises(Stopped) as stopped:
+        preemption.check()
+      seen.append(stopped.value.args)
+      asked.set()
+      done.wait()
+
+  asked, done = threading.Event(), threading.Event()
+  thread = threading.Thread(target=work)
+  thread.start()
+  asked.wait(10)
+  with preemption.GracefulStop():
+    preemption.check()
+    done.set()
+    thread.join()
+    preemption.check()
+  assert seen == [handlers, (ExitCode.INTERRUPTED,)]
