@@ -56,7 +56,7 @@ def canvases(
 
   def plan(head, jpeg_shape, rest, epoch, position):
     return _plan(
-      head, jpeg_shape, rest, epoch, position, pipelines=pipelines, size=size, seed=seed,
+      head, jpeg_shape, rest, epoch, position, pipelines=pipelines, size=size, seed=np.uint32(seed),
       config=config,
     )  # fmt: skip
 
