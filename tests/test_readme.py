@@ -74,7 +74,7 @@ def test_the_sequence_on_own_images_in_small(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   photographs(tmp_path / 'my_photographs')
   shorter = {
-    'pretrain': ['--config.steps=2', '--config.batch_size=8', '--config.model.width_multiplier=0.125',
+    'pretrain': ['--config.steps=2', '--config.warmup_epochs=0', '--config.batch_size=8', '--config.model.width_multiplier=0.125',
                  '--config.tensorboard=false'],
     'finetune': ['--config.steps=2', '--config.batch_size=8', '--seeds=1'],
     'probe': ['--epochs=1'],
