@@ -33,7 +33,7 @@ SCRATCH = {
   'schedule': 'cosine',
 }
 SCRATCH_FACTOR, SCRATCH_EPOCHS, SCRATCH_CROP = 5, 30, 0.5
-FITTED = 0.9  # a training whose accuracy on its own images is lower was too short, or its learning rate is wrong
+FITTED = 0.5  # a training whose accuracy on its own augmented images is lower was too short, or its learning rate is wrong
 
 
 class Scratch(NamedTuple):
@@ -427,7 +427,7 @@ def _unfitted(tests):
       fit = [r['train_top1'] for r in results if 'train_top1' in r]
       if fit and np.mean(fit) < FITTED:
         notes[row] = (
-          f'with {text}, only {np.mean(fit):.0%} of the training images are classified correctly at the end: train '
+          f'with {text}, only {np.mean(fit):.0%} of the augmented training images are classified correctly at the end: train '
           f'longer ({"--scratch-steps" if row == "from scratch" else "--config.steps"}) or change the learning rate'
         )
   return notes
