@@ -13,7 +13,7 @@ from simclr_jax import fields
 
 def get_config() -> ml_collections.ConfigDict:
   config = fields.recipe('distill')
-  config.epochs = 2
+  config.epochs = 5
   config.batch_size = 64
 
   config.optimizer = 'adamw'

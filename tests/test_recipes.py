@@ -550,7 +550,7 @@ CHOSEN_HERE = {
     *SMALL_CLASSIFIER,
     ('method', 'distill', 'v2 2, equation 2'),
     ('steps', 0, OWN),
-    ('epochs', 2, OWN),
+    ('epochs', 5, OWN),
     ('data.unlabelled', 'keep', 'v2 3.1'),
     ('head_layer', 0, 'v2 3.1: without the projection head'),
     ('temperature', 1.0, 'v2 3.1'),
