@@ -3,8 +3,8 @@
 Example:
   simclr-jax embed --workdir=runs/c10 --data=my_photographs --out=features.parquet
 
-Without --data, the images of the run are used. The file contains features, float32 [n, d], names, and labels if they
-are known; a .npy file contains features only. Rerun an interrupted command to resume it.
+Without --data, the images of the run are used. The file contains features, float32 [n, d], names, and if they are known,
+labels and names of the classes; a .npy file contains features only. Rerun an interrupted command to resume it.
 """
 
 import argparse
@@ -41,11 +41,15 @@ def run(args: argparse.Namespace) -> int:
   embed.check(args.out)
   encoder = runs.load_encoder(args.workdir)
   if args.data:
-    data_fields = {k: v for k, v in args.overrides.items() if k.startswith('data.')}
-    recipe = common.recipe_with_data('simclr_images', args.data, data_fields)
+    common.check_overrides(args.overrides)
+    recipe = common.recipe_with_data('simclr_images', args.data, args.overrides)
   else:
     recipe = common.recipe_of_run(args.workdir, args.overrides)
-  dataset = distributed.run_on_all(lambda: data.load(recipe.data, args.split))
+  splits = distributed.run_on_all(lambda: data.load_splits(recipe.data))
+  common.describe(recipe, *splits)
+  dataset = splits[0] if args.split == 'train' else splits[1]
+  if dataset is None:
+    dataset = data.load(recipe.data, args.split)  # explains what is missing
   if not len(dataset):
     raise ConfigError(f'the {args.split} split contains no images')
   data.check_same({'checksum of the images': dataset})

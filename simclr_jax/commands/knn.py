@@ -1,6 +1,7 @@
 """classify the test images by their nearest training images
 
-Each of the k nearest neighbours votes with weight exp(s / temperature), where s is its cosine similarity. Needs labels.
+Each of the k nearest neighbours votes with weight exp(s / temperature), where s is its cosine similarity. Raw pixels and
+the untrained encoder are evaluated in the same way. Needs labels.
 The result is added to RUN/evaluation.json and to the report.
 """
 
@@ -23,31 +24,63 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default=0.1,
     help='temperature of the neighbour weights',
   )
+  parser.add_argument(
+    '--features',
+    choices=('h', 'z'),
+    default='h',
+    help='features: h, of the encoder, or z, of the projection head, as in the CIFAR-10 demo of MoCo',
+  )
   options.baselines(parser, 'also evaluate raw pixels and the untrained encoder')
+  options.out(parser)
+
+
+def check(args: argparse.Namespace) -> None:
+  """Checks the arguments."""
+  if args.features == 'z' and args.baselines:
+    args.parser.error(
+      '--features=z has no baselines: neither raw pixels nor h have a projection head'
+    )
 
 
 def run(args: argparse.Namespace) -> int:
   """Evaluates; prints and saves the table."""
+  from simclr_jax import runs
   from simclr_jax.commands import common
   from simclr_jax.evaluate import knn, results
 
-  train, test = common.labelled(common.recipe_of_run(args.workdir, args.overrides))
-  encoders = common.encoders(args.workdir, args.baselines)
+  config = common.recipe_of_run(args.workdir, args.overrides)
+  results.check(args.workdir, args.out)
+  if args.features == 'z':
+    encoders = {'pretrained': runs.load_projection(args.workdir)}
+  else:
+    encoders = common.encoders(args.workdir, args.baselines)
+  train, test = common.labelled(config)
+  k = min(args.k, len(train))
+  if k < args.k:
+    print(f'k = {k}: there are only {k:,} training images')
+  embeds = common.features(encoders, args.baselines, train, test)
+  common.announce(
+    f'kNN of {len(test):,} among {len(train):,} images, features of {", ".join(embeds)}',
+    common.embedding_seconds(encoders, train, test),
+  )
   rows = {}
-  for name, embed in common.features(encoders, args.baselines).items():
-    top1 = knn.accuracy(*embed(train), *embed(test), args.k, args.temperature)
+  for name, embed in embeds.items():
+    top1 = knn.accuracy(*embed(train), *embed(test), k, args.temperature)
     rows[name] = [[100 * top1, None]]
   settings = {
-    'k': args.k,
+    'features': args.features,
+    'k': k,
     'temperature': args.temperature,
     'bank': len(train),
     'queries': len(test),
   }
   result = {
-    'title': f'kNN, k = {args.k}, temperature {args.temperature:g}',
+    'title': f'kNN{" on z" if args.features == "z" else ""}, k = {k}, temperature {args.temperature:g}',
     'columns': ['top-1 %'],
     'rows': rows,
     'settings': settings,
   }
-  results.save(args.workdir, 'knn', result, encoders['pretrained'].provenance['step'])
+  result = results.assess(result, test.labels, classes=test.classes)
+  about = common.about(config, encoders['pretrained'], train, test)
+  results.save(args.workdir, 'knn' if args.features == 'h' else 'knn z', result, about, args.out)
   return 0

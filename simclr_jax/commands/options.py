@@ -28,8 +28,15 @@ def data(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def baselines(parser: argparse.ArgumentParser, help: str) -> None:
-  """Adds --baselines."""
-  parser.add_argument('--baselines', action='store_true', help=help)
+  """Adds --baselines, which is on, and --no-baselines."""
+  parser.add_argument('--baselines', action=argparse.BooleanOptionalAction, default=True, help=help)
+
+
+def out(parser: argparse.ArgumentParser) -> None:
+  """Adds --out for the results of a run that cannot be written."""
+  parser.add_argument(
+    '--out', type=path, metavar='FILE', help='save the result in this JSON file, not in the run'
+  )
 
 
 def path(text: str) -> pathlib.Path:

@@ -1,11 +1,13 @@
 """evaluate the features on other data sets
 
 Example:
-  simclr-jax transfer --workdir=runs/c10 --to=cifar100,dtd,my_labelled_photographs --baselines
+  simclr-jax transfer --workdir=runs/c10 --to=cifar100,dtd,my_labelled_photographs
 
-Logistic regression (L-BFGS, L2 strength chosen from 45 values on a validation split); with --finetune, also
-fine-tuning with all labels. As published, the metric is mean accuracy per class for Pets, Flowers, Caltech-101 and
-Aircraft, mAP for VOC 2007, and top-1 for other data sets. Data sets that are not available are reported as "missing".
+Logistic regression (L-BFGS, L2 strength chosen from 45 values on a validation split) on the features, on raw pixels and
+on the features of the untrained encoder; with --finetune, also fine-tuning with all labels. As published, the metric is
+mean accuracy per class for Pets, Flowers, Caltech-101 and Aircraft, mAP for VOC 2007, and top-1 for other data sets.
+Without a test split, a fifth of each class is held out. Data sets that are not available are reported as "missing"; if
+all are, the exit code is 1.
 """
 
 import argparse
@@ -14,6 +16,8 @@ import re
 
 from simclr_jax import config as recipes
 from simclr_jax.commands import options
+
+RECIPE = 'finetune_small'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,56 +33,101 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--data-dir', default='', metavar='DIR', help='data_dir of TFDS')
   parser.add_argument('--finetune', action='store_true', help='also fine-tune on each data set')
   parser.add_argument(
-    '--config', metavar='RECIPE', default='finetune_small', help='recipe for --finetune'
+    '--config', metavar='RECIPE', help=f'recipe for --finetune (default: {RECIPE})'
   )
   options.baselines(
     parser, 'also raw pixels and the untrained encoder; with --finetune, training from scratch'
   )
+  options.out(parser)
 
 
 def check(args: argparse.Namespace) -> None:
   """Checks the arguments, the recipe and its fields."""
   if args.overrides and not args.finetune:
     args.parser.error('--config.FIELD=VALUE needs --finetune')
+  if args.config and not args.finetune:
+    args.parser.error('--config has no effect without --finetune')
+  args.config = args.config or RECIPE
   recipes.load(args.config, args.overrides)
 
 
 def run(args: argparse.Namespace) -> int:
   """Evaluates on each data set; prints and saves the table."""
+  import sys
+
   from simclr_jax import run_config
   from simclr_jax.commands import common
+  from simclr_jax.errors import ExitCode
   from simclr_jax.evaluate import results
 
   source = run_config.load(args.workdir)
+  results.check(args.workdir, args.out)
   encoders = common.encoders(args.workdir, args.baselines)
   pixels = {'raw pixels': None} if args.baselines else {}
   starts = {'from scratch': ''} if args.baselines else {}
   starts = {**starts, 'fine-tuned': str(args.workdir)} if args.finetune else {}
   columns = [*pixels, *encoders, *starts]
-  rows: dict[str, list[list[float | None]]] = {}
-  notes, sizes = {}, {}
+  trainings = f' and {len(starts)} trainings' if starts else ''
+  print(
+    f'transfer to {len(args.to)} data sets: {len(pixels) + len(encoders)} sweeps of logistic regression{trainings} '
+    'on each',
+    flush=True,
+  )
+  table = _Table(columns)
   for dataset in args.to:
     print(f'\n{dataset}', flush=True)
-    name, metrics, note, size = _evaluate(
-      args, source, dataset, _short_name(dataset, rows), {**pixels, **encoders}, starts
-    )
-    rows[name] = [[100 * metrics[c], None] if c in metrics else [None, None] for c in columns]
-    if note:
-      notes[name] = note
-      print(note, flush=True)
-    if size:
-      sizes[name] = size
-      print('  '.join(f'{c} {100 * metrics[c]:.1f}' for c in metrics), flush=True)
-  result = {
-    'title': 'Transfer: logistic regression on frozen features, %',
-    'columns': columns,
-    'rows': rows,
-    'notes': notes,
-    'settings': {'images': sizes},
-  }
-  step = encoders['pretrained'].provenance['step']
-  results.save(args.workdir, 'transfer', result, step)
+    name = _short_name(dataset, table.rows)
+    _evaluate(args, source, dataset, name, {**pixels, **encoders}, starts, table)
+  if not table.data:
+    print('simclr-jax: error: no data set of --to could be evaluated', file=sys.stderr)
+    return ExitCode.ERROR
+  about = {**common.checkpoint(encoders['pretrained']), 'data': table.data}
+  results.save(args.workdir, 'transfer', table.result(), about, args.out)
   return 0
+
+
+class _Table:
+  """The rows of the table as far as they are known."""
+
+  def __init__(self, columns):
+    self.columns = columns
+    self.rows, self.intervals, self.notes = {}, {}, {}
+    self.chance, self.test_images, self.images, self.data = {}, {}, {}, {}
+
+  def add(self, row, scores, note, task=None):
+    """Adds a row: column -> metric, 0 to 1; a note, or ''; `transfer.Task`, None if the data set is missing."""
+    from simclr_jax.evaluate import metrics, results, transfer
+
+    percent = {c: 100 * score for c, score in scores.items()}
+    self.rows[row] = [[percent.get(c), None] for c in self.columns]
+    notes = [note] if note else []
+    if task:
+      self.images[row] = [len(task.train), len(task.test)]
+      self.test_images[row] = len(task.test)
+    if task and task.metric != transfer.MAP:
+      labels = task.truth[1]
+      n = len(labels) if task.metric == 'top-1' else metrics.effective_images(labels)
+      ends = {c: results.interval(p, n) for c, p in percent.items()}
+      self.intervals[row] = [ends.get(c) for c in self.columns]
+      self.chance[row] = results.chance(labels, task.test.classes)
+      for own in (('raw pixels', 'untrained', 'pretrained'), ('from scratch', 'fine-tuned')):
+        known = {c: (percent[c], ends[c]) for c in own if c in percent}
+        notes += [f'{k}: {v}' for k, v in results.comparison(known).items()]
+    if notes:
+      self.notes[row] = '; '.join(notes)
+
+  def result(self):
+    """The result, see `evaluate.results`."""
+    return {
+      'title': 'Transfer: logistic regression on frozen features, %',
+      'columns': self.columns,
+      'rows': self.rows,
+      'interval': self.intervals,
+      'test_images': self.test_images,
+      'chance': self.chance,
+      'notes': self.notes,
+      'settings': {'images': self.images},
+    }
 
 
 def _short_name(dataset, rows):
@@ -88,13 +137,9 @@ def _short_name(dataset, rows):
   return dataset if any(row.startswith(f'{short} (') for row in rows) else short
 
 
-def _evaluate(args, source, dataset, short, encoders, starts):
-  """Evaluates on one data set.
-
-  Returns:
-    The name of the row; column -> metric, 0 to 1; a note, or ''; numbers of training and test images, None if the data
-    set is missing.
-  """
+def _evaluate(args, source, dataset, short, encoders, starts, table):
+  """Evaluates on one data set and adds the row to the table."""
+  from simclr_jax.commands import common
   from simclr_jax.errors import ConfigError
   from simclr_jax.evaluate import transfer
   from simclr_jax.runtime import distributed
@@ -102,14 +147,45 @@ def _evaluate(args, source, dataset, short, encoders, starts):
   try:
     task = distributed.run_on_all(lambda: transfer.load(dataset, args.data_dir))
   except ConfigError as error:
-    return f'{short} ({transfer.metric(dataset)})', {}, f'missing: {error}', None
-  metrics, note = transfer.linear(encoders, task), ''
+    table.add(f'{short} ({transfer.metric(dataset)})', {}, f'missing: {error}')
+    print(f'missing: {error}', flush=True)
+    return
+  config = recipes.load('simclr_images', task.location)
+  common.describe(config, task.train, task.test)
+  real = {name: e for name, e in encoders.items() if e}
+  common.announce(
+    f'features of {len(encoders)} rows', common.embedding_seconds(real, task.train, task.test)
+  )
+  scores, note = _linear(encoders, task)
   if starts and task.metric == transfer.MAP:
-    note = 'not fine-tuned: images have several labels'
+    note = '; '.join([*([note] if note else []), 'not fine-tuned: images have several labels'])
   else:
     for column, start in starts.items():
-      metrics[column] = _fine_tuned(args, source, short, task, start)
-  return f'{short} ({task.metric})', metrics, note, [len(task.train), len(task.test)]
+      scores[column] = _fine_tuned(args, source, short, task, start)
+  row = f'{short} ({task.metric})'
+  table.add(row, scores, note, task)
+  parts = common.images(config.data, task.train, task.test)
+  table.data |= {f'{row} {split}': part for split, part in parts.items()}
+  print('  '.join(f'{c} {100 * scores[c]:.1f}' for c in scores), flush=True)
+
+
+def _linear(encoders, task):
+  """Column -> metric of logistic regression, and a note about fits that did not converge, or ''."""
+  from simclr_jax.evaluate import lbfgs, transfer
+  from simclr_jax.runtime.progress import Bar
+
+  unfinished: dict[str, int] = {}
+  each = 2 * len(lbfgs.SWEEP)
+  names = list(encoders)
+  with Bar(each * len(names), 'logistic regression', 'fit') as bar:
+    scores = transfer.linear(
+      encoders, task, lambda name, fits: bar.to(each * names.index(name) + fits), unfinished
+    )
+  if not unfinished:
+    return scores, ''
+  return scores, (
+    f'L-BFGS stopped after {lbfgs.STEPS} steps, before convergence: {", ".join(unfinished)}'
+  )
 
 
 def _fine_tuned(args, source, short, task, start):

@@ -8,12 +8,12 @@ import pathlib
 import shutil
 
 import numpy as np
-from tqdm import tqdm
 
 from simclr_jax.data import Dataset
 from simclr_jax.encoder import Encoder
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import distributed, files, paths, preemption
+from simclr_jax.runtime.progress import Bar
 
 SUFFIXES = ('.npz', '.npy', '.csv', '.parquet')
 PART = 16_384  # images per part; data sets without random access have at most 8 parts
@@ -35,8 +35,9 @@ def embed(encoder: Encoder, dataset: Dataset, out: pathlib.Path) -> None:
   """Writes the features of all images to a file, in the order of the data set.
 
   The format depends on the suffix. .npz: arrays `features`, float32 `[N, d]`, `names` `[N]`, and if all labels are
-  known, `labels`, int32 `[N]`. .npy: features only. .csv and .parquet: one row per image with name, label and features.
-  Names are paths relative to the folder of the images, or indices.
+  known, `labels`, int32 `[N]`, and `class_names` `[C]`, so that `class_names[labels]` are the classes. .npy: features
+  only. .csv and .parquet: one row per image with name, label, with labels also class, the name of the class, and
+  features. Names are paths relative to the folder of the images, or indices.
 
   Finished parts are saved in the folder OUT.parts; the same call resumes after them.
 
@@ -67,7 +68,7 @@ def embed(encoder: Encoder, dataset: Dataset, out: pathlib.Path) -> None:
   starts = range(0, len(dataset), size)
   finished = [start for start in starts if (folder / f'{start}.npz').exists()]
   finished = distributed.gather(finished)[0]  # only process 0 writes parts
-  with tqdm(total=len(dataset), unit='image') as bar:
+  with Bar(len(dataset), 'features') as bar:
     for start in starts:
       end = min(start + size, len(dataset))
       if start not in finished:
@@ -76,20 +77,25 @@ def embed(encoder: Encoder, dataset: Dataset, out: pathlib.Path) -> None:
         if distributed.is_main_process():
           with files.atomic(folder / f'{start}.npz') as temporary:
             np.savez(temporary, features=h, labels=labels)
-      bar.update(end - bar.n)
+      bar.to(end)
   if not distributed.is_main_process():
     return
   parts = [dict(np.load(folder / f'{start}.npz')) for start in starts]
   h, labels = (np.concatenate([p[k] for p in parts]) for k in ('features', 'labels'))
   with files.atomic(out) as temporary:
-    _write(temporary, h, labels, [n.encode('utf-8', 'replace').decode() for n in image_names])
+    _write(temporary, h, labels, *map(_printable, (image_names, dataset.class_names)))
   shutil.rmtree(folder)
   print(f'wrote {out}: features {list(h.shape)} float32')
 
 
 def _show(bar, start, count):
   """Moves the progress bar to `count` images after `start`."""
-  bar.update(start + count - bar.n)
+  bar.to(start + count)
+
+
+def _printable(names):
+  """Names that UTF-8 can represent."""
+  return [name.encode('utf-8', 'replace').decode() for name in names]
 
 
 def _prepare(folder, inputs):
@@ -101,23 +107,33 @@ def _prepare(folder, inputs):
     file.write_text(json.dumps(inputs))
 
 
-def _write(path, h, labels, names):
-  all_labels = {'labels': labels} if (labels >= 0).all() else {}
+def _write(path, h, labels, names, class_names):
+  """Writes features, labels, names of the images and of the classes in the format of the suffix."""
+  labelled = len(class_names) > 0 and (labels >= 0).all()
+  classes = [class_names[label] for label in labels] if labelled else []
   if path.suffix == '.npy':
     np.save(path, h)
   elif path.suffix == '.npz':
-    np.savez(path, features=h, names=np.array(names), **all_labels)
+    known = {'labels': labels, 'class_names': np.array(class_names)} if labelled else {}
+    np.savez(path, features=h, names=np.array(names), **known)
   elif path.suffix == '.csv':
-    with path.open('w', newline='') as file:
-      writer = csv.writer(file)
-      writer.writerow(['name', 'label', *(f'f{i}' for i in range(h.shape[1]))])
-      for name, label, row in zip(names, labels, h):
-        preemption.heartbeat()
-        writer.writerow([name, label if label >= 0 else '', *(f'{x:.8g}' for x in row)])
+    _write_csv(path, h, labels, names, classes)
   else:
     import pyarrow as pa
     import pyarrow.parquet
 
     rows = pa.FixedSizeListArray.from_arrays(pa.array(h.reshape(-1)), h.shape[1])
-    label = pa.array(labels, mask=labels < 0)
-    pa.parquet.write_table(pa.table({'name': names, 'label': label, 'features': rows}), path)
+    columns = {'name': names, 'label': pa.array(labels, mask=labels < 0)}
+    columns |= {'class': classes} if labelled else {}
+    pa.parquet.write_table(pa.table({**columns, 'features': rows}), path)
+
+
+def _write_csv(path, h, labels, names, classes):
+  with path.open('w', newline='') as file:
+    writer = csv.writer(file)
+    header = ['name', 'label', *(['class'] if classes else [])]
+    writer.writerow([*header, *(f'f{i}' for i in range(h.shape[1]))])
+    for i, (name, label, row) in enumerate(zip(names, labels, h)):
+      preemption.heartbeat()
+      known = [label if label >= 0 else '', *([classes[i]] if classes else [])]
+      writer.writerow([name, *known, *(f'{x:.8g}' for x in row)])

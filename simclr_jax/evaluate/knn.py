@@ -40,18 +40,30 @@ def predict(
   Raises:
     Stopped: a signal arrived.
   """
-  k = min(k, len(bank))
   similarity, index = neighbours(bank, queries, k, block)
-  classes = int(labels.max()) + 1
   # Relative to the nearest neighbour, so that exp does not overflow.
   weight = np.exp((similarity - similarity[:, :1]) / temperature)
-  rows = np.repeat(np.arange(len(queries)), k)
-  votes = np.bincount(
-    rows * classes + labels[index].reshape(-1),
-    weight.reshape(-1),
-    minlength=len(queries) * classes,
+  return np.concatenate(
+    [
+      _vote(labels[index[i : i + block]], weight[i : i + block])
+      for i in range(0, len(queries), block)
+    ]
   )
-  return votes.reshape(len(queries), classes).argmax(1)
+
+
+def _vote(labels, weight):
+  """The class `[n]` with the largest sum of weights; labels and weights `[n, k]`. Of equal sums, the lowest class.
+
+  A table with a column per class would need too much memory for many classes: only the classes of the neighbours are
+  counted.
+  """
+  classes = int(labels.max()) + 1
+  queries = np.arange(len(labels))[:, None]
+  pairs, at = np.unique(queries * classes + labels, return_inverse=True)  # (query, class), sorted
+  votes = np.bincount(at.reshape(-1), weight.reshape(-1))
+  query, label = np.divmod(pairs, classes)
+  order = np.lexsort((label, -votes, query))
+  return label[order[np.searchsorted(query[order], np.arange(len(labels)))]]
 
 
 def neighbours(

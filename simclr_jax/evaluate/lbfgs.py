@@ -1,7 +1,7 @@
 """Multinomial logistic regression on frozen features by L-BFGS (optax) on all devices, for transfer."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +14,17 @@ from simclr_jax.evaluate import metrics
 from simclr_jax.runtime import preemption
 
 SWEEP = np.logspace(-6, 5, 45)  # L2 strengths of the transfer protocol: weights of ||W||^2 / 2
+STEPS = 100  # largest number of L-BFGS steps per fit
 TOLERANCE = 1e-5  # L-BFGS stops if no entry of the gradient of the mean loss is larger
 
 
 def sweep_l2(
-  train: np.ndarray, labels: np.ndarray, test: np.ndarray, validation: float = 0.2, seed: int = 0
+  train: np.ndarray,
+  labels: np.ndarray,
+  test: np.ndarray,
+  validation: float = 0.2,
+  seed: int = 0,
+  fitted: Callable[[int, bool], None] | None = None,
 ) -> tuple[np.ndarray, float]:
   """The transfer protocol of SimCLR (appendix B.8): the L2 strength is chosen on a validation split.
 
@@ -31,6 +37,8 @@ def sweep_l2(
     labels: classes of the training images, int `[n]`; with several labels per image, bool `[n, C]`.
     validation: fraction of the training images that is held out.
     seed: seed of the validation split.
+    fitted: called after each fit with the number of fits, and whether it converged; the last call is for the fit that
+      is used.
 
   Returns:
     Logits of the test images, float32 `[n, C]`, C being the highest training label + 1; and the L2 strength.
@@ -44,12 +52,19 @@ def sweep_l2(
   classes = labels.shape[1] if multilabel else int(labels.max()) + 1
   metric = metrics.mean_average_precision if multilabel else metrics.top_k
   weights = SWEEP[::-1]
+  converged: list[bool] = []
+
+  def count(done):
+    converged.append(done)
+    if fitted:
+      fitted(len(converged), done)
+
   scores = [
     metric(logits(w, train[held_out]), labels[held_out])
-    for w in path(train[rest], labels[rest], weights, classes)
+    for w in path(train[rest], labels[rest], weights, classes, fitted=count)
   ]
   best = int(np.argmax(scores))
-  *_, last = path(train, labels, weights[: best + 1], classes)
+  *_, last = path(train, labels, weights[: best + 1], classes, fitted=count)
   return logits(last, test), float(weights[best])
 
 
@@ -59,7 +74,12 @@ def logits(w: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def path(
-  x: np.ndarray, labels: np.ndarray, weights: np.ndarray, classes: int, steps: int = 100
+  x: np.ndarray,
+  labels: np.ndarray,
+  weights: np.ndarray,
+  classes: int,
+  steps: int = STEPS,
+  fitted: Callable[[bool], None] | None = None,
 ) -> Iterator[np.ndarray]:
   """The regularisation path: each fit starts from the solution of the previous one.
 
@@ -71,6 +91,7 @@ def path(
     weights: L2 strengths, the strongest first.
     classes: C, at least the highest label + 1.
     steps: largest number of L-BFGS steps per fit.
+    fitted: called after each fit with whether it converged within `steps`.
 
   Yields:
     For each weight, float32 `[d + 1, C]`: the kernel, and as the last row, the bias.
@@ -89,13 +110,18 @@ def path(
   for weight in weights:
     preemption.check()
     with jax.set_mesh(mesh):
-      w = _minimize(rows, w, jnp.float32(weight), steps)
+      w, gradient = _minimize(rows, w, jnp.float32(weight), steps)
+    if fitted:
+      fitted(float(gradient) <= TOLERANCE)
     yield np.asarray(w)
 
 
 @functools.partial(jax.jit, static_argnames='steps')
 def _minimize(rows, start, weight, steps):
-  """The solution for one weight, starting from `start`; rows with the label -1 are padding."""
+  """The solution for one weight, starting from `start`, and the largest entry of its gradient.
+
+  Rows with the label -1 are padding.
+  """
   label = rows['label']
   real = label >= 0
   n = jnp.sum(real if label.ndim == 1 else real[:, 0])
@@ -122,4 +148,5 @@ def _minimize(rows, start, weight, steps):
     return optax.apply_updates(w, updates), state, i + 1, jnp.abs(grad).max()
 
   initial = (start, solver.init(start), 0, jnp.float32(jnp.inf))
-  return jax.lax.while_loop(unfinished, step, initial)[0]
+  w, _, _, largest = jax.lax.while_loop(unfinished, step, initial)
+  return w, largest

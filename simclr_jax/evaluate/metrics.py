@@ -23,9 +23,16 @@ def confusion(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def mean_per_class(scores: np.ndarray, labels: np.ndarray) -> float:
   """Mean accuracy per class, 0 to 1, over the classes that occur in `labels`."""
-  counts = confusion(scores, labels)
-  occurs = counts.sum(1) > 0
-  return float(np.mean(counts.diagonal()[occurs] / counts.sum(1)[occurs]))
+  # A confusion matrix of many classes would need too much memory.
+  counts = np.bincount(labels)
+  hits = np.bincount(labels, scores.argmax(1) == labels)
+  return float(np.mean(hits[counts > 0] / counts[counts > 0]))
+
+
+def effective_images(labels: np.ndarray) -> float:
+  """The number of images whose mean has the same variance as the mean per class: n if all classes are equally large."""
+  counts = np.unique(labels, return_counts=True)[1]
+  return float(len(counts) ** 2 / np.sum(1 / counts))
 
 
 def calibration_error(scores: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
@@ -63,9 +70,18 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
   return float(np.mean([precision[r].max() for r in reached]))
 
 
-def mean_average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-  """Mean of `average_precision` over the classes that occur; `positive`: bool `[n, C]`."""
-  classes = [(s, p) for s, p in zip(scores.T, positive.T) if p.any()]
+def mean_average_precision(
+  scores: np.ndarray, positive: np.ndarray, ignored: np.ndarray | None = None
+) -> float:
+  """Mean of `average_precision` over the classes that occur.
+
+  Args:
+    scores: `[n, C]`.
+    positive: bool `[n, C]`.
+    ignored: bool `[n, C]`: whether the image is ignored for this class, as VOC ignores difficult objects.
+  """
+  kept = np.ones_like(positive) if ignored is None else ~ignored
+  classes = [(s[k], p[k]) for s, p, k in zip(scores.T, positive.T, kept.T) if p[k].any()]
   return float(np.mean([average_precision(s, p) for s, p in classes]))
 
 
@@ -79,3 +95,14 @@ def classification(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     'calibration_error': calibration_error(scores, labels),
     'images': len(labels),
   }
+
+
+def scaling(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and 1 / standard deviation of features `[n, d]`, each float32 `[d]`.
+
+  A feature that is constant, up to rounding, has 0 instead of 1 / standard deviation: classifiers do not use it.
+  """
+  mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+  alive = std > 1e-6 * np.maximum(np.abs(mean), std.max(initial=0))
+  inverse = np.where(alive, 1 / np.where(alive, std, 1), 0)
+  return mean.astype(np.float32), inverse.astype(np.float32)

@@ -1,80 +1,354 @@
 """Results of evaluations: prints them as tables and saves them in `evaluation.json` of a run.
 
-A result is plain data: `title`; `columns`, their names; `rows`: name -> for each column [mean, standard deviation],
-where the deviation, or both, may be None; and optionally `notes` (row -> sentence), `settings`, `runs`.
+A result is plain data. Percentages are from 0 to 100.
+
+  title       str
+  columns     names of the columns
+  rows        name -> for each column [mean, standard deviation], where the deviation, or both, may be None
+
+Optional:
+
+  interval    like `rows`: for each column the 95 % interval [low, high] of the mean, or None; see `interval`
+  test_images int; if every row has a test set of its own, row -> int
+  chance      {'majority', 'uniform'}: accuracy in % of always answering the most frequent class of the test images,
+              and of answering one of the C classes at random; if every row has its own test set, row -> these
+  notes       name -> sentence, such as a row and what is special about it
+  settings    what was done: numbers of images, steps, learning rates, ...
+  runs        the result of every single training
+
+`save` adds:
+
+  name        str, of the evaluation, such as 'knn'
+  step        int, of the checkpoint
+  checkpoint  int, checksum of the checkpoint
+  data        'train' and 'test' -> {'fingerprint', 'images', 'split', 'dir'}; if every row has its own images,
+              'ROW train' and 'ROW test'
+
+Results of old versions have only `title`, `columns`, `rows`, `step`, `notes`, `settings` and `runs`.
 """
 
+import contextlib
 import json
+import os
 import pathlib
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from simclr_jax.errors import ConfigError
-from simclr_jax.runtime import distributed, files
+from simclr_jax.runtime import distributed, files, paths
 
 Result = dict[str, Any]
 FILE = 'evaluation.json'
+LOCK = '.evaluation.lock'
+WIDTH = 100  # of a printed table, in characters
 
 
-def load(workdir: pathlib.Path) -> dict[str, Result]:
-  """The saved results of a run, by name; empty if there are none.
+def load(workdir: pathlib.Path, file: pathlib.Path | None = None) -> dict[str, Result]:
+  """The saved results of a run; empty if there are none.
+
+  Args:
+    workdir: directory of the run.
+    file: a file with results (default: `evaluation.json` of the run).
+
+  Returns:
+    Results by key. The key is the name of the evaluation; results of the same name on other data have the key
+    'NAME, SPLIT (FINGERPRINT)'.
 
   Raises:
-    ConfigError: `evaluation.json` is damaged.
+    ConfigError: the file is damaged.
   """
-  path = workdir / FILE
+  path = file or workdir / FILE
   try:
-    return json.loads(path.read_text()) if path.exists() else {}
-  except ValueError:
-    raise ConfigError(f'{path} is damaged: delete it and evaluate again') from None
+    entries = json.loads(path.read_text()) if path.exists() else {}
+    if isinstance(entries, dict) and all(map(_is_result, entries.values())):
+      return entries
+  except (ValueError, IsADirectoryError):
+    pass
+  raise ConfigError(f'{path} is not a file of results: delete it and evaluate again')
 
 
-def save(workdir: pathlib.Path, name: str, result: Result, step: int) -> Result:
-  """Saves a result, replacing an earlier one of the same name, and prints its table. All processes must call it.
+def _is_result(entry):
+  """Whether a value of the file has the parts that tables need."""
+
+  def is_cell(cell):
+    numbers = (int, float, type(None))
+    return isinstance(cell, list) and len(cell) == 2 and all(isinstance(v, numbers) for v in cell)
+
+  return (
+    isinstance(entry, dict)
+    and isinstance(entry.get('title'), str)
+    and isinstance(entry.get('columns'), list)
+    and all(isinstance(c, str) for c in entry['columns'])
+    and isinstance(entry.get('rows'), dict)
+    and all(isinstance(row, list) and all(map(is_cell, row)) for row in entry['rows'].values())
+  )
+
+
+def check(workdir: pathlib.Path, file: pathlib.Path | None = None) -> None:
+  """Raises ConfigError if results cannot be saved: call this function before an evaluation.
+
+  Args:
+    workdir, file: as for `save`.
+  """
+  load(workdir, file)
+  path = file or workdir / FILE
+  if paths.is_remote(path):
+    return
+  try:
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass
+  except OSError as error:
+    fix = 'name another --out=FILE' if file else 'save the result elsewhere with --out=FILE'
+    raise ConfigError(f'{path.parent} cannot be written ({error.strerror}): {fix}') from None
+
+
+def save(
+  workdir: pathlib.Path,
+  name: str,
+  result: Result,
+  about: Mapping[str, Any],
+  file: pathlib.Path | None = None,
+) -> Result:
+  """Prints the table of a result, then saves the result. All processes must call it.
+
+  An earlier result of the same name on the same data is replaced. Results on other data are kept. Several processes may
+  save results of a run at the same time.
 
   Args:
     workdir: directory of the run.
     name: name of the evaluation.
-    result: the result; `step` is added to it.
-    step: the step of the checkpoint that was evaluated.
+    result: the result.
+    about: the fields that are added to the result: `step`, `checkpoint`, `data`.
+    file: the file to save it in (default: `evaluation.json` of the run).
 
   Returns:
-    The result.
+    The result with these fields.
 
   Raises:
-    ConfigError: `evaluation.json` is damaged.
+    ConfigError: the file is damaged.
+    OSError: the file cannot be written.
   """
-  result['step'] = step
+  result = {**result, 'name': name, **about}
+  print('\n' + table(result), flush=True)
+  path, failure = file or workdir / FILE, ''
   if distributed.is_main_process():
-    files.write_json(workdir / FILE, {**load(workdir), name: result})
-  distributed.barrier(FILE)
-  print(table(result), flush=True)
+    try:
+      with _locked(path):
+        files.write_json(path, _merged(load(workdir, file), name, result))
+    except (OSError, ConfigError) as error:
+      failure = f'the table was not saved: {getattr(error, "strerror", None) or error} ({path})'
+  failure = distributed.gather(failure)[0]
+  if failure:
+    raise OSError(failure)
   return result
 
 
+@contextlib.contextmanager
+def _locked(path) -> Iterator[None]:
+  """A context manager that holds the lock of a local file of results; without a lock where there are no locks."""
+  try:
+    import fcntl
+
+    flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    lock = None if paths.is_remote(path) else os.open(path.with_name(LOCK), flags, 0o666)
+  except (ImportError, OSError):
+    lock = None
+  try:
+    if lock is not None:
+      with contextlib.suppress(OSError):  # some network file systems have no locks
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    yield
+  finally:
+    if lock is not None:
+      os.close(lock)
+
+
+def _merged(entries, name, result):
+  """The saved results with a new one, which replaces that of the same name and data."""
+  old = entries.get(name)
+  if old and 'data' not in old:  # saved by an old version: on which data is unknown
+    entries = {**entries, f'{name}, data not recorded': {**old, 'name': name}}
+    old = None
+  key = name if old is None or _same_data(old, result) else f'{name}, {_data_of(result)}'
+  return {**entries, key: result}
+
+
+def _same_data(old, new):
+  """Whether the new result is on the data of the old one, or on that and more."""
+  return _fingerprints(old).items() <= _fingerprints(new).items()
+
+
+def _fingerprints(result):
+  return {split: about.get('fingerprint') for split, about in (result.get('data') or {}).items()}
+
+
+def _data_of(result):
+  """The test images as text, such as 'flowers/test (0a1b2c3d)'; the fingerprint includes the training images."""
+  parts = result['data'].values()
+  number = 0
+  for part in parts:
+    number = (31 * number + int(part.get('fingerprint') or 0)) % 2**32
+  folders = dict.fromkeys(pathlib.PurePosixPath(str(p.get('dir', ''))).name for p in parts)
+  return f'{_place(result) or "+".join(folders)} ({number:08x})'
+
+
+def _place(result):
+  """Folder and split of the test images, such as 'flowers/test'; '' if they are not recorded."""
+  test = (result.get('data') or {}).get('test') or {}
+  folder = pathlib.PurePosixPath(str(test.get('dir', ''))).name
+  return '/'.join(str(x) for x in (folder, test.get('split')) if x)
+
+
+def assess(
+  result: Result,
+  labels: np.ndarray,
+  images: Sequence[float | None] | None = None,
+  classes: int | None = None,
+) -> Result:
+  """Adds the number of test images, chance and 95 % intervals to a result on one test set, and compares its rows.
+
+  Args:
+    result: `rows` in %.
+    labels: classes of the test images, int `[n]`.
+    images: for each column, the number of images that its accuracies are means over; None: no accuracy. By default n
+      for every column.
+    classes: number of classes; None: of those that occur in `labels`.
+
+  Returns:
+    The result with `test_images`, `chance`, `interval` and, if a baseline is as good as the encoder, a note.
+  """
+  sizes = [len(labels)] * len(result['columns']) if images is None else images
+  intervals = {
+    name: [n and interval(mean, n) for (mean, _), n in zip(cells, sizes)]
+    for name, cells in result['rows'].items()
+  }
+  added = {'test_images': len(labels), 'chance': chance(labels, classes), 'interval': intervals}
+  rows = {name: (cells[0][0], intervals[name][0]) for name, cells in result['rows'].items()}
+  return {**result, **added, 'notes': {**result.get('notes', {}), **comparison(rows)}}
+
+
+def comparison(accuracies: Mapping[str, tuple[float | None, Any]]) -> dict[str, str]:
+  """A note if the pretrained encoder is not better than a baseline.
+
+  Args:
+    accuracies: row -> accuracy in %, and its interval [low, high] or None. 'fine-tuned' or 'pretrained' is compared
+      with all other rows.
+
+  Returns:
+    The note; empty if the accuracy is above the interval of every baseline, or nothing can be compared.
+  """
+  own = next((row for row in ('fine-tuned', 'pretrained') if row in accuracies), None)
+  known = {row: (mean, ends) for row, (mean, ends) in accuracies.items() if mean is not None}
+  if own not in known or own is None:
+    return {}
+  mean, ends = known.pop(own)
+  others = {row: m for row, (m, e) in known.items() if e is not None and mean <= e[1]}
+  if not others or ends is None:
+    return {}
+  best = max(others, key=lambda row: others[row])
+  return {
+    'pretraining does not help here': f'{own} {mean:.1f} %, {best} {others[best]:.1f} %; the difference is '
+    f'{"negative" if mean < others[best] else "not larger than the 95 % interval"}'
+  }
+
+
+def chance(labels: np.ndarray, classes: int | None = None) -> dict[str, float]:
+  """`chance` of a result, see above; arguments as for `assess`."""
+  counts = np.unique(labels, return_counts=True)[1]
+  most = 100 * float(counts.max() / counts.sum())
+  return {'majority': most, 'uniform': 100 / (classes or len(counts))}
+
+
+def interval(percent: float | None, images: float) -> list[float] | None:
+  """The 95 % Wilson interval of an accuracy.
+
+  Args:
+    percent: the accuracy, 0 to 100; None: unknown.
+    images: number of test images.
+
+  Returns:
+    [low, high] in %; None if the accuracy is unknown.
+  """
+  if percent is None or not np.isfinite(percent):
+    return None
+  z, p = 1.959964, min(max(percent / 100, 0.0), 1.0)
+  middle = p + z**2 / (2 * images)
+  half = z * np.sqrt(p * (1 - p) / images + z**2 / (4 * images**2))
+  low, high = ((middle + sign * half) / (1 + z**2 / images) for sign in (-1, 1))
+  return [100 * max(float(low), 0.0), 100 * min(float(high), 1.0)]
+
+
 def table(result: Result) -> str:
-  """The table of a result, which has a `step`, as plain text."""
-  width = max(len(name) for name in result['rows'])
-  widths = [max(16, len(column) + 2) for column in result['columns']]
-  lines = [
-    f'{result["title"]} (step {result["step"]:,})',
-    ' ' * width + ''.join(f'{c:>{w}}' for c, w in zip(result['columns'], widths)),
+  """A result as plain text of at most 100 columns, if its names permit."""
+  lines = [_heading(result), *_context(result)]
+  cells = {
+    name: [
+      cell(c[0], c[1], ends)
+      for c, ends in zip(row, result.get('interval', {}).get(name) or [None] * len(row))
+    ]
+    for name, row in result['rows'].items()
+  }
+  first = max(map(len, cells), default=0)
+  columns = list(result['columns'])
+  widths = [
+    max(len(column), *(len(row[i]) for row in cells.values()), 8) + 2
+    for i, column in enumerate(columns)
   ]
-  for name, cells in result['rows'].items():
-    lines.append(f'{name:{width}}' + ''.join(f'{cell(*c):>{w}}' for c, w in zip(cells, widths)))
-  lines += [f'{name}: {text}' for name, text in result.get('notes', {}).items()]
-  return '\n'.join(lines)
+  start = 0
+  while start < len(columns):
+    end = start + 1
+    while end < len(columns) and first + sum(widths[start : end + 1]) <= WIDTH:
+      end += 1
+    block = slice(start, end)
+    lines += [_line('', columns[block], first, widths[block])]
+    lines += [_line(name, row[block], first, widths[block]) for name, row in cells.items()]
+    start = end
+  return '\n'.join(lines + [f'{name}: {text}' for name, text in result.get('notes', {}).items()])
 
 
-def cell(mean: float | None, std: float | None) -> str:
-  """A cell of the table: the mean and, if there is one, the standard deviation; 'missing' without a mean."""
+def _line(name, texts, first, widths):
+  return f'{name:{first}}' + ''.join(f'{text:>{width}}' for text, width in zip(texts, widths))
+
+
+def _heading(result):
+  place = _place(result)
+  return result['title'] + f', {place}' * bool(place) + f' (step {result.get("step", 0):,})'
+
+
+def _context(result):
+  """Lines with the number of test images and chance."""
+  images, levels = result.get('test_images'), result.get('chance')
+  if images is None:
+    return []
+  if isinstance(images, dict):
+    return [f'{row}: {_context_text(n, levels.get(row))}' for row, n in images.items()]
+  return [_context_text(images, levels)]
+
+
+def _context_text(images, levels):
+  text = f'{images:,} test images'
+  if levels:
+    classes = round(100 / levels['uniform'])
+    text += f'; chance {levels["majority"]:.1f} % (most frequent class), {levels["uniform"]:.2g} % (1 of {classes:,} classes)'
+  return text + '; [95 % interval]'
+
+
+def cell(mean: float | None, std: float | None, ends: Sequence[float] | None = None) -> str:
+  """A cell of the table.
+
+  Args:
+    mean: 'missing' is returned if it is None.
+    std: standard deviation, or None.
+    ends: the ends of the interval, or None.
+  """
   if mean is None:
     return 'missing'
-  if std is None:
-    return f'{mean:.2g}' if 0 < mean < 1 else f'{mean:.1f}'
-  return f'{mean:.1f} ± {std:.1f}'
+  text = f'{mean:.2g}' if std is None and ends is None and 0 < mean < 1 else f'{mean:.1f}'
+  text += '' if std is None else f' ± {std:.1f}'
+  return text if ends is None else f'{text} [{ends[0]:.1f}, {ends[1]:.1f}]'
 
 
 def mean_and_std(values: Sequence[float]) -> list[float | None]:

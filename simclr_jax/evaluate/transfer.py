@@ -5,7 +5,8 @@ the encoder, then the image is cropped to its central square.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -37,6 +38,7 @@ class Task:
     location: the recipe fields that select the data set.
     metric: 'top-1', 'mean per class', or for several labels per image, `MAP`.
     truth: labels of train and of test: int `[n]`, or for several labels per image, bool `[n, C]`.
+    ignored: with several labels per image, the classes for which a test image is ignored, bool `[n, C]`.
   """
 
   train: Dataset
@@ -44,6 +46,7 @@ class Task:
   location: dict[str, str]
   metric: str
   truth: tuple[np.ndarray, np.ndarray]
+  ignored: np.ndarray | None = None
 
 
 def metric(name: str) -> str:
@@ -68,15 +71,15 @@ def load(name: str, folder: str = '') -> Task:
   if location['data.source'] == 'tfds':
     location |= _splits(location['data.name'], location['data.dir'] or folder)
   config = recipes.load('simclr_images', location).data
-  train = data.load(config, 'train')
-  test = data.load(config, 'test') if config.test_split else None
+  train, test = data.load_splits(config)
   if config.source == 'tfds' and not train.labelled:
     from simclr_jax.data import tfds  # needs TensorFlow
 
     train_labels = tfds.multilabels(config, config.train_split)
     test_labels = tfds.multilabels(config, config.test_split) if test else None
     if test and train_labels is not None and test_labels is not None:
-      return Task(train, test, location, MAP, (train_labels, test_labels))
+      ignored = tfds.difficult(config, config.test_split)
+      return Task(train, test, location, MAP, (train_labels, test_labels), ignored)
   if not train.labelled:
     raise ConfigError(f'{name} has no labels')
   if not test:
@@ -92,17 +95,26 @@ def _splits(name, folder):
   from simclr_jax.data import tfds  # needs TensorFlow
 
   prepared = tfds.split_names(name, folder)
-  test = next((split for split in discover.TEST if split in prepared), '')
+  test = discover.test_split(prepared)
   train = 'train+validation' if {'train', 'validation', 'test'} <= set(prepared) else 'train'
   return {'data.dir': folder, 'data.train_split': train, 'data.test_split': test}
 
 
-def linear(encoders: Mapping[str, Encoder | None], task: Task) -> dict[str, float]:
+def linear(
+  encoders: Mapping[str, Encoder | None],
+  task: Task,
+  progress: Callable[[str, int], None] | None = None,
+  unfinished: dict[str, int] | None = None,
+) -> dict[str, float]:
   """Evaluates encoders on a data set by logistic regression on their features.
 
   Args:
     encoders: name -> encoder; None: raw pixels.
     task: the data set.
+    progress: called after each fit with the name and the number of fits, of which there are at most twice as many as
+      values in `lbfgs.SWEEP`.
+    unfinished: gets the names whose last fit, which is tested, stopped before convergence, with the number of its
+      L-BFGS steps.
 
   Returns:
     Name -> the metric of the task, 0 to 1.
@@ -111,7 +123,8 @@ def linear(encoders: Mapping[str, Encoder | None], task: Task) -> dict[str, floa
     ConfigError: an image cannot be read, or there are too few images for a validation split.
     Stopped: a signal arrived.
   """
-  functions = {MAP: metrics.mean_average_precision, 'mean per class': metrics.mean_per_class}
+  average_precision = functools.partial(metrics.mean_average_precision, ignored=task.ignored)
+  functions = {MAP: average_precision, 'mean per class': metrics.mean_per_class}
   function = functions.get(task.metric, metrics.top_k)
   train_labels, test_labels = task.truth
   results = {}
@@ -120,7 +133,17 @@ def linear(encoders: Mapping[str, Encoder | None], task: Task) -> dict[str, floa
     x, test = (embed(part)[0] for part in (task.train, task.test))
     if not encoder:
       x, test = logistic.standardize(x, test)
-    scores, _ = lbfgs.sweep_l2(x, train_labels, test)
+    converged = True
+
+    def fitted(count, done, name=name):
+      nonlocal converged
+      converged = done
+      if progress:
+        progress(name, count)
+
+    scores, _ = lbfgs.sweep_l2(x, train_labels, test, fitted=fitted)
+    if unfinished is not None and not converged:
+      unfinished[name] = lbfgs.STEPS
     if test_labels.ndim == 1:  # classes that no training image has are never predicted
       missing = max(0, test_labels.max() + 1 - scores.shape[1])
       scores = np.pad(scores, ((0, 0), (0, missing)), constant_values=-np.inf)
