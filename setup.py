@@ -37,6 +37,7 @@ setup(
     'tensorflow>=2.20; sys_platform != "linux" or platform_machine != "x86_64"',
     'tensorflow-datasets>=4.9.8',
     'threadpoolctl>=3.5',
+    'tifffile>=2024.8',  # TIFF of other than 8 bits or 3 channels
     'tqdm>=4.66',
   ],
   extras_require={

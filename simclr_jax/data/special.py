@@ -4,6 +4,7 @@ These are the formats that TensorFlow cannot read (TIFF, PNM, JPEG 2000, AVIF, H
 whose header and frame may disagree, and all images with alpha or with more than 8 bits. They are slower.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -156,8 +157,7 @@ def _open(contents, kind) -> PIL.Image.Image:
   """The image in Pillow, whose own limit on the size does not apply: `data.max_pixels` does."""
   if kind == headers.HEIC:
     _register_heif()
-  with _limit_lock:
-    limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+  with _without_limit():
     try:
       return PIL.Image.open(io.BytesIO(contents), formats=FORMATS[kind])
     except (PIL.UnidentifiedImageError, KeyError):  # KeyError: this Pillow lacks the format
@@ -172,8 +172,24 @@ def _open(contents, kind) -> PIL.Image.Image:
       raise Unreadable(
         f'is a broken {headers.KINDS[kind]}: Pillow cannot read its header{hint}'
       ) from None
+
+
+@contextlib.contextmanager
+def _without_limit():
+  """Lifts Pillow's own limit, which is one for the whole process; one image at a time."""
+  with _limit_lock:
+    limit, PIL.Image.MAX_IMAGE_PIXELS = PIL.Image.MAX_IMAGE_PIXELS, None
+    try:
+      yield
     finally:
       PIL.Image.MAX_IMAGE_PIXELS = limit
+
+
+def _load(image):
+  """Decodes the pixels; `data.max_pixels` was checked before."""
+  large = image.width * image.height > (PIL.Image.MAX_IMAGE_PIXELS or 0)
+  with _without_limit() if large else contextlib.nullcontext():
+    image.load()
 
 
 @functools.cache
@@ -186,10 +202,10 @@ def _register_heif():
 
 def _pillow(image) -> Pixels:
   if image.mode.startswith(('I', 'F')):
-    image.load()
+    _load(image)
     colour = np.asarray(PIL.ImageOps.exif_transpose(image))
     return Pixels(colour[..., None])
-  image.load()  # turns a TIFF
+  _load(image)  # turns a TIFF
   image = PIL.ImageOps.exif_transpose(image)
   if image.has_transparency_data:
     rgba = np.asarray(image.convert('RGBA'))
