@@ -208,7 +208,7 @@ def test_evaluations_and_report(run, tmp_path, capsys):
   printed = capsys.readouterr().out
   assert 'raw pixels' in printed and 'untrained' in printed and '±' in printed
   results = json.loads((run / 'evaluation.json').read_text())
-  assert set(results) == {'knn', 'label_efficiency', 'linear_simclr_cached'}
+  assert set(results) == {'knn', 'label_efficiency', 'linear_sgd'}
   assert 0 <= results['knn']['rows']['pretrained'][0][0] <= 100
 
   report = tmp_path / 'page.html'

@@ -69,7 +69,7 @@ def test_tfds_data_sets(test_data):
   [
     ('no/such/folder', 'no such folder or file'),
     ('cifar11', 'did you mean cifar10_1 or cifar10'),
-    (__file__, 'neither a folder nor'),
+    (__file__, 'is neither a folder, nor an npz or npy file, nor a table'),
   ],
 )
 def test_wrong_data_sets_are_one_sentence(dataset, message):

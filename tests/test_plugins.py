@@ -128,7 +128,7 @@ def evaluates(run, tmp_path):
   """kNN, probe, embed and export of a run; the export gives the same features."""
   assert cli.main(['knn', f'--workdir={run}', '--k=20']) == 0
   assert cli.main(['probe', f'--workdir={run}', '--cached', '--epochs=1']) == 0
-  assert set(json.loads((run / 'evaluation.json').read_text())) == {'knn', 'linear_simclr_cached'}
+  assert set(json.loads((run / 'evaluation.json').read_text())) == {'knn', 'linear_sgd'}
   out = tmp_path / 'features.npy'
   assert cli.main(['embed', f'--workdir={run}', '--split=test', f'--out={out}']) == 0
   assert cli.main(['export', f'--workdir={run}', f'--out={tmp_path / "export"}']) == 0

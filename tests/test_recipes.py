@@ -693,6 +693,17 @@ RATES = {
 # How encoders are evaluated.
 
 PROTOCOLS = {
+  'sgd': [
+    ('pipeline', 'supervised', OWN),
+    ('learning_rate', 0.0, OWN),
+    ('batch_size', 256, OWN),
+    ('epochs', 20, OWN),
+    ('nesterov', True, OWN),
+    ('decays', (), OWN),
+    ('kernel_std', 0.0, OWN),
+    ('standardize', True, OWN),
+    ('min_steps', 3000, OWN),
+  ],
   'simclr': [
     ('pipeline', 'supervised', 'v1 B.6 and B.5: crop and flip'),
     ('learning_rate', 0.1, 'v1 B.6: x batch / 256; simclr README: linear head'),
@@ -702,6 +713,8 @@ PROTOCOLS = {
     ('nesterov', True, 'v1 B.6 and B.5; simclr model_util.py'),
     ('decays', (), 'simclr model_util.py:59-83: cosine'),
     ('kernel_std', 0.0, 'simclr README: linear head: zero_init_logits_layer'),
+    ('standardize', False, 'simclr README: linear head'),
+    ('min_steps', 0, 'simclr README: linear head'),
   ],
   'moco': [
     ('pipeline', 'torch_crop(0.08, 1) | flip', 'moco main_lincls.py'),
@@ -711,9 +724,12 @@ PROTOCOLS = {
     ('nesterov', False, 'moco main_lincls.py'),
     ('decays', (60 / 100, 80 / 100), 'moco main_lincls.py:85'),
     ('kernel_std', 0.01, 'moco main_lincls.py:236'),
+    ('standardize', False, 'moco main_lincls.py'),
+    ('min_steps', 0, 'moco main_lincls.py'),
   ],
 }
 PROTOCOL_RATES = {  # {% of the training: factor on the learning rate}, source
+  'sgd': ({0: 1.0, 50: 0.5, 100: 0.0}, OWN),
   'simclr': ({0: 1.0, 50: 0.5, 100: 0.0}, 'simclr model_util.py:59-83: cosine'),
   'moco': ({0: 1.0, 59: 1.0, 60: 0.1, 79: 0.1, 80: 0.01, 99: 0.01}, 'moco main_lincls.py:85'),
 }
@@ -748,6 +764,7 @@ CONSTANTS = [
 # Fields that need no row: no published number depends on them, or the user fills them in.
 PLUMBING = {
   'code', 'seed', 'sharding', 'rematerialize', 'first_loss', 'init_from', 'teacher',
+  'data.table', 'data.holdout', 'data.holdout_seed', 'data.channels', 'data.alpha', 'data.range',
   'data.dir', 'data.labels', 'data.label_seed', 'data.examples', 'data.skip_bad', 'data.max_pixels',
   'data.on_device', 'data.resize_on', 'data.scaled_decoding', 'data.shuffle_buffer', 'data.threads',
   'log_every_steps', 'checkpoint_every_steps', 'keep_checkpoints', 'knn_every_epochs', 'knn_images',

@@ -19,7 +19,15 @@ NAMES = (
 # Commands that always run in a single process.
 SINGLE_PROCESS = ('check-data', 'compile-check', 'export', 'fields', 'recipes', 'report')
 # Commands for which all fields of a recipe can be set with --config.FIELD=VALUE; for most others, only data.*.
-WITH_FIELDS = ('pretrain', 'finetune', 'distill', 'simclrv2', 'transfer', 'compile-check', 'recipes')
+WITH_FIELDS = (
+  'pretrain',
+  'finetune',
+  'distill',
+  'simclrv2',
+  'transfer',
+  'compile-check',
+  'recipes',
+)
 WITHOUT_FIELDS = ('fields',)
 
 

@@ -28,7 +28,6 @@ ONLY_WITH = {
   'batch_size': ('sgd', 'simclr', 'moco'),
   'learning_rate': ('sgd', 'simclr', 'moco'),
   'seeds': ('sgd', 'simclr', 'moco'),
-  'cached': ('simclr', 'moco'),
   'augment': ('sgd',),
   'labels': ('logistic',),
   'draws': ('logistic',),
@@ -64,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--cached',
     action='store_true',
-    help='simclr, moco: no augmentation, features computed once, as for sgd',
+    help='simclr, moco: no augmentation, features computed once; always so for sgd without --augment',
   )
   parser.add_argument(
     '--augment', action='store_true', help='sgd: train on cropped and flipped images'
@@ -97,6 +96,9 @@ def check(args: argparse.Namespace) -> None:
         f'--{name.replace("_", "-")} has no effect with --protocol={args.protocol}, only with '
         f'{", ".join(protocols)}'
       )
+  if args.cached and (args.augment or args.protocol == 'logistic'):
+    other = '--augment' if args.augment else '--protocol=logistic'
+    args.parser.error(f'--cached has no effect with {other}')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -158,7 +160,9 @@ def _linear(args, encoders, train, test):
     for key in columns.values()
   ]
   name = f'linear_{args.protocol}'
-  name += '_augmented' if args.augment else '_cached' if args.cached else ''
+  name += (
+    '_augmented' if args.augment else '_cached' if args.cached and args.protocol != 'sgd' else ''
+  )
   return name, results.assess(result, test.labels, sizes, test.classes)
 
 
@@ -194,10 +198,10 @@ def _announce(encoders, rows, train, test, protocol, settings, seeds):
   seconds = common.embedding_seconds(encoders, train, test)
   if settings.cached:
     d = encoders['pretrained'].embed(train.sample(1))[0].shape[1]
+    sizes = [common.pixel_count(train) if row == 'raw pixels' else d for row in rows]
     classes = max(train.classes, test.classes)
-    once = probe.seconds(d, len(train), classes, protocol, settings)
-    pixels = once * common.pixel_count(train) / d if 'raw pixels' in rows else 0
-    seconds += seeds * (once * len(encoders) + pixels)
+    each_size = {n: probe.seconds(n, len(train), classes, protocol, settings) for n in set(sizes)}
+    seconds += seeds * sum(each_size[n] for n in sizes)
   else:
     epochs = settings.epochs or protocol.epochs
     seconds += common.embedding_seconds(encoders, train) * epochs * seeds * min(trainings, 2)

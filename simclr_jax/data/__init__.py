@@ -10,13 +10,23 @@ from collections.abc import Mapping
 
 import jax
 import ml_collections
+import numpy as np
 
 from simclr_jax.data import labels
 from simclr_jax.data.dataset import Arrays, Dataset, channels, fits_on_device, value_range
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import distributed
 
-__all__ = ['Arrays', 'Dataset', 'channels', 'check_same', 'load', 'value_range']
+__all__ = [
+  'Arrays',
+  'Dataset',
+  'channels',
+  'check_same',
+  'load',
+  'load_splits',
+  'summary',
+  'value_range',
+]
 
 
 def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
@@ -24,24 +34,112 @@ def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
 
   Args:
     config: the `data` part of a recipe.
-    split: 'train' or 'test'; `data.train_split` and `data.test_split` are their names in the source.
+    split: 'train' or 'test'; `data.train_split` and `data.test_split` are their names in the source. Without a test
+      split, or if its images have no labels, the test images are `data.holdout` of each class of the training split,
+      and the training images are the others.
 
   Raises:
     ConfigError: the data is missing, corrupt, or not what the recipe says.
   """
-  module = importlib.import_module(f'{__name__}.{config.source}')
-  name = config[f'{split}_split']
-  if not name:
+  if split == 'test' and config.test_split and not _lacks_labels(config, config.test_split):
+    return _resident(_source(config).load(config, config.test_split), config)
+  if split == 'train' and config.test_split and not _lacks_labels(config, config.test_split):
+    return _training(_source(config).load(config, config.train_split), config)
+  train, test = load_splits(config)
+  if split == 'train':
+    return train
+  if test is None:
     raise ConfigError(
-      f'no {split} split: put images into the sub-folders train/ and test/, or name the split with '
-      f'--config.data.{split}_split'
+      'no test split: put images into the sub-folders train/ and test/ or into one sub-folder per class, or name the '
+      'split with --config.data.test_split'
     )
-  images = module.load(config, name)
-  if split == 'train' and config.labels:
-    images = labels.select(images, config)
-  if isinstance(images, Arrays):
-    images = dataclasses.replace(images, resident=fits_on_device(config, images.images.nbytes))
-  return images
+  return test
+
+
+def load_splits(config: ml_collections.ConfigDict) -> tuple[Dataset, Dataset | None]:
+  """The training images and the test images of a recipe, see `load`; None without test images.
+
+  Raises:
+    ConfigError: as for `load`.
+  """
+  source = _source(config)
+  if not config.train_split:
+    raise ConfigError('no train split: name the split with --config.data.train_split')
+  train = source.load(config, config.train_split)
+  if config.test_split and not _lacks_labels(config, config.test_split):
+    test = source.load(config, config.test_split)
+  elif config.holdout and train.labelled and train.classes > 1:
+    rest, held_out = labels.held_out_split(
+      train.labels, train.class_names, config.holdout, config.holdout_seed
+    )
+    train, test = train.subset(rest), train.subset(held_out) if len(held_out) else None
+  else:
+    test = source.load(config, config.test_split) if config.test_split else None
+  return _training(train, config), test and _resident(test, config)
+
+
+def _source(config):
+  return importlib.import_module(f'{__name__}.{config.source}')
+
+
+def _lacks_labels(config, split) -> bool:
+  """Whether a part of the labelled training images is held out although there is a test split."""
+  if config.source != 'folder' or not config.holdout:
+    return False
+  folder = _source(config)
+  return folder.has_labels(config, config.train_split) and not folder.has_labels(config, split)
+
+
+def _training(images, config):
+  return _resident(labels.select(images, config) if config.labels else images, config)
+
+
+def _resident(images, config):
+  if not isinstance(images, Arrays):
+    return images
+  return dataclasses.replace(images, resident=fits_on_device(config, images.images.nbytes))
+
+
+def summary(config: ml_collections.ConfigDict, train: Dataset, test: Dataset | None) -> list[str]:
+  """Describes a data set in one line, and what was decided about it in further lines.
+
+  Args:
+    config: the `data` part of a recipe.
+    train, test: its images, of `load_splits`.
+  """
+  place = config.table or config.dir or config.name or config.source
+  counts = f'{len(train):,} training' + (f' and {len(test):,} test' if test else '') + ' images'
+  unlabelled = bool(config.test_split) and _lacks_labels(config, config.test_split)
+  if test and (unlabelled or not config.test_split):
+    counts += f' (held out: {config.holdout:.0%} of each class, seed {config.holdout_seed}'
+    counts += f'; {config.test_split} has no labels)' if unlabelled else ')'
+  lines = [f'{place}: {counts}, {_classes(train, test)}']
+  remarks = [*getattr(train, 'remarks', ()), *(getattr(test, 'remarks', ()) if test else ())]
+  return lines + list(dict.fromkeys(remarks))
+
+
+SHOWN = 10  # classes in a summary
+
+
+def _classes(train, test) -> str:
+  """The names of the classes with their numbers of training images."""
+  if not train.labelled or not train.classes:
+    known = int((train.labels >= 0).sum()) if train.classes else 0
+    return (
+      f'{train.classes} classes, labels for {known:,} training images' if known else 'no labels'
+    )
+  counts = np.bincount(train.labels, minlength=train.classes)
+  shown = [f'{name} {count:,}' for name, count in zip(train.class_names[:SHOWN], counts)]
+  more = f', ... ({counts.min():,} to {counts.max():,} per class)' if train.classes > SHOWN else ''
+  text = f'{train.classes} classes: {", ".join(shown)}{more}'
+  if test and test.labelled:
+    unseen = [test.class_names[c] for c in np.unique(test.labels) if not counts[c]]
+    if unseen:
+      names = {name.strip().casefold() for name in np.array(train.class_names)[counts > 0]}
+      same = [name for name in unseen if name.strip().casefold() in names]
+      text += f'; without training images: {", ".join(unseen[:5])}'
+      text += f' (only letter case or spaces differ: {", ".join(same[:5])})' if same else ''
+  return text
 
 
 def check_same(datasets: Mapping[str, Dataset | None]) -> None:
@@ -50,14 +148,3 @@ def check_same(datasets: Mapping[str, Dataset | None]) -> None:
     distributed.check_equal(
       {name: images.fingerprint() if images else None for name, images in datasets.items()}
     )
-
-
-def load_splits(config: ml_collections.ConfigDict) -> tuple[Dataset, Dataset | None]:
-  """The training images and the test images; None if there is no test split."""
-  train = load(config, 'train')
-  return train, load(config, 'test') if config.test_split else None
-
-
-def summary(config: ml_collections.ConfigDict, train: Dataset, test: Dataset | None) -> list[str]:
-  """Describes a data set in one line, and what was decided about it in further lines."""
-  return [f'{len(train):,} training images' + (f', {len(test):,} test images' if test else '')]

@@ -2,19 +2,25 @@
 
 import os
 import pathlib
+from collections.abc import Iterable
 
+from absl import logging
+
+from simclr_jax.data import layout
 from simclr_jax.errors import ConfigError
+from simclr_jax.validation import did_you_mean
 
-TRAIN = ('train', 'training')
-TEST = ('test', 'validation', 'valid', 'val')
+TABLES = ('.csv', '.tsv', '.txt')
+_reported: set[str] = set()  # remarks that this process has reported
 
 
-def fields(dataset: str) -> dict[str, str]:
-  """The fields of a recipe that specify a data set.
+def fields(dataset: str, table: str = '') -> dict[str, str]:
+  """The fields of a recipe that specify a data set. What was decided about a folder is logged, once.
 
   Args:
-    dataset: a folder of images, with or without sub-folders `train` and `test`; an npz or npy file, or a
-      folder of such files; the folder or the TFDS name of a prepared data set; or `digits`.
+    dataset: a folder of images, see `layout.read`, or several joined by commas; a table of images (`data.table`); an
+      npz or npy file, or a folder of such files; the folder or the TFDS name of a prepared data set; or `digits`.
+    table: a table of the images in the folder `dataset`.
 
   Raises:
     ConfigError: `dataset` is none of these.
@@ -22,17 +28,22 @@ def fields(dataset: str) -> dict[str, str]:
   if dataset == 'digits':
     return _fields('digits', '', 'train', 'test')
   path = pathlib.Path(dataset).expanduser()
+  if table or (path.suffix.lower() in TABLES and path.is_file()):
+    return _table(table or path, path if table else path.parent)
   if '://' in dataset or path.is_dir():
     return _folder(dataset.rstrip('/') if '://' in dataset else str(path))
   if path.suffix in ('.npz', '.npy') and path.is_file():
-    name = path.stem.removesuffix('_images')
-    suffix = path.name[len(name) :]
-    splits = [p.name.removesuffix(suffix) for p in path.parent.iterdir()]
-    return {**_choose('arrays', str(path.parent), splits), 'data.train_split': name}
+    return _arrays(path)
   if path.exists():
-    raise ConfigError(f'--data={dataset} is neither a folder nor an npz or npy file')
+    raise ConfigError(
+      f'--data={dataset} is neither a folder, nor an npz or npy file, nor a table ({", ".join(TABLES)})'
+    )
+  if ',' in dataset:
+    return _folders([part.strip() for part in dataset.split(',') if part.strip()])
   from simclr_jax.data import tfds
 
+  if '/' in dataset and path.parent.is_dir() and not tfds.exists(dataset):
+    raise ConfigError(f'--data={dataset} does not exist{did_you_mean(path.name, os.listdir(path.parent))}')  # fmt: skip
   if not tfds.exists(dataset):
     raise ConfigError(
       f'--data={dataset}: no such folder or file, and no TFDS data set of this name'
@@ -41,13 +52,59 @@ def fields(dataset: str) -> dict[str, str]:
   return {**_choose('tfds', '', tfds.split_names(dataset, '')), 'data.name': dataset}
 
 
+def test_split(names: Iterable[str]) -> str:
+  """The name of the test split among names of splits, otherwise of the validation split; '' if there is none."""
+  by_role = {role: name for name, role in reversed(layout.roles(sorted(names)).items())}
+  return by_role.get(layout.TEST) or by_role.get(layout.VALIDATION, '')
+
+
+def _arrays(path):
+  from simclr_jax.data import arrays
+
+  inside = arrays.splits(path)
+  if inside:
+    return _fields('arrays', str(path.parent), *inside)
+  name = path.stem.removesuffix('_images')
+  suffix = path.name[len(name) :]
+  names = [p.name.removesuffix(suffix) for p in path.parent.iterdir() if p.name.endswith(suffix)]
+  test = test_split(n for n in names if n != name) if layout.role(name) == layout.TRAIN else ''
+  return _fields('arrays', str(path.parent), name, test)
+
+
+def _table(path, folder):
+  from simclr_jax.data import table
+
+  train, test = table.read(path, str(folder)).split_names()
+  return {**_fields('folder', str(folder), train, test), 'data.table': str(path)}
+
+
+def _folders(parts):
+  found = []
+  for part in parts:
+    if not pathlib.Path(part).expanduser().is_dir():
+      raise ConfigError(f'--data={",".join(parts)}: {part} is not a folder')
+    found.append(_folder(str(pathlib.Path(part).expanduser())))
+  first = found[0]
+  for part, other in zip(parts, found):
+    for name in ('data.source', 'data.train_split', 'data.test_split'):
+      if other[name] != first[name] or other['data.source'] != 'folder':
+        raise ConfigError(
+          f'--data={",".join(parts)}: the folders must have one layout, but {name} is {first[name]!r} in {parts[0]} and '
+          f'{other[name]!r} in {part}'
+        )
+  return {**first, 'data.dir': ','.join(other['data.dir'] for other in found)}
+
+
 def _folder(path):
-  from simclr_jax.data import tfds
+  from simclr_jax.data import folder, tfds
   from simclr_jax.data.stream import tf
 
   names = []
   if '://' not in path:
-    names = os.listdir(path)
+    try:
+      names = os.listdir(path)
+    except OSError as error:
+      raise ConfigError(f'--data={path} cannot be listed: {error.strerror}') from None
   elif tf.io.gfile.isdir(path):
     names = [n.rstrip('/') for n in tf.io.gfile.listdir(path)]
   infos = [f'{path}/{n}' for n in names if n == 'dataset_info.json']
@@ -58,17 +115,25 @@ def _folder(path):
     return _choose('tfds', newest, tfds.split_names('', newest))
   for suffix in ('.npz', '_images.npy'):
     splits = [n.removesuffix(suffix) for n in names if n.endswith(suffix)]
-    if any(n in TRAIN for n in splits):
+    if any(layout.role(n) == layout.TRAIN for n in splits):
       return _choose('arrays', path, splits)
-  if not any(n in TRAIN for n in names):
-    return _fields('folder', path, '.', '')
-  return _choose('folder', path, names)
+  if '://' in path:  # the contents of the folders are not listed
+    node = layout.Node(folders={n: layout.Node(1) for n in names if '.' not in n})
+  else:
+    node = folder.tree(path)
+  reading = layout.read(node, path)
+  for remark in reading.remarks:
+    if remark not in _reported:
+      _reported.add(remark)
+      logging.warning('%s', remark)
+  root = f'{path}/{reading.root}' if reading.root else path
+  return _fields('folder', root, reading.train, reading.test)
 
 
 def _choose(source, folder, splits):
-  """The fields of a data set with these splits; the first of `TRAIN` and of `TEST` are used."""
-  train = next((n for n in TRAIN if n in splits), TRAIN[0])
-  return _fields(source, folder, train, next((n for n in TEST if n in splits), ''))
+  """The fields of a data set with these splits."""
+  train = next((n for n, role in layout.roles(sorted(splits)).items() if role == layout.TRAIN), 'train')  # fmt: skip
+  return _fields(source, folder, train, test_split(splits))
 
 
 def _fields(source, folder, train, test):
@@ -76,6 +141,7 @@ def _fields(source, folder, train, test):
     'data.source': source,
     'data.name': '',
     'data.dir': folder,
+    'data.table': '',
     'data.train_split': train,
     'data.test_split': test,
   }

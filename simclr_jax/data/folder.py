@@ -1,6 +1,7 @@
 """Image files in a folder and its sub-folders, local or in a bucket (gs://)."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
@@ -11,14 +12,16 @@ from typing import Self
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import decode, headers, scan, stream
-from simclr_jax.data.dataset import Arrays, choose, fits_on_device
+from simclr_jax.data import decode, headers, layout, scan, stream, table
+from simclr_jax.data.dataset import Arrays, choose, fits_on_device, natural
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime.checksum import crc32
+from simclr_jax.validation import did_you_mean
 
 SUFFIXES = headers.SUFFIXES
 SAMPLE = 32  # files whose headers decide whether all images may have one size
+CONTENTS = 256  # files whose bytes are part of the fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +31,10 @@ class Files:
   Attributes:
     root: the folder.
     paths: of the files, relative to `root`, sorted.
-    labels: int32 `[N]`, the index in `class_names` of the sub-folder directly below `root`; -1 without.
+    labels: int32 `[N]`, indices in `class_names`; -1 without a label.
     class_names: names of the classes; empty without labels.
     settings: the `data` part of the recipe.
+    remarks: what was decided about the folder, a sentence each.
   """
 
   root: str
@@ -38,6 +42,7 @@ class Files:
   labels: np.ndarray
   class_names: list[str]
   settings: ml_collections.ConfigDict
+  remarks: tuple[str, ...] = ()
 
   sequential = False
 
@@ -77,8 +82,18 @@ class Files:
     return tf.io.read_file(self._table[0][int(index)]).numpy()
 
   def fingerprint(self) -> int:
-    """CRC-32 of the paths and labels."""
-    return crc32('\n'.join(self.paths), self.labels)
+    """CRC-32 of the paths below the folder, the labels, the sizes, and the bytes of up to `CONTENTS` files.
+
+    It does not depend on where the folder is. In buckets, sizes are not used and fewer files are read.
+    """
+    remote = '://' in self.root
+    sample = choose(CONTENTS // 16 if remote else CONTENTS, len(self))
+    parts: list[str | np.ndarray] = ['\n'.join(self.paths), self.labels]
+    with contextlib.suppress(OSError, tf.errors.OpError):  # reported when the image is read
+      if not remote:
+        parts.append(np.array([os.stat(self.name(i)).st_size for i in range(len(self))]))
+      parts += [np.frombuffer(self._contents(i), np.uint8) for i in sample]
+    return crc32(*parts)
 
   def subset(self, indices: np.ndarray) -> Self:
     """The data set of the images with these indices."""
@@ -121,26 +136,106 @@ class Files:
     }
 
 
-def load(config: ml_collections.ConfigDict, split: str) -> Files | Arrays:
-  """The images below `<data.dir>/<split>`; the split '.' is `data.dir` itself.
+@dataclasses.dataclass(frozen=True)
+class Listing:
+  """The images of a split.
 
-  Files and folders whose name starts with a dot are ignored. The sub-folders are the classes if there are
-  two or more with images and no image lies outside them. Small images of one size are read into memory.
+  Attributes:
+    root: a folder.
+    paths: of the images, relative to `root`, sorted.
+    classes: the name of the class of each image; None without a label.
+    remarks: what was ignored, a sentence each.
+    by_folder: whether the classes are folders: then either all images have one or none.
+  """
+
+  root: str
+  paths: list[str]
+  classes: list[str | None]
+  remarks: tuple[str, ...] = ()
+  by_folder: bool = True
+
+
+def load(config: ml_collections.ConfigDict, split: str) -> Files | Arrays:
+  """The images of a split, see `listing`. Small images of one size are read into memory.
+
+  The sub-folders of the split are the classes if there are two or more with images and no image lies outside them.
+  Both splits share one numbering of the classes, in natural order: 1, 2, 10.
 
   Raises:
     ConfigError: the folder does not exist or has no images, or an image cannot be read.
   """
+  images = listing(config, split)
+  labels, class_names = _labels(images, _class_names(config, split, images))
+  files = Files(images.root, images.paths, labels, class_names, config, images.remarks)
+  files = decode.with_range(files, lambda: _training_files(files, split))
+  if config.skip_bad:
+    files = scan.without_bad(files)
+  return _read_into_memory(files) or files
+
+
+def has_labels(config: ml_collections.ConfigDict, split: str) -> bool:
+  """Whether all images of a split have a label; only names are read."""
+  images = listing(config, split)
+  labels, names = _labels(images, _class_names(config, split, images))
+  return bool(names) and bool((labels >= 0).all())
+
+
+def places(text: str) -> list[str]:
+  """The folders of `data.dir`: one, or several joined by commas."""
+  text = stream.expand(text)
+  if '://' in text or ',' not in text or os.path.exists(text):
+    return [text]
+  return [stream.expand(part.strip()) for part in text.split(',') if part.strip()]
+
+
+def listing(config: ml_collections.ConfigDict, split: str) -> Listing:
+  """Lists the images of a split.
+
+  Args:
+    config: the `data` part of a recipe. `dir`: one or several folders. `table`: a CSV file that names images and
+      labels; without it, all images below the folder of the split are used.
+    split: a folder below each folder; '.' is the folder itself; in '*/train', the asterisk stands for the class. With
+      a table, a value of its column for splits, or '.' for all rows.
+
+  Raises:
+    ConfigError: a folder or the table is missing or has no images.
+  """
+  if config.table:
+    rows = table.read(stream.expand(config.table), places(config.dir)[0] if config.dir else '')
+    return Listing(*rows.of_split(split))
   if not config.dir:
     raise ConfigError(
       'data.dir is empty: name the folder of images with --data or --config.data.dir'
     )
-  base = stream.expand(config.dir)
-  root = base if split == '.' else posixpath.join(base, split)
+  parts = [_list_folder(base, split) for base in places(config.dir)]
+  if len(parts) == 1:
+    return parts[0]
+  root = os.path.commonpath([os.path.abspath(part.root) for part in parts])
+  images = sorted(
+    (
+      (os.path.relpath(os.path.join(os.path.abspath(part.root), path), root), name)
+      for part in parts
+      for path, name in zip(part.paths, part.classes)
+    ),
+    key=lambda image: os.fsencode(image[0]),
+  )
+  remarks = tuple(remark for part in parts for remark in part.remarks)
+  return Listing(root, [p for p, _ in images], [n for _, n in images], remarks)
+
+
+def _list_folder(base, split) -> Listing:
+  folder = '.' if split.startswith('*/') else split
+  root = base if folder == '.' else posixpath.join(base, folder)
   if not tf.io.gfile.isdir(root):
     raise ConfigError(
       f'{root} {_reason_not_a_folder(root)}: --data, or data.dir and the split, must name a folder of images'
+      + _existing(base, folder)
     )
-  paths, other_files = list_images(root)
+  paths, other_files, ignored = list_images(root)
+  remarks = _ignored(root, other_files, ignored)
+  if folder != split:
+    inside = split.removeprefix('*/') + '/'
+    paths = [p for p in paths if p.partition('/')[2].startswith(inside)]
   if not paths:
     counts = ', '.join(
       f'{n:,} {suffix or "without suffix"}' for suffix, n in other_files.most_common(3)
@@ -149,26 +244,44 @@ def load(config: ml_collections.ConfigDict, split: str) -> Files | Arrays:
       f'{root} has no images ({", ".join(SUFFIXES)}), also not in sub-folders'
       + (f', only other files: {counts}' if counts else '')
     )
-  labels, class_names = _labels(paths, _class_names(base, config, paths))
-  files = Files(root, paths, labels, class_names, config)
-  files = decode.with_range(files, lambda: _training_files(files, base, split))
-  if config.skip_bad:
-    files = scan.without_bad(files)
-  return _read_into_memory(files) or files
+  return Listing(root, paths, [p.split('/')[0] if '/' in p else None for p in paths], remarks)
 
 
-def _training_files(files, base, split):
+def _existing(base, split):
+  """The sub-folders of a folder, for the message about one that does not exist."""
+  if '://' in base or not os.path.isdir(base):
+    return ''
+  names = [n for n in os.listdir(base) if os.path.isdir(os.path.join(base, n)) and not layout.is_system(n)]  # fmt: skip
+  names = sorted(names, key=natural)
+  shown = ', '.join(names[:8]) + (', ...' if len(names) > 8 else '')
+  return f'; {base} has the folders {shown}{did_you_mean(split, names)}' if names else ''
+
+
+def _ignored(root, other_files, folders) -> tuple[str, ...]:
+  """One sentence on the files and folders that are not used."""
+  parts = [f'{n:,} {suffix or "without suffix"}' for suffix, n in other_files.most_common(5)]
+  if len(other_files) > 5:
+    parts.append(
+      f'{sum(other_files.values()) - sum(n for _, n in other_files.most_common(5)):,} other files'
+    )
+  if folders:
+    names = sorted(folders, key=natural)
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    parts.append(f'{len(names)} system or empty folders ({", ".join(names[:3])}{more})')
+  return (f'ignored in {root}: {", ".join(parts)}',) if parts else ()
+
+
+def _training_files(files, split):
   """The training images without labels, whose values `decode.with_range` measures."""
   name = files.settings.train_split
   if split == name or not name:
     return files
-  root = base if name == '.' else posixpath.join(base, name)
-  paths = list_images(root)[0] if tf.io.gfile.isdir(root) else []
-  if not paths:
-    return files
-  return dataclasses.replace(
-    files, root=root, paths=paths, labels=np.full(len(paths), -1, np.int32)
-  )
+  try:
+    images = listing(files.settings, name)
+  except ConfigError:
+    return files  # reported when the training images are loaded
+  unknown = np.full(len(images.paths), -1, np.int32)
+  return dataclasses.replace(files, root=images.root, paths=images.paths, labels=unknown)
 
 
 def _reason_not_a_folder(root):
@@ -178,13 +291,18 @@ def _reason_not_a_folder(root):
     return f'cannot be reached ({error.message.splitlines()[0]})'
 
 
-def list_images(root: str) -> tuple[list[str], collections.Counter[str]]:
-  """Paths of the images below `root`, relative to it and sorted; number of other files by suffix.
+def list_images(root: str) -> tuple[list[str], collections.Counter[str], list[str]]:
+  """Lists the images below `root`.
 
-  Symbolic links are followed; cycles of links are detected.
+  Symbolic links are followed; cycles of links are detected. Hidden and system files and folders are ignored.
+
+  Returns:
+    Paths relative to `root`, sorted; number of other files by suffix; sub-folders directly below `root` that are
+    system folders or empty.
   """
   images: list[str] = []
   other_files: collections.Counter[str] = collections.Counter()
+  ignored: list[str] = []
   visited: set[str] = set()
 
   def raise_error(error):
@@ -199,40 +317,62 @@ def list_images(root: str) -> tuple[list[str], collections.Counter[str]]:
         folders.clear()
         continue
       visited.add(real)
-    folders[:] = sorted(f for f in folders if not f.startswith('.'))
     relative = posixpath.relpath(folder, root)
+    ignored += [f for f in folders if relative == '.' and layout.is_system(f)]
+    folders[:] = sorted(f for f in folders if not layout.is_system(f))
+    if not folders and not files and '/' not in relative:
+      ignored.append(relative)
     for name in files:
       suffix = posixpath.splitext(name)[1].lower()
-      if name.startswith('.'):
+      if layout.is_system(name):
         continue
       if suffix in SUFFIXES:
         images.append(name if relative == '.' else posixpath.join(relative, name))
       else:
         other_files[suffix] += 1
-  return sorted(images, key=os.fsencode), other_files
+  return sorted(images, key=os.fsencode), other_files, ignored
 
 
-def _class_names(base, config, paths):
-  """The sub-folders of the training and the test split: both splits share one numbering of the classes."""
-  names = {p.split('/')[0] for p in paths if '/' in p}
-  for split in (config.train_split, config.test_split):
-    root = posixpath.join(base, split)
-    if split not in ('', '.') and tf.io.gfile.isdir(root):
-      listed = tf.io.gfile.listdir(root) if '://' in root else os.listdir(root)
-      isdir = tf.io.gfile.isdir if '://' in root else os.path.isdir
-      names |= {
-        n.rstrip('/') for n in listed
-        if not n.startswith('.') and isdir(posixpath.join(root, n))
-      }  # fmt: skip
-  return sorted(names)
+def tree(folder: str) -> layout.Node:
+  """The listing of a local folder for `layout.read`."""
+  root = layout.Node()
+  top = len(folder.rstrip('/').split('/'))
+  nodes, visited = {folder.rstrip('/') or '/': root}, set()
+  for path, folders, files in os.walk(folder.rstrip('/') or '/', followlinks=True):
+    node, real = nodes[path], os.path.realpath(path)
+    node.images = sum(
+      posixpath.splitext(n)[1].lower() in SUFFIXES and not layout.is_system(n) for n in files
+    )
+    deep = len(path.split('/')) - top >= layout.DEPTH
+    if real in visited:
+      node.images, deep = 0, True
+    visited.add(real)
+    folders[:] = (
+      [] if deep else sorted((f for f in folders if not layout.is_system(f)), key=natural)
+    )
+    for name in folders:
+      nodes[posixpath.join(path, name)] = node.folders[name] = layout.Node()
+  return root
 
 
-def _labels(paths, class_names):
+def _class_names(config, split, images: Listing) -> list[str]:
+  """The classes of the training and the test split: both splits share one numbering."""
+  names = set(images.classes)
+  for other in {config.train_split, config.test_split} - {'', split}:
+    try:
+      names |= set(listing(config, other).classes)
+    except ConfigError:
+      continue  # reported when that split is loaded
+  return sorted((n for n in names if n is not None), key=natural)
+
+
+def _labels(images: Listing, class_names):
   """Labels of the images, int32 `[N]`, and names of the classes; -1 and no names without labels."""
-  if len(class_names) < 2 or not all('/' in p for p in paths):
-    return np.full(len(paths), -1, np.int32), []
   number = {name: i for i, name in enumerate(class_names)}
-  return np.array([number[p.split('/')[0]] for p in paths], np.int32), class_names
+  labels = np.array([number.get(c, -1) for c in images.classes], np.int32)  # type: ignore[arg-type]
+  if len(class_names) < 2 or (images.by_folder and (labels < 0).any()):
+    return np.full(len(labels), -1, np.int32), []
+  return labels, class_names
 
 
 def _read_into_memory(files: Files) -> Arrays | None:
@@ -251,4 +391,6 @@ def _read_into_memory(files: Files) -> Arrays | None:
   ):
     return None
   arrays = decode.read_all(files, h, w)
-  return arrays and dataclasses.replace(arrays, image_names=files.paths)
+  return arrays and dataclasses.replace(
+    arrays, image_names=files.paths, remarks=(*files.remarks, *arrays.remarks)
+  )

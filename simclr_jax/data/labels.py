@@ -1,12 +1,14 @@
 """Subsets of the training labels and of the training images."""
 
 import re
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
 
 from simclr_jax.data.dataset import Dataset
 from simclr_jax.errors import ConfigError
+from simclr_jax.runtime.checksum import crc32
 
 
 def per_class(text: str, examples: int, classes: int) -> int:
@@ -101,3 +103,27 @@ def hold_out(
   if not len(held_out):
     raise ConfigError(f'{count} images are too few to hold out {share:.0%} of them')
   return np.setdiff1d(order, held_out), np.sort(held_out)
+
+
+def held_out_split(
+  labels: np.ndarray, class_names: Sequence[str], share: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Holds out the test split of a data set without one: always the same images of each class.
+
+  Args:
+    labels: int `[N]`, without unknown labels.
+    class_names: names of the classes; the choice depends on the name, so that other classes do not change it.
+    share: fraction of each class, above 0 and below 1; at least one image of a class of two or more, and never all.
+    seed: of the choice.
+
+  Returns:
+    Indices of the remaining and of the held-out images, both ascending.
+  """
+  held_out = []
+  for label in np.unique(labels):
+    members = np.flatnonzero(labels == label)
+    count = min(max(round(share * len(members)), 1), len(members) - 1)
+    rng = np.random.default_rng([seed, crc32(class_names[label])])
+    held_out.append(rng.permutation(members)[:count])
+  indices = np.sort(np.concatenate(held_out))
+  return np.setdiff1d(np.arange(len(labels)), indices), indices

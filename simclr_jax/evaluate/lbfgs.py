@@ -25,6 +25,7 @@ def sweep_l2(
   validation: float = 0.2,
   seed: int = 0,
   fitted: Callable[[int, bool], None] | None = None,
+  every: int = 1,
 ) -> tuple[np.ndarray, float]:
   """The transfer protocol of SimCLR (appendix B.8): the L2 strength is chosen on a validation split.
 
@@ -39,6 +40,7 @@ def sweep_l2(
     seed: seed of the validation split.
     fitted: called after each fit with the number of fits, and whether it converged; the last call is for the fit that
       is used.
+    every: only every n-th value of `SWEEP` is tried, for features so many that all would take hours.
 
   Returns:
     Logits of the test images, float32 `[n, C]`, C being the highest training label + 1; and the L2 strength.
@@ -51,7 +53,7 @@ def sweep_l2(
   rest, held_out = hold_out(len(labels), validation, seed, None if multilabel else labels)
   classes = labels.shape[1] if multilabel else int(labels.max()) + 1
   metric = metrics.mean_average_precision if multilabel else metrics.top_k
-  weights = SWEEP[::-1]
+  weights = SWEEP[::-every]
   converged: list[bool] = []
 
   def count(done):
