@@ -150,7 +150,7 @@ def _prepare(data, recipe, labels, test, own, values, progress):
       raise ConfigError(
         'labels are for images in memory: those of a folder are its sub-folders or data.table'
       )
-    place = discover.fields(os.fspath(data))
+    place = discover.fields(os.fspath(data), values)
   elif data is not None:
     place = IN_MEMORY | ({} if test is None else {'data.test_split': 'test'})
   if test is not None:

@@ -11,9 +11,9 @@ from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import NearestNeighbors
 
-from simclr_jax import config, encoder as encoders, losses, sharding
+from simclr_jax import config, encoder as encoders, losses, runs, sharding, train
 from simclr_jax.data import Arrays, digits, labels as subsets, loader, order
-from simclr_jax.evaluate import knn, logistic, metrics, probe
+from simclr_jax.evaluate import knn, lbfgs, logistic, metrics, probe
 from simclr_jax.models import classifier, linear
 
 ARCHITECTURE = config.architecture(config.load('simclr_digits', TINY))
@@ -134,7 +134,7 @@ def test_linear_probe(encoder, data, protocol, cached):
   change.
   """
   before = jax.tree.map(np.array, encoder.variables)
-  steps, rate = [], {'simclr': 0.05, 'moco': 5.0}[protocol]
+  steps, rate = [], {'simclr': 1.0, 'moco': 100.0}[protocol]
 
   def run(rates, **options):
     settings = probe.Settings(4, 100, rates, cached)
@@ -221,6 +221,127 @@ def test_linear_probe_follows_its_protocol(encoder, data, name):
   assert result['top1'] == pytest.approx(metrics.top_k(logits, test_labels), abs=0.011)
   assert result['calibration_error'] == pytest.approx(
     metrics.calibration_error(logits, test_labels), abs=0.02
+  )
+
+
+def features_data(x, labels):
+  """A data set whose images are not needed, because the features are known."""
+  return Arrays(np.zeros((len(x), 1, 1, 3), np.uint8), np.int32(labels))
+
+
+def probe_features(train, test, protocol='sgd', **settings):
+  """The result of a probe on (features, labels)."""
+  sets = [features_data(*part) for part in (train, test)]
+  return probe.train_linear(
+    None, *sets, probe.PROTOCOLS[protocol], probe.Settings(cached=True, **settings),
+    features=(train, test),
+  )  # fmt: skip
+
+
+def test_standardised_probe_is_folded_into_the_classifier():
+  """Breaks if the classifier is not that of the original features, or a dead feature reaches it."""
+  x, labels = blobs(300, 1)
+  x = np.c_[x * np.logspace(-3, 3, 24) + 50, np.full(300, 3.7)].astype(np.float32)
+  settings = {'epochs': 2, 'learning_rates': (0.1,)}
+  head = probe_features((x, labels), (x, labels), **settings)['classifier']
+  mean, std = np.float64(x).mean(0), np.float64(x).std(0)
+  z = (np.float64(x) - mean)[:, :24] / std[:24]
+  scaled = probe_features((np.float32(z), labels), (np.float32(z), labels), **settings)[
+    'classifier'
+  ]
+  expected = z @ np.float64(scaled['kernel']) + scaled['bias']
+  logits = np.float64(x) @ np.float64(head['kernel']) + head['bias']
+  assert head['kernel'].shape == (25, 10) and not head['kernel'][24].any()
+  np.testing.assert_allclose(logits, expected, atol=2e-3)
+  assert np.abs(expected).max() > 0.5
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1.0, 1e3])
+def test_default_probe_does_not_depend_on_the_scale(scale):
+  """Breaks if features of another scale are underfitted: the best logistic regression is the reference."""
+  (x, labels), (test, test_labels) = blobs(600, 1), blobs(1000, 2)
+  shift = np.linspace(-3, 3, 24, dtype=np.float32)
+  result = probe_features(
+    (scale * (x + shift), labels), (scale * (test + shift), test_labels), epochs=60
+  )
+  z, test_z = logistic.standardize(x, test)
+  weights = lbfgs.SWEEP[::-4]
+  best = max(
+    metrics.top_k(lbfgs.logits(w, test_z), test_labels) for w in lbfgs.path(z, labels, weights, 10)
+  )
+  assert best > 0.6 and result['top1'] > best - 0.015
+  assert len(result['held_out']) == 11 and result['train_images'] == 600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['untrained', 'pretrained', 'raw pixels'])
+def test_default_probe_is_within_a_point_of_logistic_regression(name, tmp_path):
+  """Breaks if the probe underfits a real encoder: L-BFGS with the L2 strength that is best on the test images."""
+  parts = [digits.load(None, split) for split in ('train', 'test')]
+  recipe = config.load('simclr_digits', {**TINY, 'model.width_multiplier': '0.25', 'steps': '100'})
+  if name == 'pretrained':
+    assert train.pretrain(recipe, tmp_path, quiet=True) == 0
+    embed = runs.load_encoder(tmp_path).embed
+  else:
+    untrained = encoders.untrained(config.architecture(recipe))
+    embed = untrained.embed if name == 'untrained' else encoders.raw_pixels
+  # The images of the two splits differ in kind, so that overfitting pays on one of them: both are mixed.
+  x, labels = (np.concatenate(both) for both in zip(*map(embed, parts)))
+  if name == 'raw pixels':
+    x = x.reshape(-1, 8, 4, 8, 4, 3).mean((2, 4, 5)).reshape(len(x), -1)  # smaller, for the time
+  order_ = np.random.default_rng(0).permutation(len(x))
+  rest, held_out = order_[:-2500], order_[-2500:]
+  result = probe_features((x[rest], labels[rest]), (x[held_out], labels[held_out]))
+  z, test = logistic.standardize(x[rest], x[held_out])
+  weights = lbfgs.SWEEP[12:37:3][::-1]  # 0.001 to 1,000
+  best = max(
+    metrics.top_k(lbfgs.logits(w, test), labels[held_out])
+    for w in lbfgs.path(z, labels[rest], weights, 10)
+  )
+  assert best > 0.2 and result['top1'] >= best - 0.01
+
+
+def test_warning_about_the_rate_of_a_protocol():
+  """Breaks if a rate that is far too low is not reported, or a good one is."""
+  x, labels = blobs(500, 1)
+  small = probe.rate_warning((1e-3 * x, labels), probe.PROTOCOLS['simclr'], 10)
+  assert 'far from the best' in small and '--protocol=sgd' in small
+  assert probe.rate_warning((x, labels), probe.PROTOCOLS['simclr'], 10) == ''
+  assert probe.rate_warning((x[:5], labels[:5]), probe.PROTOCOLS['simclr'], 10) == ''
+
+
+def test_probe_on_very_few_images():
+  """Breaks if the sweep needs more images than there are."""
+  x, labels = np.float32([[0, 1], [1, 0]]), np.int32([0, 1])
+  result = probe_features((x, labels), (x, labels), epochs=50)
+  assert result['train_images'] == 2 and result['steps'] == 50
+
+
+def test_many_classes_need_little_memory():
+  """Breaks if a table of queries x classes or classes x classes is made: that would be 80 GB."""
+  rng = np.random.default_rng(0)
+  bank, labels = np.float32(rng.normal(size=(3000, 8))), rng.integers(0, 10_000_000, 3000)
+  labels[-1] = 9_999_999
+  assert (knn.predict(bank, labels, bank, 1) == labels).all()
+  scores = np.float32(rng.normal(size=(20, 100_000)))
+  truth = np.arange(20) * 4999
+  assert metrics.mean_per_class(scores, truth) == np.mean(scores.argmax(1) == truth)
+
+
+def test_votes_of_equal_weight_go_to_the_lowest_class():
+  """Breaks if the order of neighbours decides between classes."""
+  bank = np.float32([[1, 0], [1, 0], [0, 1]])
+  assert list(knn.predict(bank, np.array([7, 3, 5]), bank[:1], 2)) == [3]
+
+
+def test_effective_images():
+  """Breaks if the variance of the mean per class is not that of as many images."""
+  assert metrics.effective_images(np.repeat([0, 1, 4], 50)) == pytest.approx(150)
+  labels = np.repeat([0, 1], [90, 10])
+  rng = np.random.default_rng(0)
+  means = [rng.binomial(n, 0.5, 20_000) / n for n in (90, 10)]
+  assert np.var(np.mean(means, axis=0)) == pytest.approx(
+    0.25 / metrics.effective_images(labels), rel=0.03
   )
 
 

@@ -55,7 +55,7 @@ def recipe_with_data(
   Raises:
     ConfigError: the data set does not exist, or as for `config.load`.
   """
-  data_fields = discover.fields(dataset) if dataset else {}
+  data_fields = discover.fields(dataset, overrides) if dataset else {}
   return recipes.load(spec, {**data_fields, **overrides})
 
 

@@ -22,6 +22,8 @@ import argparse
 import json
 import pathlib
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 from simclr_jax import config as recipes
 from simclr_jax.commands import options
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
   from simclr_jax.commands import common
 
   images = (None, None)
-  workdir = args.workdir or default_workdir(args.data)
+  workdir = args.workdir or default_workdir(args.data, args.overrides)
   if args.config:
     config = common.recipe_with_data(args.config, args.data, args.overrides)
   elif _is_run(workdir):
@@ -96,7 +98,7 @@ def _of_run(workdir, args):
   from simclr_jax import run_config
   from simclr_jax.data import discover
 
-  fields = discover.fields(args.data) if args.data else {}
+  fields = discover.fields(args.data, args.overrides) if args.data else {}
   config = run_config.load(workdir, {**fields, **args.overrides})
   if not args.extend:
     return config
@@ -117,15 +119,16 @@ def _complete(workdir, config):
   return newest[0] >= optim.train_steps(config, config.data.examples)
 
 
-def default_workdir(dataset: str) -> pathlib.Path:
+def default_workdir(dataset: str, overrides: Mapping[str, Any] | None = None) -> pathlib.Path:
   """The directory of the run on a data set without --workdir: runs/NAME, or runs/NAME-2, ... if runs/NAME has others.
 
   Args:
     dataset: the value of --data.
+    overrides: fields that the user set.
   """
   from simclr_jax.data import discover
 
-  fields = discover.fields(dataset)
+  fields = discover.fields(dataset, overrides)
   path = pathlib.Path(dataset.split(',')[0]).expanduser().resolve()
   name = path.stem if path.is_file() else path.name
   number = 1
@@ -177,7 +180,7 @@ def suggested(dataset, overrides):
   from simclr_jax import data
   from simclr_jax.data import discover, suggest
 
-  data_fields = discover.fields(dataset)
+  data_fields = discover.fields(dataset, overrides)
   data_overrides = {k: v for k, v in overrides.items() if k.startswith('data.')}
   images = data.load_splits(recipes.load('simclr_images', {**data_fields, **data_overrides}).data)
   accelerators = 0 if jax.default_backend() == 'cpu' else jax.device_count()

@@ -50,8 +50,8 @@ def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
     return train
   if test is None:
     raise ConfigError(
-      'no test split: put images into the sub-folders train/ and test/ or into one sub-folder per class, or name the '
-      'split with --config.data.test_split'
+      'no test split: put images into the sub-folders train/ and test/, or two or more into one sub-folder per class, '
+      'or name the split with --config.data.test_split'
     )
   return test
 
@@ -68,7 +68,7 @@ def load_splits(config: ml_collections.ConfigDict) -> tuple[Dataset, Dataset | N
   train = source.load(config, config.train_split)
   if config.test_split and not _lacks_labels(config, config.test_split):
     test = source.load(config, config.test_split)
-  elif config.holdout and train.labelled and train.classes > 1:
+  elif config.holdout and train.classes > 1 and (train.labels >= 0).any():
     rest, held_out = labels.held_out_split(
       train.labels, train.class_names, config.holdout, config.holdout_seed
     )

@@ -2,7 +2,8 @@
 
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from absl import logging
 
@@ -14,13 +15,14 @@ TABLES = ('.csv', '.tsv', '.txt')
 _reported: set[str] = set()  # remarks that this process has reported
 
 
-def fields(dataset: str, table: str = '') -> dict[str, str]:
+def fields(dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str, str]:
   """The fields of a recipe that specify a data set. What was decided about a folder is logged, once.
 
   Args:
     dataset: a folder of images, see `layout.read`, or several joined by commas; a table of images (`data.table`); an
       npz or npy file, or a folder of such files; the folder or the TFDS name of a prepared data set; or `digits`.
-    table: a table of the images in the folder `dataset`.
+    overrides: fields that the user sets, which have priority. `data.table` names the splits of a folder, and with
+      `data.train_split`, the folder itself is read, not a folder inside it.
 
   Raises:
     ConfigError: `dataset` is none of these.
@@ -28,10 +30,12 @@ def fields(dataset: str, table: str = '') -> dict[str, str]:
   if dataset == 'digits':
     return _fields('digits', '', 'train', 'test')
   path = pathlib.Path(dataset).expanduser()
+  overrides = overrides or {}
+  table = overrides.get('data.table')
   if table or (path.suffix.lower() in TABLES and path.is_file()):
-    return _table(table or path, path if table else path.parent)
+    return _table(table or path, path if table else path.parent, overrides)
   if '://' in dataset or path.is_dir():
-    return _folder(dataset.rstrip('/') if '://' in dataset else str(path))
+    return _folder(dataset.rstrip('/') if '://' in dataset else str(path), overrides)
   if path.suffix in ('.npz', '.npy') and path.is_file():
     return _arrays(path)
   if path.exists():
@@ -39,7 +43,7 @@ def fields(dataset: str, table: str = '') -> dict[str, str]:
       f'--data={dataset} is neither a folder, nor an npz or npy file, nor a table ({", ".join(TABLES)})'
     )
   if ',' in dataset:
-    return _folders([part.strip() for part in dataset.split(',') if part.strip()])
+    return _folders([part.strip() for part in dataset.split(',') if part.strip()], overrides)
   from simclr_jax.data import tfds
 
   if '/' in dataset and path.parent.is_dir() and not tfds.exists(dataset):
@@ -71,19 +75,21 @@ def _arrays(path):
   return _fields('arrays', str(path.parent), name, test)
 
 
-def _table(path, folder):
+def _table(path, folder, overrides):
   from simclr_jax.data import table
 
-  train, test = table.read(path, str(folder)).split_names()
+  train, test = '.', ''
+  if 'data.train_split' not in overrides:
+    train, test = table.read(path, str(folder)).split_names()
   return {**_fields('folder', str(folder), train, test), 'data.table': str(path)}
 
 
-def _folders(parts):
+def _folders(parts, overrides):
   found = []
   for part in parts:
     if not pathlib.Path(part).expanduser().is_dir():
       raise ConfigError(f'--data={",".join(parts)}: {part} is not a folder')
-    found.append(_folder(str(pathlib.Path(part).expanduser())))
+    found.append(_folder(str(pathlib.Path(part).expanduser()), overrides))
   first = found[0]
   for part, other in zip(parts, found):
     for name in ('data.source', 'data.train_split', 'data.test_split'):
@@ -95,7 +101,7 @@ def _folders(parts):
   return {**first, 'data.dir': ','.join(other['data.dir'] for other in found)}
 
 
-def _folder(path):
+def _folder(path, overrides):
   from simclr_jax.data import folder, tfds
   from simclr_jax.data.stream import tf
 
@@ -121,6 +127,10 @@ def _folder(path):
     node = layout.Node(folders={n: layout.Node(1) for n in names if '.' not in n})
   else:
     node = folder.tree(path)
+  if 'data.train_split' in overrides:
+    names = [n for n in node.filled() if n != overrides['data.train_split']]
+    in_folder = overrides['data.train_split'] != '.' and layout.role(overrides['data.train_split'])
+    return _fields('folder', path, '.', test_split(names) if in_folder else '')
   reading = layout.read(node, path)
   for remark in reading.remarks:
     if remark not in _reported:

@@ -111,7 +111,7 @@ def held_out_split(
   """Holds out the test split of a data set without one: always the same images of each class.
 
   Args:
-    labels: int `[N]`, without unknown labels.
+    labels: int `[N]`; images with -1, an unknown label, are never held out.
     class_names: names of the classes; the choice depends on the name, so that other classes do not change it.
     share: fraction of each class, above 0 and below 1; at least one image of a class of two or more, and never all.
     seed: of the choice.
@@ -120,7 +120,7 @@ def held_out_split(
     Indices of the remaining and of the held-out images, both ascending.
   """
   held_out = []
-  for label in np.unique(labels):
+  for label in np.unique(labels[labels >= 0]):
     members = np.flatnonzero(labels == label)
     count = min(max(round(share * len(members)), 1), len(members) - 1)
     rng = np.random.default_rng([seed, crc32(class_names[label])])

@@ -19,7 +19,7 @@ WORDS = {
 FILLERS = {
   'set', 'sets', 'seg', 'image', 'images', 'img', 'imgs', 'data', 'dataset', 'split', 'folder', 'dir', 'files', 'file',
   'picture', 'pictures', 'photo', 'photos', 'sample', 'samples', 'part', 'subset', 'cropped', 'crops', 'resized', 'raw',
-  'jpg', 'jpeg', 'png', 'the', 'my', 'of', 'for', 'ilsvrc', 'coco', 'class', 'classes', 'labeled', 'labelled',
+  'jpg', 'jpeg', 'png', 'the', 'of', 'for', 'ilsvrc', 'coco', 'classes', 'labeled', 'labelled',
 }  # fmt: skip
 # Folders that operating systems and programs leave behind.
 SYSTEM = {

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import os
 import pathlib
 import re
@@ -119,9 +120,12 @@ def read(file: str | os.PathLike, folder: str = '') -> Table:
   labels = [_cell(row, columns.label) or None for row in body]
   splits = None if columns.split is None else [_cell(row, columns.split) for row in body]
   seen: dict[str, str | None] = {}
-  for image, label in zip(images, labels):
+  split_of: dict[str, str] = {}
+  for i, (image, label) in enumerate(zip(images, labels)):
     if seen.setdefault(image, label) != label:
       raise ConfigError(f'{path}: {image} has two labels, {seen[image]!r} and {label!r}')
+    if splits and split_of.setdefault(image, splits[i]) != splits[i]:
+      raise ConfigError(f'{path}: {image} is in two splits, {split_of[image]!r} and {splits[i]!r}')
   remarks = list(columns.remarks)
   if len(seen) < len(images):
     remarks.append(f'{path}: {len(images) - len(seen):,} rows repeat an image and are ignored')
@@ -148,7 +152,7 @@ def _rows(path) -> list[list[str]]:
     ',;\t|', key=lambda d: (min(line.count(d) for line in sample), sample[0].count(d))
   )
   if all(delimiter in line for line in sample):
-    return [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]  # fmt: skip
+    return [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True) if row]  # fmt: skip
   if all(re.fullmatch(r'.*\S\s+-?\d+', line) for line in sample):  # PATH LABEL
     return [line.rsplit(None, 1) for line in lines]
   return [[line.strip()] for line in lines]
