@@ -332,8 +332,10 @@ def _fit(encoder, train, x, labels, rows, *, protocol, settings, scale, classes,
     for i in range(steps):
       state, loss = step(state, variables, constants, batches(i))
       preemption.check()
-      if progress and (i % 50 == 0 or i + 1 == steps):
-        progress(i + 1, steps, float(loss))
+      if i % 50 == 0 or i + 1 == steps:
+        value = float(loss)  # waits: the host must not be thousands of steps ahead of the devices
+        if progress:
+          progress(i + 1, steps, value)
   finally:
     close()
   stacked = jax.device_get(state[0])
