@@ -144,15 +144,17 @@ def _own_files(objects_, folder) -> dict[str, str]:
 
 def _prepare(data, recipe, labels, test, own, values, progress):
   """The recipe, and the training and test images; None if the recipe says where they are."""
-  place: dict[str, Any] = {}
+  place: dict[str, Any] = {'watchdog_seconds': 0.0}  # it would end the process of a notebook
+  if isinstance(recipe, ml_collections.ConfigDict):
+    place = {}
   if objects.is_place(data):
     if labels is not None:
       raise ConfigError(
         'labels are for images in memory: those of a folder are its sub-folders or data.table'
       )
-    place = discover.fields(os.fspath(data), values)
+    place |= discover.fields(os.fspath(data), values)
   elif data is not None:
-    place = IN_MEMORY | ({} if test is None else {'data.test_split': 'test'})
+    place |= IN_MEMORY | ({} if test is None else {'data.test_split': 'test'})
   if test is not None:
     place['data.holdout'] = 0.0
   config = _recipe(recipe or 'simclr_images', place, own, values)
