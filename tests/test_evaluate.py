@@ -134,7 +134,7 @@ def test_linear_probe(encoder, data, protocol, cached):
   change.
   """
   before = jax.tree.map(np.array, encoder.variables)
-  steps, rate = [], {'simclr': 1.0, 'moco': 100.0}[protocol]
+  steps, rate = [], {'simclr': 1.0, 'moco': 20.0}[protocol]
 
   def run(rates, **options):
     settings = probe.Settings(4, 100, rates, cached)
@@ -241,7 +241,7 @@ def probe_features(train, test, protocol='sgd', **settings):
 def test_standardised_probe_is_folded_into_the_classifier():
   """Breaks if the classifier is not that of the original features, or a dead feature reaches it."""
   x, labels = blobs(300, 1)
-  x = np.c_[x * np.logspace(-3, 3, 24) + 50, np.full(300, 3.7)].astype(np.float32)
+  x = np.c_[x * np.logspace(-2, 4, 24) + 50, np.full(300, 3.7)].astype(np.float32)
   settings = {'epochs': 2, 'learning_rates': (0.1,)}
   head = probe_features((x, labels), (x, labels), **settings)['classifier']
   mean, std = np.float64(x).mean(0), np.float64(x).std(0)

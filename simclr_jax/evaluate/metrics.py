@@ -103,6 +103,6 @@ def scaling(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   A feature that is constant, up to rounding, has 0 instead of 1 / standard deviation: classifiers do not use it.
   """
   mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
-  alive = std > 1e-6 * np.maximum(np.abs(mean), std.max(initial=0))
+  alive = std > 1e-6 * np.abs(mean) + 1e-30
   inverse = np.where(alive, 1 / np.where(alive, std, 1), 0)
   return mean.astype(np.float32), inverse.astype(np.float32)

@@ -32,6 +32,7 @@ import json
 import os
 import pathlib
 import tempfile
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -306,7 +307,9 @@ def table(result: Result) -> str:
     lines += [_line('', columns[block], first, widths[block])]
     lines += [_line(name, row[block], first, widths[block]) for name, row in cells.items()]
     start = end
-  return '\n'.join(lines + [f'{name}: {text}' for name, text in result.get('notes', {}).items()])
+  notes = [f'{name}: {text}' for name, text in result.get('notes', {}).items()]
+  wrap: Any = {'subsequent_indent': '  ', 'break_long_words': False, 'break_on_hyphens': False}
+  return '\n'.join(lines + [textwrap.fill(note, WIDTH, **wrap) for note in notes])
 
 
 def _line(name, texts, first, widths):
