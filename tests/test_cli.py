@@ -296,7 +296,7 @@ def test_embed_errors(run, tmp_path, capsys):
   np.save(tmp_path / 'empty.npy', np.zeros((0, 32, 32, 3), np.uint8))
   np.save(tmp_path / 'floats.npy', np.zeros((2, 32, 32, 3)))
   for images, out, expected in (
-    ('x.npy', 'f.npy', 'cannot be read'), ('empty.npy', 'f.npy', 'contains no images'),
+    ('x.npy', 'f.npy', 'cannot be read'), ('empty.npy', 'f.npy', 'has no images'),
     ('missing.npy', 'f.npy', 'no such folder or file'), ('floats.npy', 'f.npy', 'must be uint8'),
     ('x.npy', 'f.txt', 'must end in .npz, .npy, .csv'), ('x.npy', 'no/f.npy', 'does not exist'),
   ):  # fmt: skip
