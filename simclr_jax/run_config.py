@@ -180,7 +180,7 @@ def upgraded_architecture(old: dict) -> dict:
     field = f'model.{name}'
     new = fields.RENAMED.get(field, field)
     values[new if new in values else name] = _upgraded_value(field, value)
-  values = {name.removeprefix('model.'): value for name, value in values.items()}
+  values = {'channels': 3, **{k.removeprefix('model.'): value for k, value in values.items()}}
   files = {'model.encoder': values['encoder'], 'augment.ops': values.get('ops', '')}
   check_code(values.get('code', ()), files)
   return values

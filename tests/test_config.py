@@ -104,7 +104,7 @@ def test_what_may_change_on_resume():
   assert resumable == {
     'log_every_steps', 'checkpoint_every_steps', 'keep_checkpoints', 'knn_every_epochs', 'knn_images',
     'tensorboard', 'watchdog_seconds', 'profile_steps', 'sharding', 'rematerialize', 'first_loss',
-    'data.dir', 'data.table', 'data.test_split', 'data.threads',
+    'data.dir', 'data.table', 'data.test_split', 'data.threads', 'knn_features',
   }  # fmt: skip
   compiled = {
     n for m in fields.method_names() for n, f in fields.of_recipe(m).items() if not f.compiled

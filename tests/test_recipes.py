@@ -602,6 +602,7 @@ PIPELINES = {
     SIMCLR_GRAY,
   ],
   'supervised': [SIMCLR_CROP, FLIP],
+  'crop_flip_blur': [SIMCLR_CROP, FLIP, SIMCLR_BLUR],  # for images of other than 3 channels
   'moco_v1': [
     MOCO_CROP, MOCO_GRAY,
     torch_jitter(0.4, 0.4, 0.4, 0.4, 1, 'moco main_moco.py:340-348; instdisc main.py:118-125'),

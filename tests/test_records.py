@@ -497,7 +497,10 @@ def test_skip_bad_does_not_skip_damaged_files(tmp_path, kind, how, skip_bad):
 
 BAD = {
   2: (b'', 'is empty'),
-  6: (b'<html>404</html>', 'is not a JPEG, PNG, WebP, BMP or GIF image, but a page of HTML or XML'),
+  6: (
+    b'<html>404</html>',
+    'is not an image of a known format (JPEG, PNG, GIF, BMP, WebP, TIFF, PNM, JPEG 2000, AVIF, HEIC), but a page of HTML or XML',
+  ),
   9: (IMAGES[9][: len(IMAGES[9]) // 2], 'is a broken JPEG'),
 }
 

@@ -63,8 +63,6 @@ def load_splits(config: ml_collections.ConfigDict) -> tuple[Dataset, Dataset | N
     ConfigError: as for `load`.
   """
   source = _source(config)
-  if not config.train_split:
-    raise ConfigError('no train split: name the split with --config.data.train_split')
   train = source.load(config, config.train_split)
   if config.test_split and not _lacks_labels(config, config.test_split):
     test = source.load(config, config.test_split)
@@ -79,6 +77,11 @@ def load_splits(config: ml_collections.ConfigDict) -> tuple[Dataset, Dataset | N
 
 
 def _source(config):
+  if not config.train_split:
+    raise ConfigError(
+      'no train split: put images into the sub-folders train/ and test/, or name the split with '
+      '--config.data.train_split'
+    )
   return importlib.import_module(f'{__name__}.{config.source}')
 
 
@@ -87,7 +90,10 @@ def _lacks_labels(config, split) -> bool:
   if config.source != 'folder' or not config.holdout:
     return False
   folder = _source(config)
-  return folder.has_labels(config, config.train_split) and not folder.has_labels(config, split)
+  try:
+    return folder.has_labels(config, config.train_split) and not folder.has_labels(config, split)
+  except ConfigError:
+    return False  # reported when the split is loaded
 
 
 def _training(images, config):
