@@ -11,6 +11,7 @@ all are, the exit code is 1.
 """
 
 import argparse
+import functools
 import pathlib
 import re
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
   columns = [*pixels, *encoders, *starts]
   trainings = f' and {len(starts)} trainings' if starts else ''
   print(
-    f'transfer to {len(args.to)} data sets: {len(pixels) + len(encoders)} sweeps of logistic regression{trainings} '
+    f'transfer to {len(args.to)} data set{"s" * (len(args.to) > 1)}: {len(pixels) + len(encoders)} sweeps of logistic regression{trainings} '
     'on each',
     flush=True,
   )
@@ -175,17 +176,22 @@ def _linear(encoders, task):
   from simclr_jax.runtime.progress import Bar
 
   unfinished: dict[str, int] = {}
-  each = 2 * len(lbfgs.SWEEP)
-  names = list(encoders)
-  with Bar(each * len(names), 'logistic regression', 'fit') as bar:
-    scores = transfer.linear(
-      encoders, task, lambda name, fits: bar.to(each * names.index(name) + fits), unfinished
-    )
+  fits = 2 * len(lbfgs.SWEEP)
+  scores: dict[str, float] = {}
+  for name, encoder in encoders.items():
+    most = fits if encoder else fits // transfer.PIXEL_SWEEP
+    with Bar(most, f'logistic regression on {name}', 'fit') as bar:
+      scores |= transfer.linear({name: encoder}, task, functools.partial(_show, bar), unfinished)
   if not unfinished:
     return scores, ''
   return scores, (
     f'L-BFGS stopped after {lbfgs.STEPS} steps, before convergence: {", ".join(unfinished)}'
   )
+
+
+def _show(bar, _, fits):
+  """Moves the bar to this number of fits."""
+  bar.to(fits)
 
 
 def _fine_tuned(args, source, short, task, start):
