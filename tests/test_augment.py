@@ -158,6 +158,7 @@ def test_published_pipelines():
   pipelines = {
     name: [(op.name, list(op.arguments.values()), op.p) for op in augment.parse(name)]
     for name in augment.PIPELINES
+    if name != 'crop_flip_blur'  # not published
   }
   assert pipelines == REFERENCES
 

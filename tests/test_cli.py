@@ -294,10 +294,10 @@ def test_embed_errors(run, tmp_path, capsys):
   """Breaks if an invalid output path or a file without an array gives a traceback."""
   (tmp_path / 'x.npy').write_bytes(b'not an array')
   np.save(tmp_path / 'empty.npy', np.zeros((0, 32, 32, 3), np.uint8))
-  np.save(tmp_path / 'floats.npy', np.zeros((2, 32, 32, 3)))
+  np.save(tmp_path / 'floats.npy', np.linspace(-5, 5, 2 * 32 * 32 * 3).reshape(2, 32, 32, 3))
   for images, out, expected in (
     ('x.npy', 'f.npy', 'cannot be read'), ('empty.npy', 'f.npy', 'has no images'),
-    ('missing.npy', 'f.npy', 'no such folder or file'), ('floats.npy', 'f.npy', 'must be uint8'),
+    ('missing.npy', 'f.npy', 'no such folder or file'), ('floats.npy', 'f.npy', 'floats are read from 0 to 1'),
     ('x.npy', 'f.txt', 'must end in .npz, .npy, .csv'), ('x.npy', 'no/f.npy', 'does not exist'),
   ):  # fmt: skip
     argv = ('embed', f'--workdir={run}', f'--data={tmp_path / images}', f'--out={tmp_path / out}')

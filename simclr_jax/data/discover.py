@@ -47,7 +47,8 @@ def fields(dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str
   from simclr_jax.data import tfds
 
   if '/' in dataset and path.parent.is_dir() and not tfds.exists(dataset):
-    raise ConfigError(f'--data={dataset} does not exist{did_you_mean(path.name, os.listdir(path.parent))}')  # fmt: skip
+    similar = did_you_mean(path.name, os.listdir(path.parent))
+    raise ConfigError(f'--data={dataset}: no such folder or file{similar}')
   if not tfds.exists(dataset):
     raise ConfigError(
       f'--data={dataset}: no such folder or file, and no TFDS data set of this name'
