@@ -111,7 +111,7 @@ def test_what_may_change_on_resume():
   }
   assert compiled == {
     'seed', 'data.dir', 'data.table', 'data.holdout', 'data.holdout_seed', 'data.alpha', 'data.range', 'data.label_seed',
-    'teacher',
+    'teacher', 'knn_features',
   }  # fmt: skip
   local = {'data.dir', 'data.table', 'data.threads'}
   assert {n for n, f in fields.TABLE.items() if f.local} == local
