@@ -66,7 +66,7 @@ def settings(root, **values):
   with c.unlocked():
     c.update({
       'source': 'folder', 'dir': str(root), 'train_split': '.', 'test_split': '',
-      'range': (0.0, 65535.0), **values,
+      'range': (0.0, 65535.0), 'holdout': 0.0, **values,
     })  # fmt: skip
   return c
 

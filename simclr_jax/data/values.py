@@ -26,8 +26,9 @@ class Settings(NamedTuple):
 
 
 def settings(config: ml_collections.ConfigDict) -> Settings:
-  """The settings in the `data` part of a recipe."""
-  return Settings(config.channels, config.alpha, tuple(config.range))
+  """The settings in the `data` part of a recipe; recipes of old runs had three channels and ignored alpha."""
+  alpha, limits = config.get('alpha', 'ignore'), tuple(config.get('range', (0.0, 0.0)))
+  return Settings(config.get('channels', 3), alpha, limits)
 
 
 class Pixels(NamedTuple):
