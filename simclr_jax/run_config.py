@@ -81,6 +81,17 @@ def read(workdir: pathlib.Path) -> dict:
   return saved
 
 
+def with_old_defaults(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> ml_collections.ConfigDict:
+  """A recipe to resume a run with, locked: fields that are newer than the run keep its results, `fields.OLD_DEFAULTS`."""
+  recorded = flatten(record(workdir)['config'])
+  missing = {name: v for name, v in fields.OLD_DEFAULTS.items() if name not in recorded}
+  config = config.copy_and_resolve_references()
+  config.update_from_flattened_dict(missing)
+  return config.lock()
+
+
 def _checksum(values):
   return crc32(json.dumps(values, sort_keys=True))
 

@@ -121,6 +121,7 @@ def _set_up(config, workdir, loaded, extend, mesh, cleanup) -> recorder.Setup:
     absolute = _absolute(config)
     old = _recipe_to_resume(workdir)
     if old:
+      absolute = run_config.with_old_defaults(absolute, workdir)
       _check_recipe(old, absolute, workdir, extend)
     train, test = loaded if loaded[0] is not None else _load(absolute)
     filled = recipes.with_examples(absolute, len(train), data.value_range(train))
