@@ -79,9 +79,10 @@ class Loader:
     return batch
 
   def close(self) -> None:
-    """Stops prefetching."""
+    """Stops prefetching. A batch that is already in the queue is dropped."""
     if self._finalizer:
       self._finalizer()
+    self._next, self._batch = -1, None
 
   def _seek(self, step):
     self.close()
