@@ -2,16 +2,15 @@
 
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from absl import logging
 
-from simclr_jax.data import layout
+from simclr_jax.data import layout, table
 from simclr_jax.errors import ConfigError
 from simclr_jax.validation import did_you_mean
 
-TABLES = ('.csv', '.tsv', '.txt')
 _reported: set[str] = set()  # remarks that this process has reported
 
 
@@ -31,16 +30,16 @@ def fields(dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str
     return _fields('digits', '', 'train', 'test')
   path = pathlib.Path(dataset).expanduser()
   overrides = overrides or {}
-  table = overrides.get('data.table')
-  if table or (path.suffix.lower() in TABLES and path.is_file()):
-    return _table(table or path, path if table else path.parent, overrides)
+  rows = overrides.get('data.table')
+  if rows or (path.suffix.lower() in table.SUFFIXES and path.is_file()):
+    return _table(rows or path, path if rows else path.parent, overrides)
   if '://' in dataset or path.is_dir():
     return _folder(dataset.rstrip('/') if '://' in dataset else str(path), overrides)
   if path.suffix in ('.npz', '.npy') and path.is_file():
     return _arrays(path)
   if path.exists():
     raise ConfigError(
-      f'--data={dataset} is neither a folder, nor an npz or npy file, nor a table ({", ".join(TABLES)})'
+      f'--data={dataset} is neither a folder, nor an npz or npy file, nor a table ({", ".join(table.SUFFIXES)})'
     )
   if ',' in dataset:
     return _folders([part.strip() for part in dataset.split(',') if part.strip()], overrides)
@@ -57,12 +56,6 @@ def fields(dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str
   return {**_choose('tfds', '', tfds.split_names(dataset, '')), 'data.name': dataset}
 
 
-def test_split(names: Iterable[str]) -> str:
-  """The name of the test split among names of splits, otherwise of the validation split; '' if there is none."""
-  by_role = {role: name for name, role in reversed(layout.roles(sorted(names)).items())}
-  return by_role.get(layout.TEST) or by_role.get(layout.VALIDATION, '')
-
-
 def _arrays(path):
   from simclr_jax.data import arrays
 
@@ -72,13 +65,12 @@ def _arrays(path):
   name = path.stem.removesuffix('_images')
   suffix = path.name[len(name) :]
   names = [p.name.removesuffix(suffix) for p in path.parent.iterdir() if p.name.endswith(suffix)]
-  test = test_split(n for n in names if n != name) if layout.role(name) == layout.TRAIN else ''
+  is_train = layout.role(name) == layout.TRAIN
+  test = layout.splits(sorted(n for n in names if n != name))[1] if is_train else ''
   return _fields('arrays', str(path.parent), name, test)
 
 
 def _table(path, folder, overrides):
-  from simclr_jax.data import table
-
   train, test = '.', ''
   if 'data.train_split' not in overrides:
     train, test = table.read(path, str(folder)).split_names()
@@ -131,7 +123,7 @@ def _folder(path, overrides):
   if 'data.train_split' in overrides:
     names = [n for n in node.filled() if n != overrides['data.train_split']]
     in_folder = overrides['data.train_split'] != '.' and layout.role(overrides['data.train_split'])
-    return _fields('folder', path, '.', test_split(names) if in_folder else '')
+    return _fields('folder', path, '.', layout.splits(sorted(names))[1] if in_folder else '')
   reading = layout.read(node, path)
   for remark in reading.remarks:
     if remark not in _reported:
@@ -143,8 +135,8 @@ def _folder(path, overrides):
 
 def _choose(source, folder, splits):
   """The fields of a data set with these splits."""
-  train = next((n for n, role in layout.roles(sorted(splits)).items() if role == layout.TRAIN), 'train')  # fmt: skip
-  return _fields(source, folder, train, test_split(splits))
+  train, test = layout.splits(sorted(splits))
+  return _fields(source, folder, train or 'train', test)
 
 
 def _fields(source, folder, train, test):

@@ -334,24 +334,18 @@ def list_images(root: str) -> tuple[list[str], collections.Counter[str], list[st
 
 
 def tree(folder: str) -> layout.Node:
-  """The listing of a local folder for `layout.read`."""
-  root = layout.Node()
-  top = len(folder.rstrip('/').split('/'))
-  nodes, visited = {folder.rstrip('/') or '/': root}, set()
-  for path, folders, files in os.walk(folder.rstrip('/') or '/', followlinks=True):
-    node, real = nodes[path], os.path.realpath(path)
-    node.images = sum(
-      posixpath.splitext(n)[1].lower() in SUFFIXES and not layout.is_system(n) for n in files
-    )
-    deep = len(path.split('/')) - top >= layout.DEPTH
-    if real in visited:
-      node.images, deep = 0, True
-    visited.add(real)
-    folders[:] = (
-      [] if deep else sorted((f for f in folders if not layout.is_system(f)), key=natural)
-    )
-    for name in folders:
-      nodes[posixpath.join(path, name)] = node.folders[name] = layout.Node()
+  """The listing of a local folder for `layout.read`. Empty folders directly below it are included.
+
+  Raises:
+    ConfigError: a folder cannot be listed.
+  """
+  paths, _, ignored = list_images(folder)
+  root = layout.Node(folders={n: layout.Node() for n in ignored if not layout.is_system(n)})
+  for path in paths:
+    node = root
+    for name in path.split('/')[:-1]:
+      node = node.folders.setdefault(name, layout.Node())
+    node.images += 1
   return root
 
 

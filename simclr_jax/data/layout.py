@@ -26,7 +26,6 @@ SYSTEM = {
   '__macosx', '@eadir', '$recycle.bin', 'system volume information', 'lost+found', '#recycle', '__pycache__',
 }  # fmt: skip
 SYSTEM_FILES = {'thumbs.db', 'desktop.ini', 'ehthumbs.db', 'icon\r'}
-DEPTH = 6  # levels below a data set that are listed to find its layout
 
 
 @dataclasses.dataclass
@@ -104,11 +103,20 @@ def roles(names: Iterable[str]) -> dict[str, str]:
   return result
 
 
+def splits(names: Iterable[str]) -> tuple[str, str]:
+  """The training and the test split among names, '' where there is none.
+
+  Without a test split, the validation split is the test split. Of several names for a split, the first counts.
+  """
+  first = {kind: name for name, kind in reversed(roles(names).items()) if kind}
+  return first.get(TRAIN, ''), first.get(TEST) or first.get(VALIDATION, '')
+
+
 def read(node: Node, name: str) -> Layout:
   """Finds splits and classes.
 
   Args:
-    node: the folder of a data set, listed `DEPTH` levels deep.
+    node: the folder of a data set.
     name: of the folder, for messages.
 
   Raises:
@@ -119,9 +127,9 @@ def read(node: Node, name: str) -> Layout:
   place = f'{name}/{root}' if root else name
   folders = node.filled() or node.folders
   kinds = roles(folders)
-  splits = {n: k for n, k in kinds.items() if k}
+  split_kinds = {n: k for n, k in kinds.items() if k}
   classes = [n for n in folders if not kinds[n]]
-  per_class = _splits_in_classes(folders) if not splits else None
+  per_class = _splits_in_classes(folders) if not split_kinds else None
   if per_class:
     train, test = (f'*/{split}' if split else '' for split in per_class)
     remarks.append(
@@ -129,16 +137,17 @@ def read(node: Node, name: str) -> Layout:
     )
     return Layout(root, train, test, tuple(remarks))
   alone = len(folders) == 1 and TRAIN not in kinds.values()
-  if not splits or alone or _are_classes(node, folders, splits, classes):
-    if splits and not alone:
+  if not split_kinds or alone or _are_classes(folders, split_kinds, classes):
+    if split_kinds and not alone:
+      first = next(iter(split_kinds))
       remarks.append(
-        f'{place}: the {len(folders)} sub-folders are read as classes, {_list(splits)} included, because '
-        f'{_list(classes[:3])} are beside it; if {_first(splits)} is the training split: '
-        f'--config.data.train_split={_first(splits)}'
+        f'{place}: the {len(folders)} sub-folders are read as classes, {_list(split_kinds)} included, because '
+        f'{_list(classes[:3])} are beside it; if {first} is the training split: '
+        f'--config.data.train_split={first}'
       )
     remarks += _class_remarks(node, place)
     return Layout(root, '.', '', tuple(remarks))
-  return _read_splits(node, place, root, splits, classes, remarks)
+  return _read_splits(node, place, root, split_kinds, classes, remarks)
 
 
 def _unwrapped(node, name, remarks) -> tuple[str, Node]:
@@ -160,16 +169,16 @@ def _unwrapped(node, name, remarks) -> tuple[str, Node]:
   return '/'.join(path), node
 
 
-def _are_classes(node, folders, splits, classes) -> bool:
+def _are_classes(folders, split_kinds, classes) -> bool:
   """Whether folders with the names of splits are classes among others."""
   if not classes:
     return False
-  if TRAIN not in splits.values():
+  if TRAIN not in split_kinds.values():
     return True
-  if len(set(splits.values())) > 1:  # a training split beside a test split
+  if len(set(split_kinds.values())) > 1:  # a training split beside a test split
     return False
   # Only a training split: it is one if it has class folders, and the folders beside it have none.
-  train = next(n for n, k in splits.items() if k == TRAIN)
+  train = next(n for n, k in split_kinds.items() if k == TRAIN)
   nested = bool(folders[train].filled())
   return not nested or any(folders[n].filled() for n in classes)
 
@@ -181,19 +190,19 @@ def _splits_in_classes(folders) -> tuple[str, str] | None:
   names = [frozenset(f.filled()) for f in folders.values()]
   if len(set(names)) != 1 or any(f.images for f in folders.values()):
     return None
-  kinds = {k: n for n, k in roles(names[0]).items() if k}
-  if len(kinds) != len(names[0]) or TRAIN not in kinds:
+  kinds = list(roles(names[0]).values())
+  if not all(kinds) or len(set(kinds)) < len(kinds) or TRAIN not in kinds:
     return None
-  return kinds[TRAIN], kinds.get(TEST) or kinds.get(VALIDATION, '')
+  return splits(names[0])
 
 
-def _read_splits(node, place, root, splits, classes, remarks) -> Layout:
+def _read_splits(node, place, root, split_kinds, classes, remarks) -> Layout:
   by_kind: dict[str, list[str]] = {}
-  for n, kind in splits.items():
+  for n, kind in split_kinds.items():
     by_kind.setdefault(kind, []).append(n)
   if TRAIN not in by_kind:
     raise ConfigError(
-      f'{place} has {_list(splits)}, but no training split: name the folder to train on with '
+      f'{place} has {_list(split_kinds)}, but no training split: name the folder to train on with '
       '--config.data.train_split=FOLDER'
     )
   train, *others = sorted(by_kind[TRAIN], key=lambda n: -node.folders[n].total())
@@ -210,7 +219,7 @@ def _read_splits(node, place, root, splits, classes, remarks) -> Layout:
     )
   if classes:
     remarks.append(
-      f'{place}: {_list(classes)} not used, because {_list(splits)} are splits; to read all folders as classes: '
+      f'{place}: {_list(classes)} not used, because {_list(split_kinds)} are splits; to read all folders as classes: '
       '--config.data.train_split=. --config.data.test_split='
     )
   if node.images:
@@ -252,11 +261,6 @@ def _class_remarks(node, place):
     )
 
 
-def _first(splits):
-  return next(iter(splits))
-
-
 def _list(names) -> str:
   names = list(names)
-  shown = ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
-  return shown
+  return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')

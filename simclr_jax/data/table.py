@@ -87,14 +87,13 @@ class Table:
     if self.splits is None:
       return '.', ''
     names = sorted(set(self.splits), key=natural)
-    roles = layout.roles(names)
-    by_role = {roles[name]: name for name in reversed(names)}
-    if layout.TRAIN not in by_role:
+    train, test = layout.splits(names)
+    if not train:
       raise ConfigError(
         f'{self.path}: the column for splits has the values {", ".join(names[:10])}, none of which means train: '
         'name them with --config.data.train_split and --config.data.test_split'
       )
-    return by_role[layout.TRAIN], by_role.get(layout.TEST) or by_role.get(layout.VALIDATION, '')
+    return train, test
 
 
 def read(file: str | os.PathLike, folder: str = '') -> Table:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from simclr_jax import config as recipes, data
-from simclr_jax.data import Dataset, discover
+from simclr_jax.data import Dataset, discover, layout
 from simclr_jax.encoder import Encoder, raw_pixels
 from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import lbfgs, logistic, metrics
@@ -95,7 +95,7 @@ def _splits(name, folder):
   from simclr_jax.data import tfds  # needs TensorFlow
 
   prepared = tfds.split_names(name, folder)
-  test = discover.test_split(prepared)
+  test = layout.splits(sorted(prepared))[1]
   train = 'train+validation' if {'train', 'validation', 'test'} <= set(prepared) else 'train'
   return {'data.dir': folder, 'data.train_split': train, 'data.test_split': test}
 
