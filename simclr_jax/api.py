@@ -24,7 +24,7 @@ from simclr_jax import (
   runs,
   train as training,
 )
-from simclr_jax.data import Dataset, discover, labels as label_tools, objects, suggest
+from simclr_jax.data import Dataset, discover, objects, suggest
 from simclr_jax.encoder import Encoder
 from simclr_jax.errors import ConfigError
 from simclr_jax.recorder import Callback
@@ -116,7 +116,7 @@ def _new_workdir(data, recipe) -> pathlib.Path:
   if jax.process_count() > 1:
     raise ConfigError('workdir is required in a run of several processes')
   if objects.is_place(data):
-    name = pathlib.Path(os.fspath(data).split(',')[0]).expanduser().resolve().stem
+    name = discover.name_of(os.fspath(data))
   else:
     name = (
       pathlib.Path(str(recipe)).stem.split(':')[0]
@@ -162,7 +162,7 @@ def _prepare(data, recipe, labels, test, own, values, progress):
   if data is not None and not objects.is_place(data):
     train = objects.dataset(data, labels, config.data)
     if test is None:
-      train, held_out = _held_out(train, config.data)
+      train, held_out = datasets.hold_out(config.data, train)
     place |= _fields_of(train, config, values)
     config = _recipe(recipe or 'simclr_images', place, own, values)
   elif recipe is None or test is not None:
@@ -193,16 +193,6 @@ def _recipe(spec, place, own, values) -> ml_collections.ConfigDict:
   return recipes.finish(new, values)
 
 
-def _held_out(images, config) -> tuple[Dataset, Dataset | None]:
-  """The training images and, of labelled ones, those that are held out for evaluations, as for folders."""
-  if not (config.holdout and images.labelled and images.classes > 1):
-    return images, None
-  rest, held_out = label_tools.held_out_split(
-    images.labels, images.class_names, config.holdout, config.holdout_seed
-  )
-  return images.subset(rest), images.subset(held_out) if len(held_out) else None
-
-
 def _fields_of(train, config, values) -> dict[str, Any]:
   """The fields of a recipe that depend on images in memory."""
   fields: dict[str, Any] = {'data.examples': 0}
@@ -215,8 +205,7 @@ def _fields_of(train, config, values) -> dict[str, Any]:
 
 def _suggested(train, progress) -> tuple[str, dict[str, str]]:
   """The name and the fields of a recipe that suits the images."""
-  accelerators = 0 if jax.default_backend() == 'cpu' else jax.device_count()
-  name, fields = suggest.recipe(train, accelerators)
+  name, fields = suggest.recipe(train)
   if progress:
     values = ', '.join(f'{k}={v}' for k, v in fields.items())
     print(f'recipe: {name}, {values} (for a median side of {suggest.median_side(train)} px)')
@@ -283,7 +272,7 @@ class Run:
   @property
   def step(self) -> int:
     """The step of the newest checkpoint."""
-    return (checkpoint.steps(self.workdir / 'checkpoints') or [0])[-1]
+    return checkpoint.last_step(self.workdir / 'checkpoints')
 
   @property
   def complete(self) -> bool:

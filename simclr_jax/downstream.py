@@ -16,7 +16,7 @@ from simclr_jax.data import Dataset, augment, labels as subsets
 from simclr_jax.errors import Stopped
 from simclr_jax.evaluate import logistic, metrics
 from simclr_jax.evaluate.results import Result, assess, mean_and_std
-from simclr_jax.runtime import distributed, files, logs, paths
+from simclr_jax.runtime import distributed, files, logs, paths, progress
 
 # Row of the table -> `data.labels` -> for each seed, the result of `test`.
 Tests = dict[str, dict[str, list[dict[str, Any]]]]
@@ -317,8 +317,8 @@ def _about(workdir, images):
   rates = [r['examples_per_second'] for r in logs.read(workdir) if r.get('examples_per_second')]
   if not rates:
     return ''
-  minutes = images / (2 * float(np.median(rates))) / 60
-  return f', about {max(minutes, 1):,.0f} min at the speed of the pretraining, plus compilation'
+  time = progress.duration(images / (2 * float(np.median(rates))))
+  return f', {time} at the speed of the pretraining, plus compilation'
 
 
 def short(text: str) -> str:

@@ -262,11 +262,11 @@ def _attempts(workdir, old, config, extend) -> list[dict[str, int]]:
   attempts = run_config.record(workdir).get('extended', [])
   before, after = ({k: c[k] for k in run_config.LENGTH} for c in (old, config))
   if extend and before != after:
-    newest = checkpoint.steps(workdir / 'checkpoints')[-1:] or [0]
+    newest = checkpoint.last_step(workdir / 'checkpoints')
     total = optim.train_steps(ml_collections.ConfigDict(old), config.data.examples)
-    if newest[0] < total:
+    if newest < total:
       raise ConfigError(
-        f'--extend: {workdir} is not complete (step {newest[0]:,} of {total:,}): finish it first, by the same '
+        f'--extend: {workdir} is not complete (step {newest:,} of {total:,}): finish it first, by the same '
         'command without --extend'
       )
     if optim.train_steps(config, config.data.examples) <= total:

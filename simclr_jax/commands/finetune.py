@@ -1,7 +1,7 @@
 """fine-tune on a small labelled subset and evaluate
 
 Example:
-  simclr-jax finetune --workdir=runs/c10 --labels=1%,10% --seeds=5 --baselines
+  simclr-jax finetune --workdir=runs/c10 --labels=1%,10% --seeds=5
 
 Each fine-tuning run has its own directory, such as RUN/finetune/1pct-seed0. Rerun the same command to resume it.
 --config.FIELD=VALUE sets fields of its recipe, for instance head_layer (layers of the projection head that are kept),
@@ -52,20 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser,
     'also train from scratch, and logistic regression on raw pixels and on the untrained encoder',
   )
-  parser.add_argument(
-    '--scratch-steps',
-    type=options.positive,
-    default=0,
-    metavar='N',
-    help='steps of the baseline from scratch (default: see above)',
-  )
-  parser.add_argument(
-    '--scratch-learning-rate',
-    type=options.above_zero,
-    default=0.0,
-    metavar='RATE',
-    help='learning rate of the baseline from scratch (default: see above)',
-  )
+  options.scratch(parser, 'see above')
 
 
 def check(args: argparse.Namespace) -> None:

@@ -23,13 +23,32 @@ def data(parser: argparse.ArgumentParser, required: bool) -> None:
     '--data',
     required=required,
     metavar='DATASET',
-    help='a folder of images; npz or npy files; a prepared TFDS data set, or its name; digits',
+    help='a folder of images, or several joined by commas; a table of images (.csv); npz or npy files; a prepared TFDS '
+    'data set, or its name; digits. --config.data.train_split and --config.data.test_split name the splits',
   )
 
 
 def baselines(parser: argparse.ArgumentParser, help: str) -> None:
   """Adds --baselines, which is on, and --no-baselines."""
   parser.add_argument('--baselines', action=argparse.BooleanOptionalAction, default=True, help=help)
+
+
+def scratch(parser: argparse.ArgumentParser, default: str) -> None:
+  """Adds --scratch-steps and --scratch-learning-rate; `default`: where the help describes the defaults."""
+  parser.add_argument(
+    '--scratch-steps',
+    type=positive,
+    default=0,
+    metavar='N',
+    help=f'steps of the baseline from scratch (default: {default})',
+  )
+  parser.add_argument(
+    '--scratch-learning-rate',
+    type=above_zero,
+    default=0.0,
+    metavar='RATE',
+    help=f'learning rate of the baseline from scratch (default: {default})',
+  )
 
 
 def out(parser: argparse.ArgumentParser) -> None:

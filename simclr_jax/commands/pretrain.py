@@ -115,8 +115,9 @@ def _complete(workdir, config):
   from simclr_jax import optim
   from simclr_jax.runtime import checkpoint
 
-  newest = checkpoint.steps(workdir / 'checkpoints')[-1:] or [0]
-  return newest[0] >= optim.train_steps(config, config.data.examples)
+  return checkpoint.last_step(workdir / 'checkpoints') >= optim.train_steps(
+    config, config.data.examples
+  )
 
 
 def default_workdir(dataset: str, overrides: Mapping[str, Any] | None = None) -> pathlib.Path:
@@ -129,8 +130,7 @@ def default_workdir(dataset: str, overrides: Mapping[str, Any] | None = None) ->
   from simclr_jax.data import discover
 
   fields = discover.fields(dataset, overrides)
-  path = pathlib.Path(dataset.split(',')[0]).expanduser().resolve()
-  name = path.stem if path.is_file() else path.name
+  name = discover.name_of(dataset)
   number = 1
   while True:
     workdir = pathlib.Path('runs', name if number == 1 else f'{name}-{number}')
@@ -175,16 +175,13 @@ def suggested(dataset, overrides):
   Returns:
     The recipe, and the training and test images.
   """
-  import jax
-
   from simclr_jax import data
   from simclr_jax.data import discover, suggest
 
   data_fields = discover.fields(dataset, overrides)
   data_overrides = {k: v for k, v in overrides.items() if k.startswith('data.')}
   images = data.load_splits(recipes.load('simclr_images', {**data_fields, **data_overrides}).data)
-  accelerators = 0 if jax.default_backend() == 'cpu' else jax.device_count()
-  name, values = suggest.recipe(images[0], accelerators)
+  name, values = suggest.recipe(images[0])
   arguments = [f'--config={name}', *(f'--config.{k}={v}' for k, v in values.items())]
   print(
     f'recipe: {shlex.join(arguments)} (for a median side of {suggest.median_side(images[0])} px)'

@@ -41,20 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default=1,
     help='number of random seeds for fine-tuning and distillation',
   )
-  parser.add_argument(
-    '--scratch-steps',
-    type=options.positive,
-    default=0,
-    metavar='N',
-    help='steps of the baseline from scratch (default: as for finetune)',
-  )
-  parser.add_argument(
-    '--scratch-learning-rate',
-    type=options.above_zero,
-    default=0.0,
-    metavar='RATE',
-    help='learning rate of the baseline from scratch (default: as for finetune)',
-  )
+  options.scratch(parser, 'as for finetune')
 
 
 def check(args: argparse.Namespace) -> None:

@@ -22,11 +22,14 @@ __all__ = [
   'Dataset',
   'channels',
   'check_same',
+  'hold_out',
   'load',
   'load_splits',
   'summary',
   'value_range',
 ]
+
+SHOWN = 10  # classes in a summary
 
 
 def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
@@ -41,10 +44,9 @@ def load(config: ml_collections.ConfigDict, split: str) -> Dataset:
   Raises:
     ConfigError: the data is missing, corrupt, or not what the recipe says.
   """
-  if split == 'test' and config.test_split and not _lacks_labels(config, config.test_split):
-    return _resident(_source(config).load(config, config.test_split), config)
-  if split == 'train' and config.test_split and not _lacks_labels(config, config.test_split):
-    return _training(_source(config).load(config, config.train_split), config)
+  if config.test_split and not _test_lacks_labels(config):
+    images = _source(config).load(config, config[f'{split}_split'])
+    return _training(images, config) if split == 'train' else _resident(images, config)
   train, test = load_splits(config)
   if split == 'train':
     return train
@@ -64,16 +66,29 @@ def load_splits(config: ml_collections.ConfigDict) -> tuple[Dataset, Dataset | N
   """
   source = _source(config)
   train = source.load(config, config.train_split)
-  if config.test_split and not _lacks_labels(config, config.test_split):
-    test = source.load(config, config.test_split)
-  elif config.holdout and train.classes > 1 and (train.labels >= 0).any():
-    rest, held_out = labels.held_out_split(
-      train.labels, train.class_names, config.holdout, config.holdout_seed
-    )
-    train, test = train.subset(rest), train.subset(held_out) if len(held_out) else None
-  else:
-    test = source.load(config, config.test_split) if config.test_split else None
+  test = source.load(config, config.test_split) if config.test_split else None
+  if test is None or (config.source == 'folder' and train.labelled and not test.labelled):
+    train, held_out = hold_out(config, train)
+    test = test if held_out is None else held_out
   return _training(train, config), test and _resident(test, config)
+
+
+def hold_out(config: ml_collections.ConfigDict, images: Dataset) -> tuple[Dataset, Dataset | None]:
+  """Holds `data.holdout` of each class out as the test images of a data set without any.
+
+  Args:
+    config: the `data` part of a recipe.
+    images: the training images.
+
+  Returns:
+    The remaining and the held-out images; None if no image has a label, or nothing is to be held out.
+  """
+  if not config.holdout or images.classes < 2 or not (images.labels >= 0).any():
+    return images, None
+  rest, held_out = labels.held_out_split(
+    images.labels, images.class_names, config.holdout, config.holdout_seed
+  )
+  return (images.subset(rest), images.subset(held_out)) if len(held_out) else (images, None)
 
 
 def _source(config):
@@ -85,13 +100,12 @@ def _source(config):
   return importlib.import_module(f'{__name__}.{config.source}')
 
 
-def _lacks_labels(config, split) -> bool:
-  """Whether a part of the labelled training images is held out although there is a test split."""
+def _test_lacks_labels(config) -> bool:
+  """Whether the test split is a folder of images without labels, so that others are held out; no image is read."""
   if config.source != 'folder' or not config.holdout:
     return False
-  folder = _source(config)
   try:
-    return folder.has_labels(config, config.train_split) and not folder.has_labels(config, split)
+    return not _source(config).has_labels(config, config.test_split)
   except ConfigError:
     return False  # reported when the split is loaded
 
@@ -115,16 +129,13 @@ def summary(config: ml_collections.ConfigDict, train: Dataset, test: Dataset | N
   """
   place = config.table or config.dir or config.name or config.source
   counts = f'{len(train):,} training' + (f' and {len(test):,} test' if test else '') + ' images'
-  unlabelled = bool(config.test_split) and _lacks_labels(config, config.test_split)
+  unlabelled = bool(config.test_split) and train.labelled and _test_lacks_labels(config)
   if test and (unlabelled or not config.test_split):
     counts += f' (held out: {config.holdout:.0%} of each class, seed {config.holdout_seed}'
     counts += f'; {config.test_split} has no labels)' if unlabelled else ')'
   lines = [f'{place}: {counts}, {_classes(train, test)}']
   remarks = [*getattr(train, 'remarks', ()), *(getattr(test, 'remarks', ()) if test else ())]
   return lines + list(dict.fromkeys(remarks))
-
-
-SHOWN = 10  # classes in a summary
 
 
 def _classes(train, test) -> str:

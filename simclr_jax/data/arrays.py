@@ -131,21 +131,21 @@ def _keys(names) -> dict[tuple[str, str], str]:
   """(part, 'images', 'labels' or 'names') -> key, for the keys of an npz file; the part is '' without one."""
   found: dict[tuple[str, str], str] = {}
   for key in names:
-    tokens = key.lower().replace('-', '_').split('_')
-    part = next((t for t in (*TRAIN, *TEST) if t in tokens), '')
-    rest = '_'.join(t for t in tokens if t != part) if part else key.lower()
+    part, rest = _divided(key)
     for kind, known in (('images', IMAGES), ('labels', LABELS), ('names', NAMES)):
       if rest in known:
         # The first of the known names has priority.
         old = found.get((part, kind))
-        if old is None or known.index(rest) < known.index(_rest(old, part)):
+        if old is None or known.index(rest) < known.index(_divided(old)[1]):
           found[part, kind] = key
   return found
 
 
-def _rest(key, part):
+def _divided(key):
+  """The part in the name of an array and the rest of the name: ('train', 'images') for 'train_images'."""
   tokens = key.lower().replace('-', '_').split('_')
-  return '_'.join(t for t in tokens if t != part) if part else key.lower()
+  part = next((t for t in (*TRAIN, *TEST) if t in tokens), '')
+  return part, '_'.join(t for t in tokens if t != part) if part else key.lower()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,12 @@ def fields(dataset: str, overrides: Mapping[str, Any] | None = None) -> dict[str
   return {**_choose('tfds', '', tfds.split_names(dataset, '')), 'data.name': dataset}
 
 
+def name_of(dataset: str) -> str:
+  """The name of a data set, such as that of its folder or file, for a run on it; `dataset` as for `fields`."""
+  path = pathlib.Path(dataset.split(',')[0]).expanduser().resolve()
+  return path.stem if path.is_file() else path.name
+
+
 def _arrays(path):
   from simclr_jax.data import arrays
 

@@ -10,12 +10,12 @@ from collections.abc import Iterable
 from simclr_jax.errors import ConfigError
 
 TRAIN, TEST, VALIDATION = 'train', 'test', 'validation'
-WORDS = {
+SPLIT_NAMES = {
   TRAIN: {'train', 'training', 'trn', 'trainval', 'trainvalidation'},
   TEST: {'test', 'testing', 'tst', 'eval', 'evaluation', 'evaluate', 'holdout', 'heldout', 'query'},
   VALIDATION: {'val', 'valid', 'validation', 'validate', 'validating', 'dev', 'development'},
 }
-# Words that the name of a split may contain besides one of `WORDS`.
+# Words that the name of a split may contain besides one of `SPLIT_NAMES`.
 FILLERS = {
   'set', 'sets', 'seg', 'image', 'images', 'img', 'imgs', 'data', 'dataset', 'split', 'folder', 'dir', 'files', 'file',
   'picture', 'pictures', 'photo', 'photos', 'sample', 'samples', 'part', 'subset', 'cropped', 'crops', 'resized', 'raw',
@@ -82,7 +82,7 @@ def _split_word(name) -> tuple[str, tuple[str, ...]]:
   for word in words:
     stem = re.sub(r'(sets?|images?|imgs?|data|split|s)$', '', word)
     stem = re.sub(r'^(seg|img|images?|data)(?=.)', '', stem)
-    kind = next((k for k, names in WORDS.items() if word in names or stem in names), '')
+    kind = next((k for k, names in SPLIT_NAMES.items() if word in names or stem in names), '')
     kinds.append(kind) if kind else rest.append(word)
   if set(kinds) == {TRAIN, VALIDATION}:
     kinds = [TRAIN]  # train_val

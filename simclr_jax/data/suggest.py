@@ -1,20 +1,23 @@
 """Suggests a recipe for a data set."""
 
+import jax
 import numpy as np
 
 from simclr_jax.data.dataset import Arrays, Dataset
 
 
-def recipe(dataset: Dataset, accelerators: int) -> tuple[str, dict[str, str]]:
+def recipe(dataset: Dataset, accelerators: int | None = None) -> tuple[str, dict[str, str]]:
   """A built-in recipe and values of its fields, by the number and size of the images.
 
   Args:
     dataset: the training images.
-    accelerators: number of GPUs or TPU cores; 0: only a CPU.
+    accelerators: number of GPUs or TPU cores, 0 for a CPU; None: of this machine.
 
   Returns:
     The name of the recipe, and the fields to override.
   """
+  if accelerators is None:
+    accelerators = 0 if jax.default_backend() == 'cpu' else jax.device_count()
   count, side = len(dataset), median_side(dataset)
   if accelerators:
     variant = '32' if side <= 40 else '64' if side <= 96 else '224'

@@ -109,7 +109,7 @@ def limits(low: float, high: float, dtype: np.dtype) -> tuple[float, float]:
 
 
 def describe(limits: tuple[float, float]) -> str:
-  """A range in words: '0 to 4,095'."""
+  """A range as text: '0 to 4,095'."""
   return ' to '.join(f'{int(x):,}' if x == int(x) else f'{x:g}' for x in limits)
 
 

@@ -101,6 +101,11 @@ def steps(folder: pathlib.Path) -> list[int]:
   return sorted(int(p.name) for p in checkpoints)
 
 
+def last_step(folder: pathlib.Path) -> int:
+  """Step of the newest finished checkpoint in `folder`; 0 if there is none."""
+  return (steps(folder) or [0])[-1]
+
+
 def exists(folder: pathlib.Path) -> bool:
   """Whether `folder` contains checkpoints, readable or damaged."""
   return bool(steps(folder)) or any(folder.glob('corrupt-*'))

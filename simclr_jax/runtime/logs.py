@@ -4,19 +4,14 @@ import importlib.util
 import json
 import math
 import pathlib
-import sys
 import time
-import warnings
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from simclr_jax.runtime import files, paths
-
-with warnings.catch_warnings():
-  warnings.simplefilter('ignore')  # in a notebook without ipywidgets, the bar is text
-  from tqdm.auto import tqdm
+from simclr_jax.runtime.progress import shows_bars, tqdm
 
 
 class Log:
@@ -52,7 +47,7 @@ class Log:
       self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
     self._steps = steps
     self._prints = writes and shows
-    bar = self._prints and (sys.stderr.isatty() or _in_notebook())
+    bar = self._prints and shows_bars()
     self._bar = tqdm(total=steps, initial=first_step, unit='step', disable=not bar)
     self._shown = -math.inf  # time of the last progress line
     self.restart(first_step)
@@ -180,13 +175,6 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
     except ValueError:
       continue  # the line was truncated when the process was killed
   return records
-
-
-def _in_notebook():
-  """Whether the program runs in a Jupyter kernel, which shows progress bars although it is no terminal."""
-  ipython = sys.modules.get('IPython')
-  shell = ipython and ipython.get_ipython()
-  return shell is not None and 'IPKernelApp' in shell.config
 
 
 def _up_to(records, last_step):

@@ -2,11 +2,23 @@
 
 import sys
 import time
+import warnings
 from typing import Self
 
-from tqdm.auto import tqdm
-
 from simclr_jax.runtime import distributed
+
+with (
+  warnings.catch_warnings()
+):  # tqdm warns in a notebook without ipywidgets, where its bar is text
+  warnings.simplefilter('ignore')
+  from tqdm.auto import tqdm
+
+
+def shows_bars() -> bool:
+  """Whether a bar can be shown: in a terminal, and in a notebook."""
+  ipython = sys.modules.get('IPython')
+  shell = ipython and ipython.get_ipython()
+  return sys.stderr.isatty() or (shell is not None and 'IPKernelApp' in shell.config)
 
 
 class Bar:
@@ -26,9 +38,9 @@ class Bar:
       unit: of the work.
     """
     shows = distributed.is_main_process()
-    interactive = sys.stderr.isatty() or 'ipykernel' in sys.modules
-    self._bar = tqdm(total=total, desc=text, unit=unit, disable=not (shows and interactive))
-    self._lines = shows and not interactive
+    bars = shows_bars()
+    self._bar = tqdm(total=total, desc=text, unit=unit, disable=not (shows and bars))
+    self._lines = shows and not bars
     self._text, self._total, self._unit = text, total, unit
     self._start = self._shown = time.monotonic()
 
