@@ -414,6 +414,7 @@ def summary(tests: Tests, dataset: Dataset, test_images: Dataset, title: str) ->
     'labels_per_class': counts,
     'settings': {'training_images': len(dataset)},
     'runs': tests,
+    'class_names': list(test_images.class_names),
     'notes': _unfitted(tests),
   }
   return assess(result, test_images.labels, classes=dataset.classes)

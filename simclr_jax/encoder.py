@@ -93,6 +93,30 @@ class Encoder:
       raise RuntimeError(f'{wrong} of {len(dataset)} images were not evaluated exactly once')
     return h, labels
 
+  def forward(self, views: np.ndarray, batch_size: int = 256) -> np.ndarray:
+    """Features of images that are preprocessed already, on one device.
+
+    Args:
+      views: float32 `[n, size, size, c]` in [0, 1].
+      batch_size: images per batch.
+
+    Returns:
+      float32 `[n, d]`.
+
+    Raises:
+      Stopped: a signal arrived.
+    """
+    forward = _compiled_forward(json.dumps(self.architecture, sort_keys=True))
+    parts = []
+    for start in range(0, len(views), batch_size):
+      preemption.check()
+      part = views[start : start + batch_size]
+      padding = np.zeros((min(batch_size, len(views)) - len(part), *views.shape[1:]), views.dtype)
+      parts.append(
+        np.asarray(forward(self.variables, np.concatenate([part, padding])))[: len(part)]
+      )
+    return np.concatenate(parts)
+
   def __call__(self, images: Any, batch_size: int = 256) -> np.ndarray:
     """Features, float32 `[n, d]`, in the order of the images.
 
@@ -121,6 +145,12 @@ def _compiled(architecture: str, mesh: jax.sharding.Mesh):
 
   replicated, by_row = NamedSharding(mesh, P()), NamedSharding(mesh, P('data'))
   return jax.jit(encode, in_shardings=(replicated, by_row), out_shardings=replicated)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_forward(architecture: str):
+  """The jitted forward pass of an architecture (JSON) on one device."""
+  return jax.jit(classifier.forward(json.loads(architecture)))
 
 
 def untrained(architecture: dict[str, Any], seed: int = 0) -> Encoder:

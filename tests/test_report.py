@@ -2,16 +2,19 @@
 
 import base64
 import re
+import shutil
 
 import numpy as np
 import pytest
+from conftest import TINY
 
+from simclr_jax import cli
 from simclr_jax.data import Arrays
-from simclr_jax.report import figures, page
+from simclr_jax.evaluate import knn, results
+from simclr_jax.report import embeddings, evaluations, figures
 
 DIGITS = Arrays(np.zeros((3, 8, 8, 3), np.uint8), np.arange(3, dtype=np.int32))
 NAMES = ['cat', 'dog', '$e$ <mu>']
-ANIMALS = Arrays(DIGITS.images, DIGITS.labels, class_names=NAMES)
 
 
 def texts(uri):
@@ -41,13 +44,13 @@ def test_embedding_map_names_clusters():
   """Breaks if a cluster has no label, or a label is placed where its class is not the majority."""
   rng = np.random.default_rng(0)
   labels = np.arange(90) % 3
-  h = np.eye(3)[labels] + 0.1 * rng.normal(size=(90, 3))
-  assert set(texts(figures.embedding_map(h, labels, NAMES))) == {
+  xy = figures.tsne(np.eye(3)[labels] + 0.1 * rng.normal(size=(90, 3)))
+  assert set(texts(figures.embedding_map(xy, labels, NAMES))) == {
     'cat', 'dog', '$e$ &lt;mu&gt;',
   }  # fmt: skip
-  mixed = figures.embedding_map(h, rng.permutation(np.arange(90)), [str(i) for i in range(90)])
+  mixed = figures.embedding_map(xy, rng.permutation(np.arange(90)), [str(i) for i in range(90)])
   assert not texts(mixed)
-  assert not texts(figures.embedding_map(h, None, []))
+  assert not texts(figures.embedding_map(xy, None, []))
 
 
 def test_class_colors_of_many_classes():
@@ -59,9 +62,9 @@ def test_class_colors_of_many_classes():
 
 def test_class_names_are_printable():
   """Breaks if a class name that is not valid text, is long or missing cannot be displayed."""
-  odd = Arrays(DIGITS.images, DIGITS.labels, class_names=['caf\udce9', 'a\n b', 20 * 'x'])
-  assert page._class_names(odd, 5) == ['caf?', 'a b', 17 * 'x' + '…', '3', '4']
-  assert page._class_names(DIGITS, 2) == ['0', '1']
+  odd = ['caf\udce9', 'a\n b', 20 * 'x']
+  assert evaluations.printable(odd, 5) == ['caf?', 'a b', 17 * 'x' + '…', '3', '4']
+  assert evaluations.printable(DIGITS.class_names, 2) == ['0', '1']
 
 
 def test_teacher_and_student(tmp_path):
@@ -74,24 +77,92 @@ def test_teacher_and_student(tmp_path):
       'teacher 50.0, 24 million parameters', 'student 51.0, 0.078 million parameters', 'all',
     } <= set(labels)  # fmt: skip
     assert ('dog' in labels) == bool(runs)
-  assert not list(page._distillation(tmp_path, ANIMALS))
+  assert not list(evaluations.distillation(tmp_path, NAMES))
 
 
 def test_accuracy_per_class_and_confusion_matrix():
   """Breaks if the table or the matrix lacks class names, or results without confusion matrices are an error."""
   seeds = [{'top1': 0.5, 'confusion': np.ones((3, 3), int).tolist()}]
   runs = {'fine-tuned': {'1%': seeds}, 'raw pixels': {'1%': [{'top1': 0.5}]}}
-  text = ''.join(page._per_class(runs, ANIMALS))
+  text = ''.join(evaluations.per_class(runs, NAMES))
   assert '<td>dog</td><td class="n">33.3</td>' in text and '&lt;mu&gt;' in text
   assert 'Accuracy per class, %, with 1% of the labels, over all seeds' in text
   matrix = texts(figures.confusion(np.eye(3), NAMES))
   assert {'cat', 'dog', '$e$ &lt;mu&gt;', '100', 'true class', 'predicted class'} == set(matrix)
   many = [{'confusion': np.ones((21, 21), int).tolist()}]
   for without in ({}, {'fine-tuned': {'1%': [{'top1': 1}]}}, {'fine-tuned': {'1%': many}}):
-    assert not list(page._per_class(without, ANIMALS))
+    assert not list(evaluations.per_class(without, NAMES))
 
 
 def test_curves_of_one_record():
   """Breaks if a panel without values is drawn, or a single record is not drawn."""
   panels = figures.curves([{'step': 1, 'loss': 2.0, 'learning_rate': None}])
   assert set(panels) == {'loss, nats'} and 'loss' in texts(panels['loss, nats'])
+
+
+def test_results_with_intervals_chance_and_notes(tmp_path):
+  """Breaks if a result on other data, its chance, interval or note, or the step of its checkpoint is not displayed."""
+  rows = {'untrained': [[10.0, None]], 'pretrained': [[60.0, None]]}
+  first = results.assess(result(rows=rows, title='kNN', columns=['top-1 %']), np.arange(50) % 5)
+  about = {'step': 7, 'checkpoint': 'a', 'data': {'test': {'fingerprint': 1, 'dir': 'x/birds', 'split': 'test'}}}  # fmt: skip
+  results.save(tmp_path, 'knn', first, about)
+  other = {'test': {'fingerprint': 2, 'dir': 'x/<flowers>', 'split': 'val'}}
+  results.save(tmp_path, 'knn', first, {**about, 'step': 9, 'data': other})
+  page = ''.join(evaluations.sections(tmp_path, 9, []))
+  assert 'kNN, birds/test (step 7; the newest checkpoint is of step 9)' in page
+  assert 'kNN, &lt;flowers&gt;/val (step 9)' in page
+  assert '60.0 [46.2, 72.4]' in page and '50 test images; chance 20.0 %' in page
+  assert 'None yet' in ''.join(evaluations.sections(tmp_path / 'new', 9, []))
+
+
+def test_duplicates_are_named():
+  """Breaks if images with the same pixels are not found, or others are."""
+  rng = np.random.default_rng(0)
+  small = rng.random((30, 12)).astype(np.float32)
+  small[[7, 29]] = small[3] + 1e-4
+  assert embeddings.duplicates(small).tolist() == [3 if i in (7, 29) else i for i in range(30)]
+  named = ''.join(embeddings._named(embeddings.duplicates(small), [f'<{i}>' for i in range(30)]))
+  assert '2 of these images look the same' in named and '&lt;7&gt; = &lt;3&gt;' in named
+  assert not ''.join(embeddings._named(np.arange(30), []))
+
+
+def test_leave_one_out():
+  """Breaks if an image votes for itself, duplicates included, or other neighbours vote."""
+  rng = np.random.default_rng(0)
+  h = rng.normal(size=(60, 5)).astype(np.float32)
+  h[40:] = h[:20]  # duplicates precede or follow the image itself
+  labels = rng.integers(0, 3, 60)
+  z = h / np.linalg.norm(h.astype(np.float64), axis=1, keepdims=True)
+  s = z @ z.T
+  np.fill_diagonal(s, -np.inf)
+  right = 0
+  for i in range(60):
+    near = np.argsort(-s[i], kind='stable')[:7]
+    votes = np.bincount(labels[near], np.exp(s[i, near] / 0.1), 3)
+    right += votes.argmax() == labels[i]
+  assert knn.leave_one_out(h, labels, 7) == pytest.approx(right / 60)
+
+
+@pytest.mark.parametrize('kind', ['unfinished', 'no labels', 'no images'])
+def test_report_of_any_run(tmp_path, kind, capsys):
+  """Breaks if a run that stopped, or whose images have no labels or are gone, has no report or hides that."""
+  images = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
+  np.savez(tmp_path / 'train.npz', images=images)
+  fields = [
+    f'--config.{k}={v}'
+    for k, v in {**TINY, 'batch_size': 8, 'steps': 3, 'checkpoint_every_steps': 2}.items()
+  ]
+  run, data = tmp_path / 'run', f'--data={tmp_path / "train.npz"}'
+  assert cli.main(['pretrain', '--config=simclr_digits', data, f'--workdir={run}', *fields]) == 0
+  if kind == 'unfinished':
+    shutil.rmtree(max((run / 'checkpoints').iterdir(), key=lambda p: int(p.name)))
+  if kind == 'no images':
+    (tmp_path / 'train.npz').unlink()
+  capsys.readouterr()
+  assert cli.main(['report', f'--workdir={run}']) == 0
+  page, printed = (run / 'report.html').read_text(), capsys.readouterr().out
+  assert ('Unfinished: everything here is of step 2 of 3' in page) == (kind == 'unfinished')
+  assert ('No augmented views and no embeddings' in page) == (kind == 'no images')
+  assert ('class="banner"' in page) == (kind != 'no labels') == (printed[:5] != 'wrote')
+  assert ('Embedding map' in page) == (kind != 'no images')
+  assert '<summary>Recipe</summary>' in page and 'leave-one-out' not in page

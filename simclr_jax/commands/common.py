@@ -117,7 +117,7 @@ def checkpoint(encoder: Encoder) -> dict[str, int]:
 def images(config: ml_collections.ConfigDict, train: Dataset, test: Dataset) -> dict[str, Any]:
   """`data` of a result; `config`: the `data` part of the recipe."""
   place = config.dir or config.name or config.source
-  held_out = '' if config.test_split else f'{config.holdout:.0%} of {config.train_split}'
+  held_out = '' if config.test_split else f'held-out {config.holdout:.0%}'
   splits = {'train': (train, config.train_split), 'test': (test, config.test_split or held_out)}
   return {
     name: {

@@ -93,6 +93,7 @@ def distill(
     },
     'settings': {'recipe': spec, 'test_images': len(test)},
     'runs': tests,
+    'class_names': list(test.class_names),
   }
   student = runs.load_encoder(workdir / teachers[0].name)
   # The second column is no accuracy.

@@ -44,6 +44,8 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
   """Evaluates; prints and saves the table."""
+  import numpy as np
+
   from simclr_jax import runs
   from simclr_jax.commands import common
   from simclr_jax.evaluate import knn, results
@@ -58,6 +60,11 @@ def run(args: argparse.Namespace) -> int:
   k = min(args.k, len(train))
   if k < args.k:
     print(f'k = {k}: there are only {k:,} training images')
+  smallest = int(np.bincount(train.labels)[np.unique(train.labels)].min())
+  if k > smallest:
+    print(
+      f'k = {k} is more than the {smallest:,} training images of the smallest class: a lower --k may suit them better'
+    )
   embeds = common.features(encoders, args.baselines, train, test)
   common.announce(
     f'kNN of {len(test):,} among {len(train):,} images, features of {", ".join(embeds)}',

@@ -25,6 +25,8 @@ def run(args: argparse.Namespace) -> int:
   from simclr_jax.report import page
 
   out = args.out or args.workdir / 'report.html'
-  page.write(args.workdir, common.recipe_of_run(args.workdir, args.overrides), out)
+  config = common.recipe_of_run(args.workdir, args.overrides)
+  for sentence in page.write(args.workdir, config, out):
+    print(sentence)
   print(f'wrote {out}')
   return 0

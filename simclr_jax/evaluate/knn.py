@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from simclr_jax import losses, sharding
 from simclr_jax.runtime import preemption
 
+TEMPERATURE = 0.1  # of the weights, by default
 BLOCK = 32768  # rows of the bank that a device compares at a time
 
 
@@ -18,7 +19,7 @@ def predict(
   labels: np.ndarray,
   queries: np.ndarray,
   k: int = 200,
-  temperature: float = 0.1,
+  temperature: float = TEMPERATURE,
   block: int = 1024,
 ) -> np.ndarray:
   """Classifies features by their k nearest neighbours in cosine similarity.
@@ -134,13 +135,25 @@ def _search(mesh, k, rows):
   return jax.jit(search, in_shardings=(by_device, replicated), out_shardings=replicated)
 
 
+def leave_one_out(features: np.ndarray, labels: np.ndarray, k: int = 200) -> float:
+  """Top-1 accuracy, 0 to 1, of images that are each classified by their k nearest others; arguments as for `predict`."""
+  similarity, index = neighbours(features, features, k + 1)
+  itself = index == np.arange(len(features))[:, None]
+  others = np.argsort(itself, axis=1, kind='stable')[
+    :, :k
+  ]  # duplicates may precede the image itself
+  similarity, index = (np.take_along_axis(x, others, 1) for x in (similarity, index))
+  weight = np.exp((similarity - similarity[:, :1]) / TEMPERATURE)
+  return float(np.mean(_vote(labels[index], weight) == labels))
+
+
 def accuracy(
   bank: np.ndarray,
   labels: np.ndarray,
   queries: np.ndarray,
   query_labels: np.ndarray,
   k: int = 200,
-  temperature: float = 0.1,
+  temperature: float = TEMPERATURE,
 ) -> float:
   """Top-1 accuracy of `predict`, 0 to 1; `query_labels`: classes of the queries, int `[n]`."""
   return float(np.mean(predict(bank, labels, queries, k, temperature) == query_labels))

@@ -15,6 +15,7 @@ Optional:
   notes       name -> sentence, such as a row and what is special about it
   settings    what was done: numbers of images, steps, learning rates, ...
   runs        the result of every single training
+  class_names of the test images, if `runs` has confusion matrices
 
 `save` adds:
 
@@ -284,12 +285,9 @@ def interval(percent: float | None, images: float) -> list[float] | None:
 
 def table(result: Result) -> str:
   """A result as plain text of at most 100 columns, if its names permit."""
-  lines = [_heading(result), *_context(result)]
+  lines = [f'{titled(result)} (step {result.get("step", 0):,})', *context(result)]
   cells = {
-    name: [
-      cell(c[0], c[1], ends)
-      for c, ends in zip(row, result.get('interval', {}).get(name) or [None] * len(row))
-    ]
+    name: [cell(c[0], c[1], ends) for c, ends in zip(row, intervals(result, name))]
     for name, row in result['rows'].items()
   }
   first = max(map(len, cells), default=0)
@@ -316,14 +314,20 @@ def _line(name, texts, first, widths):
   return f'{name:{first}}' + ''.join(f'{text:>{width}}' for text, width in zip(texts, widths))
 
 
-def _heading(result):
+def titled(result: Result) -> str:
+  """The title of a result with folder and split of its test images."""
   place = _place(result)
-  return result['title'] + f', {place}' * bool(place) + f' (step {result.get("step", 0):,})'
+  return result['title'] + f', {place}' * bool(place)
 
 
-def _context(result):
+def intervals(result: Result, row: str) -> Sequence[Sequence[float] | None]:
+  """The interval of each cell of a row, or None."""
+  return result.get('interval', {}).get(row) or [None] * len(result['columns'])
+
+
+def context(result: Result) -> list[str]:
   """Lines with the number of test images and chance."""
-  images, levels = result.get('test_images'), result.get('chance')
+  images, levels = result.get('test_images'), result.get('chance') or {}
   if images is None:
     return []
   if isinstance(images, dict):

@@ -205,30 +205,42 @@ def class_colors(labels: np.ndarray) -> dict[int, str]:
   return {int(c): matplotlib.colors.to_hex(palette(i)) for i, c in enumerate(common)}
 
 
-def embedding_map(
-  h: np.ndarray, labels: np.ndarray | None, names: Sequence[str], seed: int = 0
-) -> str:
-  """A two-dimensional map of features: t-SNE of 50 principal components, in `class_colors`.
-
-  A class is labelled where it is densest, if most images there are of this class and there is room.
+def tsne(h: np.ndarray, seed: int = 0) -> np.ndarray:
+  """A two-dimensional map of features: t-SNE of 50 principal components.
 
   Args:
     h: features `[n, d]`.
-    labels: int32 `[n]`; None: unknown.
-    names: of the classes.
     seed: of PCA and t-SNE.
+
+  Returns:
+    Coordinates `[n, 2]`.
   """
-  figure = matplotlib.figure.Figure(figsize=(4.6, 4.2), layout='constrained')
-  axes = figure.subplots()
   unit = np.asarray(losses.l2_normalize(jnp.asarray(h)))
   reduced = PCA(min(50, *unit.shape), random_state=seed).fit_transform(unit)
   perplexity = min(30, (len(h) - 1) / 3)
   # One thread: several are slower here, on a busy machine 6 times.
   with threadpoolctl.threadpool_limits(1):
-    xy = TSNE(perplexity=perplexity, init='pca', random_state=seed).fit_transform(reduced)
+    return TSNE(perplexity=perplexity, init='pca', max_iter=500, random_state=seed).fit_transform(
+      reduced
+    )
+
+
+def embedding_map(xy: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> str:
+  """A map of images in `class_colors`.
+
+  A class is labelled where it is densest, if most images there are of this class and there is room.
+
+  Args:
+    xy: coordinates `[n, 2]`.
+    labels: int32 `[n]`; None: unknown.
+    names: of the classes.
+  """
+  figure = matplotlib.figure.Figure(figsize=(4.6, 4.2), layout='constrained')
+  axes = figure.subplots()
   colors = {} if labels is None else class_colors(labels)
   drawn = [BLUE] * len(xy) if labels is None else [colors.get(c, OTHERS) for c in labels.tolist()]
   axes.scatter(xy[:, 0], xy[:, 1], s=9, lw=0, color=drawn, rasterized=True)
+  axes.margins(x=0.12)  # room for labels at the edges
   axes.set_axis_off()
   near = distance.cdist(xy, xy) < 0.07 * np.ptp(xy)
   places: list[np.ndarray] = []
