@@ -6,8 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-all test-faults test-minimal test-browser lint lock bench bench-input mechanisms gpu-cifar10 tpu-table clean
 
 demo: $(VENV)/.installed
-	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --student-width=0.25 --seeds=5 --scratch-steps=100 --scratch-learning-rate=0.01
-	$(BIN)/simclr-jax report --workdir=runs/demo
+	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --labels=2 --student-width=0.25 --seeds=3 --scratch-steps=400 --scratch-learning-rate=0.01
 
 # Compiling, which takes most of the time, keeps one core busy per worker.
 WORKERS := --numprocesses=2 --dist=loadfile --no-loadscope-reorder

@@ -21,7 +21,7 @@ from simclr_jax.runtime import distributed, files, logs, paths, progress
 # Row of the table -> `data.labels` -> for each seed, the result of `test`.
 Tests = dict[str, dict[str, list[dict[str, Any]]]]
 
-# Training from scratch, as a baseline: settings that train any of the networks on few images. Five times as many steps
+# Training from scratch, as a baseline: settings that train any of the networks on few images. Twice as many steps
 # as the fine-tuning, and at least 30 epochs, because random weights need longer than pretrained ones; a tenth of them
 # is the warm-up.
 SCRATCH = {
@@ -32,7 +32,8 @@ SCRATCH = {
   'weight_decay_on': 'kernels',
   'schedule': 'cosine',
 }
-SCRATCH_FACTOR, SCRATCH_EPOCHS, SCRATCH_CROP = 5, 30, 0.5
+SCRATCH_FACTOR, SCRATCH_EPOCHS = 2, 30
+MILD_CROP = 0.5  # the least area of crops for labelled images
 FITTED = 0.5  # a training whose accuracy on its own augmented images is lower was too short, or its learning rate is wrong
 
 
@@ -49,7 +50,8 @@ def recipe(
   """A recipe that inherits data and network from another run.
 
   Args:
-    spec: a recipe, see `config.load`; if its name ends in `_small`, `augment.view1` is inherited, too.
+    spec: a recipe, see `config.load`; if its name ends in `_small`, `augment.view1` is inherited, too, with crops that
+      show at least half of the image.
     source: the recipe of the other run.
     overrides: fields that the user set; they have priority over inherited values.
 
@@ -60,7 +62,7 @@ def recipe(
   values = {k: v for k, v in recipes.flatten(source).items() if table[k].inherited}
   values['model.bn_groups'] = 1  # the groups of the pretraining may not divide another batch size
   if spec.endswith('_small'):
-    values['augment.view1'] = source.augment.view1
+    values['augment.view1'] = _mild(source.augment)
   return recipes.load(spec, {**values, **overrides})
 
 
@@ -99,8 +101,7 @@ def from_scratch(
 ) -> ml_collections.ConfigDict:
   """The recipe of the same network and labels without pretraining, as a baseline: `SCRATCH`.
 
-  The augmentation is milder than that of the fine-tuning, which may be made for contrastive learning: crops show at
-  least half of the image. No layer of the head is kept, and no layer is frozen.
+  Crops show at least half of the image, as in `finetune_small`. No layer of the head is kept, and no layer is frozen.
 
   Args:
     config: a recipe of fine-tuning, as `with_labels` returns it.
@@ -126,7 +127,7 @@ def _mild(pipelines):
   for op in augment.parse(augment.with_ops(pipelines.view1, pipelines.ops)):
     arguments = op.arguments if op.definition.sized else {**op.arguments, 'p': op.p}
     if 'area_min' in arguments:
-      least = min(max(arguments['area_min'], SCRATCH_CROP), arguments['area_max'])
+      least = min(max(arguments['area_min'], MILD_CROP), arguments['area_max'])
       arguments = {**arguments, 'area_min': least}
     texts.append(f'{op.name}({", ".join(f"{k}={v!r}" for k, v in arguments.items())})')
   return ' | '.join(texts)

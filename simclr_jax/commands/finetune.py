@@ -7,7 +7,7 @@ Each fine-tuning run has its own directory, such as RUN/finetune/1pct-seed0. Rer
 --config.FIELD=VALUE sets fields of its recipe, for instance head_layer (layers of the projection head that are kept),
 fine_tune_after_block (layers that are frozen), steps, learning_rate; --config.data.* also selects the images.
 The baseline from scratch has its own optimizer, length and augmentation: AdamW with learning rate 0.003 and warm-up,
-five times as many steps and at least 30 epochs, crops of at least half of the image.
+twice as many steps and at least 30 epochs, crops of at least half of the image.
 """
 
 import argparse

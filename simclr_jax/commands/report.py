@@ -5,8 +5,13 @@ versions.
 """
 
 import argparse
+import pathlib
+from typing import TYPE_CHECKING
 
 from simclr_jax.commands import options
+
+if TYPE_CHECKING:
+  import ml_collections
 
 DETAILS = options.DATA_OVERRIDE
 
@@ -22,11 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
   """Writes the report."""
   from simclr_jax.commands import common
+
+  config = common.recipe_of_run(args.workdir, args.overrides)
+  write(args.workdir, config, args.out or args.workdir / 'report.html')
+  return 0
+
+
+def write(workdir: pathlib.Path, config: 'ml_collections.ConfigDict', out: pathlib.Path) -> None:
+  """Writes a report, and prints what is missing and where it is; arguments and errors as for `page.write`."""
   from simclr_jax.report import page
 
-  out = args.out or args.workdir / 'report.html'
-  config = common.recipe_of_run(args.workdir, args.overrides)
-  for sentence in page.write(args.workdir, config, out):
+  for sentence in page.write(workdir, config, out):
     print(sentence)
   print(f'wrote {out}')
-  return 0

@@ -1,9 +1,9 @@
-"""pretrain, fine-tune with few labels and distil, end to end
+"""pretrain, fine-tune with few labels, distil and report, end to end
 
 Example:
   simclr-jax simclrv2 --config=simclr_digits --workdir=runs/digits --student-width=0.25 --seeds=5
 
-Each stage is a run: RUN, RUN/finetune/1pct-seed0, RUN/distill/1pct-seed0. Rerun the same command to resume the stage
+Each stage is a run: RUN, RUN/finetune/1pct-seed0, RUN/distill/1pct-seed0. The report is RUN/report.html. Rerun the same command to resume the stage
 that was interrupted. --config.FIELD=VALUE sets fields of the pretraining; the other stages have their own recipes.
 """
 
@@ -54,7 +54,7 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
   """Runs the stages; prints and saves the table."""
   from simclr_jax import downstream, run_config, train
-  from simclr_jax.commands import common
+  from simclr_jax.commands import common, report
   from simclr_jax.commands.distill import distill
   from simclr_jax.errors import Stopped
   from simclr_jax.evaluate import results
@@ -77,19 +77,20 @@ def run(args: argparse.Namespace) -> int:
   distilled = distill(teachers, workdir / 'distill', args.distill, student, args.command)
   about = {key: finetuned[key] for key in ('step', 'checkpoint', 'data')}
   results.save(workdir, 'simclrv2', _summary(args, finetuned, distilled), about)
+  report.write(workdir, run_config.load(workdir), workdir / 'report.html')
   return 0
 
 
 def _summary(args, finetuned, distilled):
   """The result of all stages."""
-  from simclr_jax.evaluate.results import over_seeds
+  from simclr_jax.evaluate.results import amount, over_seeds
 
   rows = {**finetuned['rows'], 'distilled student': distilled['rows']['student']}
   intervals = {**finetuned['interval'], 'distilled student': distilled['interval']['student']}
   size = [distilled['rows'][name][1][0] for name in ('teacher', 'student')]
   order = ('raw pixels', 'untrained encoder', 'from scratch', 'fine-tuned', 'distilled student')
   return {
-    'title': f'SimCLR v2 with {args.labels} of the labels, top-1 %{over_seeds(args.seeds)}',
+    'title': f'SimCLR v2 with {amount(args.labels)}, top-1 %{over_seeds(args.seeds)}',
     'columns': finetuned['columns'],
     'rows': {name: [rows[name][0]] for name in order},
     'interval': {name: intervals[name][:1] for name in order},

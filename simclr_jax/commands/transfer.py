@@ -16,7 +16,7 @@ import pathlib
 import re
 
 from simclr_jax import config as recipes
-from simclr_jax.commands import options
+from simclr_jax.commands import finetune, options
 
 RECIPE = 'finetune_small'
 
@@ -49,7 +49,7 @@ def check(args: argparse.Namespace) -> None:
   if args.config and not args.finetune:
     args.parser.error('--config has no effect without --finetune')
   args.config = args.config or RECIPE
-  recipes.load(args.config, args.overrides)
+  finetune.check_fields(args.config, args.overrides, finetune.RESERVED)
 
 
 def run(args: argparse.Namespace) -> int:

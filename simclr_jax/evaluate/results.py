@@ -363,6 +363,11 @@ def mean_and_std(values: Sequence[float]) -> list[float | None]:
   return [float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None]
 
 
+def amount(labels: str) -> str:
+  """`data.labels` as text: '1% of the labels', '2 labels per class'."""
+  return f'{labels} of the labels' if '%' in labels else f'{labels} labels per class'
+
+
 def over_seeds(seeds: int) -> str:
   """The end of a title, such as ', mean over 5 seeds'; empty for one seed."""
   return f', mean over {seeds} seeds' if seeds > 1 else ''

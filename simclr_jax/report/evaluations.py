@@ -70,8 +70,7 @@ def per_class(tests: Mapping[str, Any], class_names: Sequence[str]) -> Iterator[
     name: [f'{100 * n[c, c] / n[c].sum():.1f}' if n[c].any() else 'no image' for n in counts.values()]
     for c, name in enumerate(names)
   }  # fmt: skip
-  amount = f'{labels} of the labels' if '%' in labels else f'{labels} labels per class'
-  caption = f'Accuracy per class, %, with {amount}, over all seeds'
+  caption = f'Accuracy per class, %, with {results.amount(labels)}, over all seeds'
   matrix = figure(figures.confusion(counts['fine-tuned'], names), 'Confusion matrix', '',
                   'Fine-tuned: predictions (columns) by true class (rows), in % of the row.',
                   f'min-width: {30 * len(names)}px')  # fmt: skip
