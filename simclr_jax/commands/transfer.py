@@ -48,6 +48,8 @@ def check(args: argparse.Namespace) -> None:
     args.parser.error('--config.FIELD=VALUE needs --finetune')
   if args.config and not args.finetune:
     args.parser.error('--config has no effect without --finetune')
+  if args.data_dir and all(d == 'digits' or pathlib.Path(d).exists() for d in args.to):
+    args.parser.error('--data-dir has no effect: no data set of --to is one of TFDS')
   args.config = args.config or RECIPE
   finetune.check_fields(args.config, args.overrides, finetune.RESERVED)
 
