@@ -104,7 +104,7 @@ def main():
 
 def evaluate(args: argparse.Namespace, workdir: pathlib.Path) -> None:
   """kNN, linear probe, fine-tuning and distillation of the pretrained run; each command prints its table."""
-  run('knn', f'--workdir={workdir}', '--baselines')
+  run('knn', f'--workdir={workdir}')
   if args.recipe.startswith('moco'):
     run('knn', f'--workdir={workdir}', '--features=z')
   protocol = f'--protocol={args.recipe.split("_")[0]}'
@@ -112,7 +112,7 @@ def evaluate(args: argparse.Namespace, workdir: pathlib.Path) -> None:
   run('probe', f'--workdir={workdir}', protocol, f'--epochs={args.probe_epochs}', seeds)
   small = ['--config.dtype=bfloat16', '--config.tensorboard=false', '--config.knn_every_epochs=0']
   run(
-    'finetune', f'--workdir={workdir}', '--labels=1%,10%', seeds, '--baselines',
+    'finetune', f'--workdir={workdir}', '--labels=1%,10%', seeds,
     f'--config.steps={args.finetune_steps}', *small,
   )  # fmt: skip
   teachers = [f'{workdir}/finetune/10pct-seed{seed}' for seed in range(args.seeds)]

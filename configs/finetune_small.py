@@ -4,8 +4,8 @@
 
 The augmentation is that of the pretraining with milder crops, which show at least half of the
 image. The classifier is zero-initialised, all other layers start from the pretrained weights; the
-first layer of the projection head is kept (SimCLR v2). The number of steps does not depend on the
-number of labels: for more than a few thousand labels, set --config.steps=0 --config.epochs=10.
+first layer of the projection head is kept (SimCLR v2). The commands train for at least 10 epochs,
+unless steps or epochs are set.
 """
 
 import ml_collections

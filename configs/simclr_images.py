@@ -5,8 +5,8 @@
 The variants differ in the size of the views. `:224` is Chen et al. 2020a with the square-root
 learning-rate scaling for batch sizes far below 4096 (appendix B.1), but with the augmentation of
 SimCLR v2. `:64` and `:32` have the augmentation, learning rate and temperature that it found best
-for CIFAR-10 (B.9), but a ResNet-18 instead of its ResNet-50. Hardware: one accelerator; for `:cpu` two CPU cores. Time of `:cpu`:
-about 15 minutes. The epochs and batch sizes here are for 50,000 images; without --config,
+for CIFAR-10 (B.9), but a ResNet-18 instead of its ResNet-50. Hardware: one accelerator; for `:cpu`
+two CPU cores. Time of `:cpu`: about 15 minutes. The epochs and batch sizes here are for 50,000 images; without --config,
 `pretrain` chooses variant, epochs and batch size by the number and size of the images. No
 published result: it depends on the images.
 """

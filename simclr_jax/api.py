@@ -383,16 +383,12 @@ class Run:
       out: the file. None: report.html in the run directory.
 
     Returns:
-      The path of the file.
+      The path of the file. Of images that were in memory, only the run that `pretrain` returns shows any.
     """
     from simclr_jax.report import page
 
     path = self.workdir / 'report.html' if out is None else paths.path(out)
     images = None if self._train is None else (self._train, self._test)
-    if images is None and self._in_memory():
-      raise ConfigError(
-        f'{self.workdir} was trained on images in memory, which are needed: call report() on the run of pretrain'
-      )
     page.write(self.workdir, self.config, path, images)
     return path
 

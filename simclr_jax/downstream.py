@@ -11,7 +11,17 @@ import jax
 import ml_collections
 import numpy as np
 
-from simclr_jax import config as recipes, encoder, fields, optim, run_config, runs, sharding, train
+from simclr_jax import (
+  config as recipes,
+  encoder,
+  fields,
+  methods,
+  optim,
+  run_config,
+  runs,
+  sharding,
+  train,
+)
 from simclr_jax.data import Dataset, augment, labels as subsets
 from simclr_jax.errors import Stopped
 from simclr_jax.evaluate import logistic, metrics
@@ -22,7 +32,7 @@ from simclr_jax.runtime import distributed, files, logs, paths, progress
 Tests = dict[str, dict[str, list[dict[str, Any]]]]
 
 # Training from scratch, as a baseline: settings that train any of the networks on few images. Twice as many steps
-# as the fine-tuning, and at least 30 epochs, because random weights need longer than pretrained ones; a tenth of them
+# as the fine-tuning, or 30 epochs if that is more, because random weights need longer than pretrained ones; a tenth of them
 # is the warm-up.
 SCRATCH = {
   'optimizer': 'adamw',
@@ -33,6 +43,7 @@ SCRATCH = {
   'schedule': 'cosine',
 }
 SCRATCH_FACTOR, SCRATCH_EPOCHS = 2, 30
+LEAST_EPOCHS = 10  # of `finetune_small`, whose steps are for few labels
 MILD_CROP = 0.5  # the least area of crops for labelled images
 FITTED = 0.5  # a training whose accuracy on its own augmented images is lower was too short, or its learning rate is wrong
 
@@ -50,8 +61,8 @@ def recipe(
   """A recipe that inherits data and network from another run.
 
   Args:
-    spec: a recipe, see `config.load`; if its name ends in `_small`, `augment.view1` is inherited, too, with crops that
-      show at least half of the image.
+    spec: a recipe, see `config.load`; for `finetune_small` and `distill_small`, `augment.view1` is inherited, too, with
+      crops that show at least half of the image.
     source: the recipe of the other run.
     overrides: fields that the user set; they have priority over inherited values.
 
@@ -61,13 +72,24 @@ def recipe(
   table = fields.of_recipe(source.method)
   values = {k: v for k, v in recipes.flatten(source).items() if table[k].inherited}
   values['model.bn_groups'] = 1  # the groups of the pretraining may not divide another batch size
-  if spec.endswith('_small'):
+  if spec in ('finetune_small', 'distill_small'):
     values['augment.view1'] = _mild(source.augment)
   return recipes.load(spec, {**values, **overrides})
 
 
+def least_epochs(spec: str, overrides: Mapping[str, Any]) -> int:
+  """Epochs that a fine-tuning has at least: those of `finetune_small`, unless the user sets the length."""
+  return (
+    LEAST_EPOCHS if spec == 'finetune_small' and not {'steps', 'epochs'} & set(overrides) else 0
+  )
+
+
 def with_labels(
-  config: ml_collections.ConfigDict, dataset: Dataset, labels: str, seed: int
+  config: ml_collections.ConfigDict,
+  dataset: Dataset,
+  labels: str,
+  seed: int,
+  least_epochs: int = 0,
 ) -> tuple[ml_collections.ConfigDict, Dataset]:
   """Selects a subset of the labels.
 
@@ -76,6 +98,7 @@ def with_labels(
     dataset: the training set, with all labels.
     labels: the subset, as `data.labels`: a fraction, such as '1%', or a number per class.
     seed: seed of the training and of the subset.
+    least_epochs: epochs on the subset that the training has at least.
 
   Returns:
     The recipe with these labels, locked, and the training set with these labels.
@@ -90,6 +113,8 @@ def with_labels(
   # The batch cannot be larger than the images. It does not depend on the devices, see `run`.
   largest = len(images) - len(images) % config.accumulate_steps
   config.batch_size = min(config.batch_size, largest)
+  if least_epochs:
+    config.steps = max(config.steps, -(-least_epochs * len(images) // config.batch_size))
   recipes.check(config)
   return config.lock(), images
 
@@ -207,6 +232,7 @@ def few_labels(
   baselines: bool,
   command: str,
   scratch: Scratch = Scratch(),  # noqa: B008  (immutable)
+  least_epochs: int = 0,
 ) -> Tests:
   """Fine-tunes a run on subsets of the labels, with several seeds, and evaluates each result.
 
@@ -221,6 +247,7 @@ def few_labels(
       the features of the untrained encoder evaluated, with the same labels.
     command: the command line, recorded.
     scratch: settings of the training from scratch.
+    least_epochs: as for `with_labels`.
 
   Returns:
     Results with the rows 'fine-tuned' and, with `baselines`, 'raw pixels', 'untrained encoder' and 'from scratch'.
@@ -256,7 +283,7 @@ def few_labels(
   for text in labels:
     for seed in range(seeds):
       for row, evaluate in rows.items():
-        subset_config, subset = with_labels(config, dataset, text, seed)
+        subset_config, subset = with_labels(config, dataset, text, seed, least_epochs)
         folder = workdir / name / f'{short(text)}-seed{seed}'
         tests[row][text].append(evaluate(subset_config, subset, folder))
   return tests
@@ -293,6 +320,7 @@ def plan(
   seeds: int,
   baselines: bool,
   scratch: Scratch = Scratch(),  # noqa: B008  (immutable)
+  least_epochs: int = 0,
 ) -> str:
   """A sentence with the number, the lengths and about the time of the trainings of `few_labels`; arguments as there.
 
@@ -301,7 +329,7 @@ def plan(
   """
   parts, images = [], 0
   for text in labels:
-    tuned, subset = with_labels(config, dataset, text, 0)
+    tuned, subset = with_labels(config, dataset, text, 0, least_epochs)
     recipes_of = {'fine-tuning': tuned}
     if baselines:
       recipes_of['from scratch'] = from_scratch(tuned, subset, scratch)
@@ -314,11 +342,12 @@ def plan(
 
 
 def _about(workdir, images):
-  """The time of training on so many images, at the speed of the pretraining, which has two views of each."""
+  """The time of training on so many images, one view of each, at the speed of the pretraining."""
   rates = [r['examples_per_second'] for r in logs.read(workdir) if r.get('examples_per_second')]
   if not rates:
     return ''
-  time = progress.duration(images / (2 * float(np.median(rates))))
+  views = methods.build(run_config.load(workdir)).views
+  time = progress.duration(images / (views * float(np.median(rates))))
   return f', {time} at the speed of the pretraining, plus compilation'
 
 
@@ -335,6 +364,7 @@ def all_labels(
   *,
   start: str,
   command: str,
+  least_epochs: int = 0,
 ) -> dict[str, Any]:
   """Fine-tunes with all labels and evaluates the result.
 
@@ -344,17 +374,18 @@ def all_labels(
     dataset, test_images: labelled images to train on and to test on.
     start: directory of the run to start from; '': from scratch.
     command: the command line, recorded.
+    least_epochs: as for `with_labels`.
 
   Returns:
-    The result of `test`. Raises the same errors as `few_labels`.
+    The result of `test`, and `train_top1`. Raises the same errors as `few_labels`.
   """
-  config, images = with_labels(config, dataset, '100%', 0)
+  config, images = with_labels(config, dataset, '100%', 0, least_epochs)
   with config.unlocked():
     config.init_from = start
   if not start:
     config = from_scratch(config, images)
   run(config, images, workdir, command, test_images)
-  return test(workdir, test_images)
+  return {**test(workdir, test_images), **_fit(workdir)}
 
 
 def students(
@@ -426,10 +457,17 @@ def _unfitted(tests):
   notes = {}
   for row, by_labels in tests.items():
     for text, results in by_labels.items():
-      fit = [r['train_top1'] for r in results if 'train_top1' in r]
-      if fit and np.mean(fit) < FITTED:
-        notes[row] = (
-          f'with {text}, only {np.mean(fit):.0%} of the augmented training images are classified correctly at the end: train '
-          f'longer ({"--scratch-steps" if row == "from scratch" else "--config.steps"}) or change the learning rate'
-        )
+      for sentence in unfitted(results):
+        notes[row] = f'with {text}, {sentence}'
   return notes
+
+
+def unfitted(tests: Sequence[Mapping[str, Any]]) -> list[str]:
+  """A sentence if trainings were too short, by their accuracy on their own images; `tests`: results of `test`."""
+  fit = [r['train_top1'] for r in tests if 'train_top1' in r]
+  if not fit or np.mean(fit) >= FITTED:
+    return []
+  return [
+    f'only {np.mean(fit):.0%} of the augmented training images are classified correctly at the end: train longer or '
+    'change the learning rate'
+  ]

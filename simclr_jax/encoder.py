@@ -73,11 +73,8 @@ class Encoder:
     h, labels = np.empty((0, 0), np.float32), np.full(len(dataset), -1, np.int32)
     times_evaluated = np.zeros(len(dataset), np.int32)
     pipeline, size = self.architecture['eval_view'], self.architecture['image_size']
-    channels = self.architecture.get('channels', 3)
     for batch in loader.iterate_once(dataset, pipeline, size, batch_size, mesh):
-      found = batch['images'].shape[-1]
-      if found != channels:
-        raise ConfigError(f'the encoder needs images of {channels} channels, these have {found}')
+      self._check_channels(batch['images'].shape[-1])
       out = jax.device_get(encode(variables, batch))
       real = out['index'] >= 0  # the other rows are padding
       index = out['index'][real]
@@ -104,8 +101,10 @@ class Encoder:
       float32 `[n, d]`.
 
     Raises:
+      ConfigError: the images have another number of channels than the encoder.
       Stopped: a signal arrived.
     """
+    self._check_channels(views.shape[-1])
     forward = _compiled_forward(json.dumps(self.architecture, sort_keys=True))
     parts = []
     for start in range(0, len(views), batch_size):
@@ -116,6 +115,11 @@ class Encoder:
         np.asarray(forward(self.variables, np.concatenate([part, padding])))[: len(part)]
       )
     return np.concatenate(parts)
+
+  def _check_channels(self, found):
+    channels = self.architecture.get('channels', 3)
+    if found != channels:
+      raise ConfigError(f'the encoder needs images of {channels} channels, these have {found}')
 
   def __call__(self, images: Any, batch_size: int = 256) -> np.ndarray:
     """Features, float32 `[n, d]`, in the order of the images.

@@ -77,21 +77,21 @@ def test_teacher_and_student(tmp_path):
       'teacher 50.0, 24 million parameters', 'student 51.0, 0.078 million parameters', 'all',
     } <= set(labels)  # fmt: skip
     assert ('dog' in labels) == bool(runs)
-  assert not list(evaluations.distillation(tmp_path, NAMES))
+  assert not list(evaluations.distillations(tmp_path, NAMES))
 
 
 def test_accuracy_per_class_and_confusion_matrix():
   """Breaks if the table or the matrix lacks class names, or results without confusion matrices are an error."""
   seeds = [{'top1': 0.5, 'confusion': np.ones((3, 3), int).tolist()}]
   runs = {'fine-tuned': {'1%': seeds}, 'raw pixels': {'1%': [{'top1': 0.5}]}}
-  text = ''.join(evaluations.per_class(runs, NAMES))
+  text = ''.join(evaluations.per_class(runs, NAMES, '1%'))
   assert '<td>dog</td><td class="n">33.3</td>' in text and '&lt;mu&gt;' in text
   assert 'Accuracy per class, %, with 1% of the labels, over all seeds' in text
   matrix = texts(figures.confusion(np.eye(3), NAMES))
   assert {'cat', 'dog', '$e$ &lt;mu&gt;', '100', 'true class', 'predicted class'} == set(matrix)
   many = [{'confusion': np.ones((21, 21), int).tolist()}]
   for without in ({}, {'fine-tuned': {'1%': [{'top1': 1}]}}, {'fine-tuned': {'1%': many}}):
-    assert not list(evaluations.per_class(without, NAMES))
+    assert not list(evaluations.per_class(without, NAMES, '1%'))
 
 
 def test_curves_of_one_record():
@@ -161,8 +161,33 @@ def test_report_of_any_run(tmp_path, kind, capsys):
   capsys.readouterr()
   assert cli.main(['report', f'--workdir={run}']) == 0
   page, printed = (run / 'report.html').read_text(), capsys.readouterr().out
-  assert ('Unfinished: everything here is of step 2 of 3' in page) == (kind == 'unfinished')
+  assert ('Unfinished: curves and embeddings are of step 2 of 3' in page) == (kind == 'unfinished')
   assert ('No augmented views and no embeddings' in page) == (kind == 'no images')
   assert ('class="banner"' in page) == (kind != 'no labels') == (printed[:5] != 'wrote')
   assert ('Embedding map' in page) == (kind != 'no images')
   assert '<summary>Recipe</summary>' in page and 'leave-one-out' not in page
+
+
+def test_collapsed_embeddings_are_one_point():
+  """Breaks if a report of a collapsed or diverged encoder, which is needed most, cannot be written."""
+  for h in (np.ones((40, 6)), np.full((40, 6), np.nan)):
+    xy = figures.tsne(h)
+    assert xy.shape == (40, 2) and not xy.any()
+    assert figures.embedding_map(xy, np.arange(40) % 2, NAMES).startswith('data:image/svg')
+
+
+def test_unsorted_labels_are_drawn_in_order():
+  """Breaks if the axis of labels is reversed, or the matrix is of the fewest labels."""
+  rows = {'fine-tuned': [[90.0, None], [10.0, None]]}
+  positions = texts(figures.label_curve(result(rows=rows, labels_per_class=[100, 1])))
+  assert 'fine-tuned 90' in positions and positions['1'][0] < positions['100'][0]
+
+
+def test_a_distillation_beside_the_pretraining(tmp_path):
+  """Breaks if students in the directory of the run itself stop the report."""
+  rows = {'teacher': [[50.0, 2.0], [380.0, None]], 'student': [[51.0, None], [0.078, None]]}
+  seeds = [{'confusion': np.diag([1, 2, 3]).tolist()}] * 2
+  entry = result(rows=rows, columns=['top-1 %', 'parameters, millions'], runs={'teacher': seeds, 'student': seeds})  # fmt: skip
+  results.save(tmp_path, 'distillation', entry, {'step': 7, 'checkpoint': 'a', 'data': {}})
+  assert 'Teacher and student' in ''.join(evaluations.sections(tmp_path, 7, NAMES))
+  assert 'teacher 50.0, 380 million parameters' in texts(figures.teacher_student(entry, NAMES))

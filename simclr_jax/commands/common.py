@@ -77,6 +77,10 @@ def labelled(config: ml_collections.ConfigDict) -> tuple[Dataset, Dataset]:
         raise ConfigError(
           f'this command needs labels, but not all {split} images of the data set have one'
         )
+    if train.classes < 2:
+      raise ConfigError(
+        f'this command needs at least two classes, these images have {train.classes}: one sub-folder per class'
+      )
     return train, test
 
   train, test = distributed.run_on_all(load)
@@ -180,8 +184,3 @@ def embedding_seconds(encoders: Mapping[str, Encoder], *datasets: Dataset) -> fl
 def announce(text: str, seconds: float) -> None:
   """Prints what is going to be done and about how long it takes."""
   print(f'{text}, {duration(seconds)}', flush=True)
-
-
-def step_of(workdir: pathlib.Path) -> int:
-  """The step of the newest readable checkpoint of a run."""
-  return runs.load_encoder(workdir).provenance['step']

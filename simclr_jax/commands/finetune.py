@@ -7,10 +7,11 @@ Each fine-tuning run has its own directory, such as RUN/finetune/1pct-seed0. Rer
 --config.FIELD=VALUE sets fields of its recipe, for instance head_layer (layers of the projection head that are kept),
 fine_tune_after_block (layers that are frozen), steps, learning_rate; --config.data.* also selects the images.
 The baseline from scratch has its own optimizer, length and augmentation: AdamW with learning rate 0.003 and warm-up,
-twice as many steps and at least 30 epochs, crops of at least half of the image.
+twice as many steps, or 30 epochs if that is more, crops of at least half of the image.
 """
 
 import argparse
+import functools
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,7 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
   """Checks the recipe and its fields."""
   if (args.scratch_steps or args.scratch_learning_rate) and not args.baselines:
-    args.parser.error('--scratch-steps and --scratch-learning-rate need --baselines')
+    args.parser.error(
+      '--scratch-steps and --scratch-learning-rate have no effect with --no-baselines'
+    )
+  if args.name in ('knn', 'knn z', 'transfer', 'simclrv2', 'label_efficiency', 'distill'):
+    args.parser.error(f'--name={args.name} is the name of another evaluation')
   check_fields(args.config, args.overrides, RESERVED)
 
 
@@ -135,17 +140,23 @@ def finetune(
   """
   from simclr_jax import downstream, runs
   from simclr_jax.commands import common
+  from simclr_jax.data import labels as subsets
   from simclr_jax.evaluate import results
 
+  results.check(workdir)
   train, test = common.labelled(source)
+  count = functools.partial(subsets.per_class, examples=len(train), classes=train.classes)
+  labels = sorted(dict.fromkeys(labels), key=count)
   recipe = downstream.recipe(spec, source, overrides)
   scratch = downstream.Scratch(scratch_steps, scratch_learning_rate)
   extent: dict[str, Any] = {
-    'labels': labels, 'seeds': seeds, 'baselines': baselines, 'scratch': scratch
+    'labels': labels, 'seeds': seeds, 'baselines': baselines, 'scratch': scratch,
+    'least_epochs': downstream.least_epochs(spec, overrides),
   }  # fmt: skip
   print(downstream.plan(workdir, recipe, train, **extent), flush=True)
   tests = downstream.few_labels(workdir, recipe, train, test, name=name, command=command, **extent)
-  title = f'Fine-tuning with few labels, top-1 %{results.over_seeds(seeds)}'
+  folder = '' if name == 'finetune' else f', {name}/'
+  title = f'Fine-tuning with few labels, top-1 %{results.over_seeds(seeds)}{folder}'
   result = downstream.summary(tests, train, test, title)
   result['settings'] |= {'recipe': spec, 'seeds': seeds, 'test_images': len(test)}
   about = common.about(source, runs.load_encoder(workdir), train, test)

@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default='h',
     help='features: h, of the encoder, or z, of the projection head, as in the CIFAR-10 demo of MoCo',
   )
-  options.baselines(parser, 'also evaluate raw pixels and the untrained encoder')
+  options.baselines(
+    parser, 'also evaluate raw pixels and the untrained encoder (default: with --features=h)', None
+  )
   options.out(parser)
 
 
@@ -38,8 +40,10 @@ def check(args: argparse.Namespace) -> None:
   """Checks the arguments."""
   if args.features == 'z' and args.baselines:
     args.parser.error(
-      '--features=z has no baselines: neither raw pixels nor h have a projection head'
+      '--features=z has no baselines, because raw pixels have no projection head: leave --baselines away'
     )
+  if args.baselines is None:
+    args.baselines = args.features == 'h'
 
 
 def run(args: argparse.Namespace) -> int:

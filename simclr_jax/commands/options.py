@@ -28,9 +28,11 @@ def data(parser: argparse.ArgumentParser, required: bool) -> None:
   )
 
 
-def baselines(parser: argparse.ArgumentParser, help: str) -> None:
+def baselines(parser: argparse.ArgumentParser, help: str, default: bool | None = True) -> None:
   """Adds --baselines, which is on, and --no-baselines."""
-  parser.add_argument('--baselines', action=argparse.BooleanOptionalAction, default=True, help=help)
+  parser.add_argument(
+    '--baselines', action=argparse.BooleanOptionalAction, default=default, help=help
+  )
 
 
 def scratch(parser: argparse.ArgumentParser, default: str) -> None:

@@ -1,7 +1,7 @@
 """write an HTML report of a run
 
-A self-contained file with curves, augmented views, a map of the embeddings, nearest neighbours, evaluations, recipe and
-versions.
+A self-contained file with evaluations, curves, diagnostics, wall-clock times, maps of the embeddings, kNN, duplicates,
+nearest neighbours, augmented views, recipe and versions. It is also written without the images of the run.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """pretrain, fine-tune with few labels, distil and report, end to end
 
 Example:
-  simclr-jax simclrv2 --config=simclr_digits --workdir=runs/digits --student-width=0.25 --seeds=5
+  simclr-jax simclrv2 --config=simclr_digits --workdir=runs/digits --labels=2 --student-width=0.25 --seeds=3
 
-Each stage is a run: RUN, RUN/finetune/1pct-seed0, RUN/distill/1pct-seed0. The report is RUN/report.html. Rerun the same command to resume the stage
-that was interrupted. --config.FIELD=VALUE sets fields of the pretraining; the other stages have their own recipes.
+Each stage is a run: RUN, RUN/finetune/2-seed0, RUN/finetune/2-seed0-scratch, RUN/distill/2-seed0. The report is
+RUN/report.html. Rerun the same command to resume the stage that was interrupted. --config.FIELD=VALUE sets fields of
+the pretraining; the other stages have their own recipes.
 """
 
 import argparse
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument('--config', required=True, metavar='RECIPE', help='recipe of the pretraining')
   options.workdir(parser, 'directory of the pretraining and of all other stages')
   parser.add_argument(
-    '--labels', default='1%', metavar='P%', help='label fraction, or labels per class'
+    '--labels', default='1%', metavar='N|P%', help='label fraction, or labels per class'
   )
   parser.add_argument(
     '--finetune', default='finetune_small', metavar='RECIPE', help='recipe of the fine-tuning'
@@ -47,8 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
   """Checks the recipes of all stages before the first one starts."""
   finetune.check_fields(args.config, args.overrides, {})
-  for spec in (args.finetune, args.distill):
-    recipes.load(spec)
+  from simclr_jax.data import labels as subsets
+
+  subsets.per_class(args.labels, examples=10**9, classes=1)
+  recipes.load(args.finetune)
+  recipes.load(args.distill, _student(args))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -58,10 +62,14 @@ def run(args: argparse.Namespace) -> int:
   from simclr_jax.commands.distill import distill
   from simclr_jax.errors import Stopped
   from simclr_jax.evaluate import results
+  from simclr_jax.runtime import distributed
 
   workdir = args.workdir
   pretraining = common.recipe_with_data(args.config, args.data, args.overrides)
-  code = train.pretrain(pretraining, workdir, args.command)
+  if workdir.is_dir():
+    results.check(workdir)
+  images = common.labelled(pretraining)
+  code = train.pretrain(pretraining, workdir, args.command, images[0], test=images[1])
   if code:
     raise Stopped(code)
   fields = finetune.data_fields({'data.dir': pretraining.data.dir})
@@ -72,13 +80,18 @@ def run(args: argparse.Namespace) -> int:
   )  # fmt: skip
   short = downstream.short(args.labels)
   teachers = [workdir / 'finetune' / f'{short}-seed{seed}' for seed in range(args.seeds)]
-  size = {'model.depth': args.student_depth, 'model.width_multiplier': args.student_width}
-  student = {k: v for k, v in size.items() if v}
-  distilled = distill(teachers, workdir / 'distill', args.distill, student, args.command)
+  distilled = distill(teachers, workdir / 'distill', args.distill, _student(args), args.command)
   about = {key: finetuned[key] for key in ('step', 'checkpoint', 'data')}
   results.save(workdir, 'simclrv2', _summary(args, finetuned, distilled), about)
-  report.write(workdir, run_config.load(workdir), workdir / 'report.html')
+  if not distributed.is_distributed():
+    report.write(workdir, run_config.load(workdir, fields), workdir / 'report.html')
   return 0
+
+
+def _student(args):
+  """The fields of the network of the student that the user set."""
+  size = {'model.depth': args.student_depth, 'model.width_multiplier': args.student_width}
+  return {field: value for field, value in size.items() if value}
 
 
 def _summary(args, finetuned, distilled):
@@ -92,8 +105,8 @@ def _summary(args, finetuned, distilled):
   return {
     'title': f'SimCLR v2 with {amount(args.labels)}, top-1 %{over_seeds(args.seeds)}',
     'columns': finetuned['columns'],
-    'rows': {name: [rows[name][0]] for name in order},
-    'interval': {name: intervals[name][:1] for name in order},
+    'rows': {name: [rows[name][0]] for name in order if name in rows},
+    'interval': {name: intervals[name][:1] for name in order if name in rows},
     'test_images': finetuned['test_images'],
     'chance': finetuned['chance'],
     'notes': {

@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     flush=True,
   )
   table = _Table(columns)
-  for dataset in args.to:
+  for dataset in dict.fromkeys(args.to):
     print(f'\n{dataset}', flush=True)
     name = _short_name(dataset, table.rows)
     _evaluate(args, source, dataset, name, {**pixels, **encoders}, starts, table)
@@ -121,8 +121,9 @@ class _Table:
 
   def result(self):
     """The result, see `evaluate.results`."""
+    fine_tuned = ' and fine-tuning' * ('fine-tuned' in self.columns)
     return {
-      'title': 'Transfer: logistic regression on frozen features, %',
+      'title': f'Transfer: logistic regression on frozen features{fine_tuned}, %',
       'columns': self.columns,
       'rows': self.rows,
       'interval': self.intervals,
@@ -135,7 +136,8 @@ class _Table:
 
 def _short_name(dataset, rows):
   """The last part of a path that is not a version; the entire path, if there is already a row of this name."""
-  path = pathlib.PurePosixPath(dataset.rstrip('/'))
+  local = pathlib.Path(dataset)
+  path = pathlib.PurePosixPath(str(local.resolve()) if local.is_dir() else dataset.rstrip('/'))
   short = path.parent.name if re.fullmatch(r'\d+\.\d+\.\d+', path.name) else path.name
   return dataset if any(row.startswith(f'{short} (') for row in rows) else short
 
@@ -147,33 +149,41 @@ def _evaluate(args, source, dataset, short, encoders, starts, table):
   from simclr_jax.evaluate import transfer
   from simclr_jax.runtime import distributed
 
+  row = f'{short} ({transfer.metric(dataset)})'
+  channels = source.data.channels
   try:
-    task = distributed.run_on_all(lambda: transfer.load(dataset, args.data_dir))
+    task = distributed.run_on_all(lambda: transfer.load(dataset, args.data_dir, channels))
   except ConfigError as error:
-    table.add(f'{short} ({transfer.metric(dataset)})', {}, f'missing: {error}')
+    table.add(row, {}, f'missing: {error}')
     print(f'missing: {error}', flush=True)
     return
   config = recipes.load('simclr_images', task.location)
   common.describe(config, task.train, task.test)
   real = {name: e for name, e in encoders.items() if e}
-  common.announce(
-    f'features of {len(encoders)} rows', common.embedding_seconds(real, task.train, task.test)
-  )
-  scores, note = _linear(encoders, task)
-  if starts and task.metric == transfer.MAP:
-    note = '; '.join([*([note] if note else []), 'not fine-tuned: images have several labels'])
-  else:
-    for column, start in starts.items():
-      scores[column] = _fine_tuned(args, source, short, task, start)
+  try:
+    common.announce(
+      f'features of {len(encoders)} rows', common.embedding_seconds(real, task.train, task.test)
+    )
+    scores, notes = _linear(encoders, task)
+    if starts and task.metric == transfer.MAP:
+      notes.append('not fine-tuned: images have several labels')
+    else:
+      for column, start in starts.items():
+        scores[column], unfitted = _fine_tuned(args, source, short, task, start)
+        notes += [f'{column}: {text}' for text in unfitted]
+  except ConfigError as error:  # the results on the other data sets are not lost
+    table.add(row, {}, f'not evaluated: {error}')
+    print(f'not evaluated: {error}', flush=True)
+    return
   row = f'{short} ({task.metric})'
-  table.add(row, scores, note, task)
+  table.add(row, scores, '; '.join(notes), task)
   parts = common.images(config.data, task.train, task.test)
   table.data |= {f'{row} {split}': part for split, part in parts.items()}
   print('  '.join(f'{c} {100 * scores[c]:.1f}' for c in scores), flush=True)
 
 
 def _linear(encoders, task):
-  """Column -> metric of logistic regression, and a note about fits that did not converge, or ''."""
+  """Column -> metric of logistic regression, and a note about fits that did not converge, if there are any."""
   from simclr_jax.evaluate import lbfgs, transfer
   from simclr_jax.runtime.progress import Bar
 
@@ -184,11 +194,9 @@ def _linear(encoders, task):
     most = fits if encoder else fits // transfer.PIXEL_SWEEP
     with Bar(most, f'logistic regression on {name}', 'fit') as bar:
       scores |= transfer.linear({name: encoder}, task, functools.partial(_show, bar), unfinished)
-  if not unfinished:
-    return scores, ''
-  return scores, (
-    f'L-BFGS stopped after {lbfgs.STEPS} steps, before convergence: {", ".join(unfinished)}'
-  )
+  rows = ', '.join(unfinished)
+  note = f'L-BFGS stopped after {lbfgs.STEPS} steps, before convergence: {rows}'
+  return scores, [note] * bool(unfinished)
 
 
 def _show(bar, _, fits):
@@ -197,7 +205,7 @@ def _show(bar, _, fits):
 
 
 def _fine_tuned(args, source, short, task, start):
-  """The metric after fine-tuning with all labels, from the run `start`, or if it is '', from scratch."""
+  """The metric after fine-tuning with all labels, from the run `start`, or if it is '', from scratch, and notes."""
   from simclr_jax import downstream
   from simclr_jax.runtime import paths
 
@@ -207,6 +215,8 @@ def _fine_tuned(args, source, short, task, start):
   folder = args.workdir / 'transfer' / (name if start else f'{name}-scratch')
   start = start and str(paths.absolute(paths.path(start)))
   test = downstream.all_labels(
-    folder, recipe, task.train, task.test, start=start, command=args.command
-  )
-  return test['mean_per_class' if task.metric == 'mean per class' else 'top1']
+    folder, recipe, task.train, task.test, start=start, command=args.command,
+    least_epochs=downstream.least_epochs(args.config, args.overrides),
+  )  # fmt: skip
+  metric = test['mean_per_class' if task.metric == 'mean per class' else 'top1']
+  return metric, downstream.unfitted([test])

@@ -41,13 +41,17 @@ def predict(
   Raises:
     Stopped: a signal arrived.
   """
-  similarity, index = neighbours(bank, queries, k, block)
+  return _classify(labels, *neighbours(bank, queries, k, block), temperature, block)
+
+
+def _classify(labels, similarity, index, temperature, block=1024):
+  """Classes by the votes of neighbours; `similarity`, `index`: of `neighbours`."""
   # Relative to the nearest neighbour, so that exp does not overflow.
   weight = np.exp((similarity - similarity[:, :1]) / temperature)
   return np.concatenate(
     [
       _vote(labels[index[i : i + block]], weight[i : i + block])
-      for i in range(0, len(queries), block)
+      for i in range(0, len(index), block)
     ]
   )
 
@@ -143,8 +147,7 @@ def leave_one_out(features: np.ndarray, labels: np.ndarray, k: int = 200) -> flo
     :, :k
   ]  # duplicates may precede the image itself
   similarity, index = (np.take_along_axis(x, others, 1) for x in (similarity, index))
-  weight = np.exp((similarity - similarity[:, :1]) / TEMPERATURE)
-  return float(np.mean(_vote(labels[index], weight) == labels))
+  return float(np.mean(_classify(labels, similarity, index, TEMPERATURE) == labels))
 
 
 def accuracy(

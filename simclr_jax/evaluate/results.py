@@ -228,8 +228,14 @@ def assess(
     for name, cells in result['rows'].items()
   }
   added = {'test_images': len(labels), 'chance': chance(labels, classes), 'interval': intervals}
-  rows = {name: (cells[0][0], intervals[name][0]) for name, cells in result['rows'].items()}
-  return {**result, **added, 'notes': {**result.get('notes', {}), **comparison(rows)}}
+  notes = dict(result.get('notes', {}))
+  for i, column in enumerate(result['columns']):
+    if i and 'labels_per_class' not in result:  # other metrics than the first say the same
+      break
+    rows = {name: (cells[i][0], intervals[name][i]) for name, cells in result['rows'].items()}
+    several = f', {column}' if len(result.get('labels_per_class', ())) > 1 else ''
+    notes |= {name + several: sentence for name, sentence in comparison(rows).items()}
+  return {**result, **added, 'notes': notes}
 
 
 def comparison(accuracies: Mapping[str, tuple[float | None, Any]]) -> dict[str, str]:
@@ -331,16 +337,19 @@ def context(result: Result) -> list[str]:
   if images is None:
     return []
   if isinstance(images, dict):
-    return [f'{row}: {_context_text(n, levels.get(row))}' for row, n in images.items()]
-  return [_context_text(images, levels)]
+    return [
+      f'{row}: {_context_text(n, levels.get(row), any(intervals(result, row)))}'
+      for row, n in images.items()
+    ]
+  return [_context_text(images, levels, result.get('interval'))]
 
 
-def _context_text(images, levels):
+def _context_text(images, levels, has_interval):
   text = f'{images:,} test images'
   if levels:
     classes = round(100 / levels['uniform'])
     text += f'; chance {levels["majority"]:.1f} % (most frequent class), {levels["uniform"]:.2g} % (1 of {classes:,} classes)'
-  return text + '; [95 % interval]'
+  return text + '; [95 % interval]' * bool(has_interval)
 
 
 def cell(mean: float | None, std: float | None, ends: Sequence[float] | None = None) -> str:

@@ -55,7 +55,7 @@ def metric(name: str) -> str:
   return METRICS.get(name.split('/')[0].split(':')[0], 'top-1')
 
 
-def load(name: str, folder: str = '') -> Task:
+def load(name: str, folder: str = '', channels: int = 3) -> Task:
   """Loads a data set to transfer to.
 
   A TFDS data set with a validation and a test split is trained on train+validation. Of a data set without a test
@@ -64,6 +64,7 @@ def load(name: str, folder: str = '') -> Task:
   Args:
     name: the data set, as for `--data`, see `discover.fields`.
     folder: `data_dir` of TFDS; '': the default of TFDS.
+    channels: of the images that the encoder takes, `data.channels`.
 
   Raises:
     ConfigError: the data set is missing, or has no labels.
@@ -71,6 +72,7 @@ def load(name: str, folder: str = '') -> Task:
   location = discover.fields(name)
   if location['data.source'] == 'tfds':
     location |= _splits(location['data.name'], location['data.dir'] or folder)
+  location |= {'data.channels': str(channels)} if channels != 3 else {}
   config = recipes.load('simclr_images', location).data
   train, test = data.load_splits(config)
   if config.source == 'tfds' and not train.labelled:
@@ -83,6 +85,8 @@ def load(name: str, folder: str = '') -> Task:
       return Task(train, test, location, MAP, (train_labels, test_labels), ignored)
   if not train.labelled:
     raise ConfigError(f'{name} has no labels')
+  if train.classes < 2:
+    raise ConfigError(f'{name} has only one class')
   if test is None:
     test = data.load(config, 'test')  # explains what is missing
   if not test.labelled:

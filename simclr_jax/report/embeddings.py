@@ -9,6 +9,7 @@ import numpy as np
 
 from simclr_jax import encoder as encoders, losses
 from simclr_jax.data import Dataset, pixels
+from simclr_jax.data.dataset import choose
 from simclr_jax.encoder import Encoder
 from simclr_jax.evaluate import knn, results
 from simclr_jax.report import figures
@@ -59,7 +60,7 @@ def embed(encoder: Encoder, untrained: Encoder, images: Dataset) -> Embedded:
   }
   labels = every_label if sample.labelled else None
   names = [] if labels is None else printable(sample.class_names, int(labels.max()) + 1)
-  files = list(sample.names() or map(str, range(len(sample))))
+  files = list(sample.names() or map(str, choose(IMAGES, len(images))))
   return Embedded(views, features, labels, names, files)
 
 
@@ -85,7 +86,7 @@ def section(encoder: Encoder, untrained: Encoder, images: Dataset, split: str) -
     yield figure(figures.embedding_map(xy, labels, names), 'Embedding map', '', caption)
   yield '</div>'
   if labels is not None and len(np.unique(labels)) > 1:
-    yield result_table(_knn(embedded))
+    yield result_table(_knn(embedded, split))
   copies = duplicates(embedded.features['raw pixels'])
   yield from _named(copies, embedded.files)
   other = '; other classes in red' if names else ''
@@ -110,7 +111,7 @@ def _dot(color: str, name: str) -> str:
   )
 
 
-def _knn(embedded: Embedded) -> results.Result:
+def _knn(embedded: Embedded, split: str) -> results.Result:
   """Leave-one-out kNN: the class of each image by the other images."""
   labels = embedded.labels
   assert labels is not None
@@ -123,7 +124,7 @@ def _knn(embedded: Embedded) -> results.Result:
     'columns': [f'kNN, k = {k}, top-1 %'],
     'rows': rows,
   }
-  note = 'each image is classified by the other ones, not by training images'
+  note = f'each of these {split} images is classified by the other ones'
   return results.assess({**result, 'notes': {'leave-one-out': note}}, labels)
 
 
@@ -145,16 +146,12 @@ def _named(copies, files) -> Iterator[str]:
     return
   lines = [f'{files[i]} = {files[copies[i]]}' for i in later[:SHOWN]]
   lines += [f'and {len(later) - SHOWN:,} more'] if len(later) > SHOWN else []
-  content = ''.join(f'<li>{text(_short(line))}</li>' for line in lines)
+  content = ''.join(f'<li>{text(line)}</li>' for line in lines)
   number = f'{len(later):,} of these images look' if len(later) > 1 else '1 of these images looks'
   yield details(
-    f'Duplicates: {number} the same as an earlier one, at {SIDE} x {SIDE} pixels',
+    f'Duplicates: {number} the same as an earlier one, in {SIDE} x {SIDE} pixels or fewer',
     f'<ul>{content}</ul>',
   )
-
-
-def _short(name):
-  return name.encode(errors='replace').decode()
 
 
 def _neighbours(embedded: Embedded, copies: np.ndarray) -> Iterator[str]:

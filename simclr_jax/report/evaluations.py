@@ -1,6 +1,7 @@
 """The evaluations of a run in its report."""
 
 import pathlib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def sections(workdir: pathlib.Path, step: int, class_names: Sequence[str]) -> It
   found = results.load(workdir)
   names = [result.get('name', key) for key, result in found.items()]
   if not found:
-    command = f'simclr-jax knn --workdir={workdir}'
+    command = f'simclr-jax knn --workdir={shlex.quote(str(workdir))}'
     yield (
       '<h2>Evaluations</h2><p>None yet. With labelled images, the quickest is '
       f'<code>{text(command)}</code>; <code>probe</code> and <code>finetune</code> take longer.</p>'
@@ -36,28 +37,35 @@ def sections(workdir: pathlib.Path, step: int, class_names: Sequence[str]) -> It
     yield _heading(result, step)
     yield from _evaluation(name, result, class_names)
   for path in sorted(workdir.glob('*/evaluation.json')):
-    yield from distillation(path.parent, class_names)
+    yield from distillations(path.parent, class_names)
 
 
 def _evaluation(name: str, result: Result, class_names: Sequence[str]) -> Iterator[str]:
   """The table of an evaluation; with few labels also the accuracy by number of labels and by class."""
-  if name != 'label_efficiency' and 'runs' not in result:
+  if name == 'distillation':
+    yield _distillation(result, class_names)
+    return
+  if name != 'label_efficiency' and 'labels_per_class' not in result:
     yield result_table(result)
     return
   caption = _error_bars(result)
   curve = figure(figures.label_curve(result), 'Accuracy against labels', '', caption)
   yield f'<div class="row">{result_table(result)}{curve}</div>'
-  yield from per_class(result.get('runs', {}), result.get('class_names', class_names))
+  tests = result.get('runs', {})
+  columns = list(tests.get('fine-tuned', {}))
+  if columns:
+    most = columns[int(np.argmax(result['labels_per_class']))]
+    yield from per_class(tests, result.get('class_names', class_names), most)
 
 
-def per_class(tests: Mapping[str, Any], class_names: Sequence[str]) -> Iterator[str]:
+def per_class(tests: Mapping[str, Any], class_names: Sequence[str], labels: str) -> Iterator[str]:
   """Accuracy per class and the confusion matrix of fine-tuning with the most labels.
 
   Args:
     tests: `downstream.Tests`.
     class_names: of the test images.
+    labels: the column of `tests` to show.
   """
-  labels = list(tests.get('fine-tuned', ['']))[-1]
   counts = {
     name: np.sum([r['confusion'] for r in by_labels[labels]], axis=0)
     for name, by_labels in tests.items()
@@ -77,11 +85,17 @@ def per_class(tests: Mapping[str, Any], class_names: Sequence[str]) -> Iterator[
   yield f'<div class="row">{table(list(counts), rows, caption, "evaluation")}{matrix}</div>'
 
 
-def distillation(workdir: pathlib.Path, class_names: Sequence[str]) -> Iterator[str]:
-  """Teacher and student, if there are students in `workdir`."""
-  result = results.load(workdir).get('distillation')
-  if not result:
-    return
+def distillations(workdir: pathlib.Path, class_names: Sequence[str]) -> Iterator[str]:
+  """Teachers and students, if there are students in `workdir`."""
+  for key, result in results.load(workdir).items():
+    if result.get('name', key) == 'distillation':
+      place = {**result, 'title': f'{result["title"]}, {workdir.name}/'}
+      yield _heading(place, result.get('step', 0))
+      yield _distillation(result, class_names)
+
+
+def _distillation(result: Result, class_names: Sequence[str]) -> str:
+  """The table of teacher and student, and their accuracy overall and per class."""
   students = result.get('runs', {}).get('student')
   classes = len(students[0]['confusion']) if students else 0
   names = printable(result.get('class_names', class_names), classes)
@@ -89,8 +103,7 @@ def distillation(workdir: pathlib.Path, class_names: Sequence[str]) -> Iterator[
   caption = 'Accuracy on held-out images' + (', overall and per class. ' if names else '. ')
   drawn = figure(figures.teacher_student(result, names), 'Teacher and student', '',
                  caption + _error_bars(result))  # fmt: skip
-  yield _heading({**result, 'title': f'{result["title"]}, {workdir.name}/'}, result.get('step', 0))
-  yield f'<div class="row">{result_table(result)}{drawn}</div>'
+  return f'<div class="row">{result_table(result)}{drawn}</div>'
 
 
 def _heading(result, step):

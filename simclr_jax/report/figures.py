@@ -41,7 +41,7 @@ matplotlib.rcParams.update(
 BLUE, BROWN, GREEN, VIOLET, GRAY = '#1d4ed8', '#b45309', '#047857', '#6d28d9', '#4b5563'
 OTHERS = '#d1d5db'  # classes without a colour of their own
 ROW_COLORS = {
-  'raw pixels': GRAY, 'untrained': BROWN, 'from scratch': BROWN, 'pretrained': BLUE,
+  'raw pixels': GRAY, 'untrained': BROWN, 'untrained encoder': VIOLET, 'from scratch': BROWN, 'pretrained': BLUE,
   'fine-tuned': BLUE, 'teacher': GRAY, 'student': BLUE,
 }  # fmt: skip
 
@@ -120,8 +120,10 @@ def label_curve(result: Result) -> str:
   figure, ends = matplotlib.figure.Figure(figsize=(4.2, 3.3), layout='constrained'), []
   axes = figure.subplots()
   x = result.get('labels_per_class') or [int(c.split()[0]) for c in result['columns']]
+  order = np.argsort(x)
+  x = np.array(x)[order]
   for row, cells in result['rows'].items():
-    mean, std = np.nan_to_num(np.array(cells, float)).T  # one seed has no deviation
+    mean, std = np.nan_to_num(np.array(cells, float))[order].T  # one seed has no deviation
     color = ROW_COLORS.get(row, VIOLET)
     axes.errorbar(x, mean, std, color=color, marker='o', ms=5, capsize=4)
     ends.append((f'{row} {mean[-1]:.0f}', x[-1], mean[-1], color))
@@ -150,7 +152,8 @@ def teacher_student(result: Result, names: Sequence[str]) -> str:
     (mean, std), (size, _) = result['rows'][role]
     color = ROW_COLORS[role]
     axes.errorbar(mean, row, xerr=std, color=color, marker='o', capsize=4)
-    text = f'{role} {mean:.1f}, {size:.2g} million parameters'
+    amount = f'{size:,.0f}' if size >= 10 else f'{size:.2g}'
+    text = f'{role} {mean:.1f}, {amount} million parameters'
     axes.text(np.clip(mean, 40, 60), 1.6 * row - 1.1, text, color=color, ha='center', va='center')
     if len(names) > 1:
       counts = np.sum([r['confusion'] for r in result['runs'][role]], axis=0)
@@ -216,6 +219,8 @@ def tsne(h: np.ndarray, seed: int = 0) -> np.ndarray:
     Coordinates `[n, 2]`.
   """
   unit = np.asarray(losses.l2_normalize(jnp.asarray(h)))
+  if not np.isfinite(unit).all() or np.ptp(unit, axis=0).max() < 1e-6:  # collapsed: one point
+    return np.zeros((len(h), 2))
   reduced = PCA(min(50, *unit.shape), random_state=seed).fit_transform(unit)
   perplexity = min(30, (len(h) - 1) / 3)
   # One thread: several are slower here, on a busy machine 6 times.
@@ -242,6 +247,8 @@ def embedding_map(xy: np.ndarray, labels: np.ndarray | None, names: Sequence[str
   axes.scatter(xy[:, 0], xy[:, 1], s=9, lw=0, color=drawn, rasterized=True)
   axes.margins(x=0.12)  # room for labels at the edges
   axes.set_axis_off()
+  if not np.ptp(xy):
+    return _svg(figure)
   near = distance.cdist(xy, xy) < 0.07 * np.ptp(xy)
   places: list[np.ndarray] = []
   for c, color in colors.items():

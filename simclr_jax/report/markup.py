@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 
 
 def text(value: object) -> str:
-  """Any text, escaped."""
-  return html.escape(str(value))
+  """Any text, escaped; characters that are none, as in file names of another encoding, become '?'."""
+  return html.escape(str(value).encode(errors='replace').decode())
 
 
 def figure(uri: str, alt: str, css: str = '', caption: str = '', style: str = '') -> str:

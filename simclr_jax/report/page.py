@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import pathlib
+import shlex
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -87,7 +88,7 @@ def write(
     raise ConfigError(f'--out={out}: the folder {out.parent} does not exist')
   encoder = runs.load_encoder(workdir)
   step, total = encoder.provenance['step'], optim.train_steps(config, config.data.examples)
-  name, missing = paths.absolute(workdir).name, _unfinished(workdir, step, total)
+  name, missing = paths.absolute(workdir).name, _unfinished(workdir, config, step, total)
   pictures, class_names = _pictures(encoder, config, images, missing)
   records = logs.read(workdir)
   metrics = [r for r in records if 'event' not in r]
@@ -126,31 +127,38 @@ def _pictures(encoder, config, images, missing) -> tuple[list[str], Sequence[str
     untrained = pool.submit(encoders.untrained, encoder.architecture)
     try:
       train, test = images or _images(config)
+      grid = pool.submit(_view_grid, train, config)
+      shown, split = (train, 'training') if test is None else (test, 'test')
+      sections = list(embeddings.section(encoder, untrained.result(), shown, split))
+      caption = 'Left: training images. Right: augmented views of each, in two epochs.'
+      views = figure(grid.result(), 'Augmented views', 'pixels', caption)
     except ConfigError as error:
       missing.append(f'No augmented views and no embeddings: {error}')
       return [], ()
-    grid = pool.submit(_view_grid, train, config)
-    shown, split = (train, 'training') if test is None else (test, 'test')
-    sections = list(embeddings.section(encoder, untrained.result(), shown, split))
-    caption = 'Left: training images. Right: augmented views of each, in two epochs.'
-    views = figure(grid.result(), 'Augmented views', 'pixels', caption)
   return [*sections, '<h2>Augmentations</h2>', views], shown.class_names
 
 
 def _images(config):
   """The training and test images of a recipe."""
-  if config.data.source == 'arrays' and not config.data.dir:
+  if _in_memory(config):
     raise ConfigError('the images were in memory, and the run does not store them')
   return data.load_splits(config.data)
 
 
-def _unfinished(workdir, step, total) -> list[str]:
+def _in_memory(config):
+  return config.data.source == 'arrays' and not config.data.dir
+
+
+def _unfinished(workdir, config, step, total) -> list[str]:
   """A sentence if the run has not reached its last step."""
   if step >= total:
     return []
+  resume = f'simclr-jax pretrain --workdir={shlex.quote(str(workdir))}'
+  if _in_memory(config):
+    resume = f'simclr_jax.pretrain(images, ..., workdir={str(workdir)!r})'
   return [
-    f'Unfinished: everything here is of step {step:,} of {total:,} ({step / total:.0%}). If the training does not run any '
-    f'more, this command resumes it: simclr-jax pretrain --workdir={workdir}'
+    f'Unfinished: curves and embeddings are of step {step:,} of {total:,} ({step / total:.0%}). If the training does not '
+    f'run any more, resume it: {resume}'
   ]
 
 

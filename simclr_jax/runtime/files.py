@@ -42,7 +42,7 @@ def _umask():
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a text file atomically."""
   with atomic(path) as temporary:
-    temporary.write_text(text)
+    temporary.write_text(text, encoding='utf-8')
 
 
 def write_json(path: pathlib.Path, value: Any, indent: int | None = 1) -> None:
