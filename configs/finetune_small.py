@@ -24,7 +24,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.learning_rate = 1e-3
   config.learning_rate_scaling = 'none'
   config.weight_decay = 0.05
-  config.weight_decay_on = 'kernels'
 
   config.log_every_steps = 100
   config.keep_checkpoints = 1

@@ -545,7 +545,6 @@ CHOSEN_HERE = {
     ('optimizer', 'adamw', OWN),
     ('learning_rate', 1e-3, OWN),
     ('weight_decay', 0.05, OWN),
-    ('weight_decay_on', 'kernels', OWN),
   ],
   'distill_small': [
     *SMALL_CLASSIFIER,

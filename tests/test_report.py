@@ -179,8 +179,8 @@ def test_collapsed_embeddings_are_one_point():
 def test_unsorted_labels_are_drawn_in_order():
   """Breaks if the axis of labels is reversed, or the matrix is of the fewest labels."""
   rows = {'fine-tuned': [[90.0, None], [10.0, None]]}
-  positions = texts(figures.label_curve(result(rows=rows, labels_per_class=[100, 1])))
-  assert 'fine-tuned 90' in positions and positions['1'][0] < positions['100'][0]
+  positions = texts(figures.label_curve(result(rows=rows, labels_per_class=[300, 1])))
+  assert 'fine-tuned 90' in positions and positions['1'][0] < positions['300'][0]
 
 
 def test_a_distillation_beside_the_pretraining(tmp_path):
