@@ -103,7 +103,7 @@ def pretrained(tmp_path_factory):
 
 def fine_tune(pretrained, steps=3, **fields):
   """Some steps of fine-tuning: (params, state) before and after, the method, the last metrics."""
-  values = {'data.labels': '1%', 'data.num_classes': '10', 'batch_size': '32', 'weight_decay': '0.1',
+  values = {'data.labels': '1%', 'data.num_classes': '10', 'batch_size': '32', 'optimizer': 'nesterov', 'learning_rate': '0.03', 'weight_decay': '0.1',
             'init_from': str(pretrained), **fields}  # fmt: skip
   recipe = recipes.load('finetune_small', {**TINY, **values})
   state, step = train_state.build(
@@ -209,7 +209,7 @@ def test_pretrained_weights_of_another_network_are_refused(pretrained):
     ('finetune', 'data.labels=3', '--labels'),
     ('finetune', 'data.num_classes=3', 'are counted'),
     ('finetune', 'init_from=x', '--workdir'),
-    ('finetune', 'epochs=3', 'sets steps=40: use --config.steps'),
+    ('finetune', 'epochs=3', 'sets steps=200: use --config.steps'),
     ('distill', 'seed=5', 'of its teacher'),
     ('distill', 'teacher=x', '--teacher'),
   ],
@@ -240,7 +240,7 @@ def test_training_from_scratch_is_a_recipe_of_its_own():
   )
   scratch = downstream.from_scratch(tuned, subset)
   assert (scratch.init_from, scratch.head_layer, scratch.fine_tune_after_block) == ('', 0, -1)
-  assert (tuned.steps, scratch.steps, scratch.batch_size) == (40, 200, 60)
+  assert (tuned.steps, scratch.steps, scratch.batch_size) == (200, 400, 60)
   assert (scratch.optimizer, scratch.learning_rate) == ('adamw', 3e-3)
   assert scratch.warmup_epochs * len(subset) / scratch.batch_size == pytest.approx(20)
   assert (scratch.seed, scratch.data.label_seed, scratch.data.labels) == (3, 3, '1%')
