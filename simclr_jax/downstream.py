@@ -458,7 +458,8 @@ def _unfitted(tests):
   for row, by_labels in tests.items():
     for text, results in by_labels.items():
       for sentence in unfitted(results):
-        notes[row] = f'with {text}, {sentence}'
+        options = ' (--scratch-steps, --scratch-learning-rate)' * (row == 'from scratch')
+        notes[row] = f'with {text}, {sentence}{options}'
   return notes
 
 

@@ -242,10 +242,13 @@ def test_training_from_scratch_is_a_recipe_of_its_own():
   assert (scratch.init_from, scratch.head_layer, scratch.fine_tune_after_block) == ('', 0, -1)
   assert (tuned.steps, scratch.steps, scratch.batch_size) == (200, 400, 60)
   assert (scratch.optimizer, scratch.learning_rate) == ('adamw', 3e-3)
-  assert scratch.warmup_epochs * len(subset) / scratch.batch_size == pytest.approx(20)
+  assert scratch.warmup_epochs * len(subset) / scratch.batch_size == pytest.approx(40)
   assert (scratch.seed, scratch.data.label_seed, scratch.data.labels) == (3, 3, '1%')
   assert 'simclr_crop(area_min=0.5' in scratch.augment.view1 and 'flip' not in scratch.augment.view1
-  more, subset = downstream.with_labels(tuned, images, '50%', 0)
+  more, subset = downstream.with_labels(tuned, images, '50%', 0, 10)
+  assert more.steps == 500  # 10 epochs of 3,000 images in batches of 60
+  assert downstream.least_epochs('finetune_small', {'steps': 3}) == 0
+  assert downstream.least_epochs('finetune_small', {'seed': 3}) == 10
   assert downstream.from_scratch(more, subset).steps == 1500  # 30 epochs of 3,000 images
   chosen = downstream.from_scratch(tuned, subset, downstream.Scratch(7, 0.5))
   assert (chosen.steps, chosen.learning_rate) == (7, 0.5)

@@ -120,7 +120,7 @@ def test_transfer_command(tmp_path, capsys, monkeypatch):
   with pytest.raises(SystemExit, match='2'):
     cli.main([*argv[:2], f'--to={tmp_path}/train.npz', '--data-dir=/data'])
   assert '--data-dir has no effect' in capsys.readouterr().err
-  assert cli.main([*argv, '--config.seed=1']) == 1
+  assert cli.main([*argv, '--config.seed=1']) == 2
   assert '--config.seed cannot be set here' in capsys.readouterr().err
   for name, metric in (('oxford_iiit_pet:4.0.0', 'mean per class'), ('cifar10', 'top-1')):
     assert transfer.metric(name) == metric
