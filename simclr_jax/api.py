@@ -403,17 +403,13 @@ class Run:
     orbax.export(self.encoder, out)
     return paths.path(out)
 
-  def _in_memory(self):
-    """Whether the run was trained on images in memory, which it does not store."""
-    return self.config.data.source == 'arrays' and not self.config.data.dir
-
   def _images(self, data, split) -> Dataset:
     """Images that the user passed, or else a split of the images of the run."""
     if data is not None:
       return objects.load(data, None, self.config.data, split)
     loaded = self._train if split == 'train' else self._test
     if loaded is None:
-      if self._in_memory():
+      if datasets.in_memory(self.config.data):
         raise ConfigError(
           f'{self.workdir} was trained on images in memory: pass the {split} images'
         )

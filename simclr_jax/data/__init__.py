@@ -23,6 +23,7 @@ __all__ = [
   'channels',
   'check_same',
   'hold_out',
+  'in_memory',
   'load',
   'load_splits',
   'summary',
@@ -89,6 +90,11 @@ def hold_out(config: ml_collections.ConfigDict, images: Dataset) -> tuple[Datase
     images.labels, images.class_names, config.holdout, config.holdout_seed
   )
   return (images.subset(rest), images.subset(held_out)) if len(held_out) else (images, None)
+
+
+def in_memory(config: ml_collections.ConfigDict) -> bool:
+  """Whether the images of a recipe were in memory, so that they cannot be loaded; `config`: its `data` part."""
+  return config.source == 'arrays' and not config.dir
 
 
 def _source(config):

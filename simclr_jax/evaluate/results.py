@@ -374,7 +374,9 @@ def mean_and_std(values: Sequence[float]) -> list[float | None]:
 
 def amount(labels: str) -> str:
   """`data.labels` as text: '1% of the labels', '2 labels per class'."""
-  return f'{labels} of the labels' if '%' in labels else f'{labels} labels per class'
+  if '%' in labels:
+    return f'{labels} of the labels'
+  return f'{labels} label{"s" * (labels != "1")} per class'
 
 
 def over_seeds(seeds: int) -> str:

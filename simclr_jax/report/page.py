@@ -140,13 +140,9 @@ def _pictures(encoder, config, images, missing) -> tuple[list[str], Sequence[str
 
 def _images(config):
   """The training and test images of a recipe."""
-  if _in_memory(config):
+  if data.in_memory(config.data):
     raise ConfigError('the images were in memory, and the run does not store them')
   return data.load_splits(config.data)
-
-
-def _in_memory(config):
-  return config.data.source == 'arrays' and not config.data.dir
 
 
 def _unfinished(workdir, config, step, total) -> list[str]:
@@ -154,7 +150,7 @@ def _unfinished(workdir, config, step, total) -> list[str]:
   if step >= total:
     return []
   resume = f'simclr-jax pretrain --workdir={shlex.quote(str(workdir))}'
-  if _in_memory(config):
+  if data.in_memory(config.data):
     resume = f'simclr_jax.pretrain(images, ..., workdir={str(workdir)!r})'
   return [
     f'Unfinished: curves and embeddings are of step {step:,} of {total:,} ({step / total:.0%}). If the training does not '
