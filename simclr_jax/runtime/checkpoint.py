@@ -1,11 +1,13 @@
 """Saves and restores checkpoints. Only this file imports Orbax.
 
 A checkpoint is an Orbax directory with custom metadata: a CRC-32 checksum of every leaf, since Orbax does not detect
-flipped bits, the shapes, and what the caller adds (config, step, versions).
+flipped bits, the shapes, what the caller adds (config, step, versions), and a checksum of all this metadata.
 """
 
+import contextlib
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -17,8 +19,15 @@ from orbax.checkpoint import v1 as ocp
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import distributed, paths
 from simclr_jax.runtime.checksum import crc32
+from simclr_jax.validation import check_json
 
 PyTree = Any
+CHECKSUM = 'metadata_crc32'  # of all other metadata; checkpoints of old versions have none
+METADATA = {
+  'crc32': {str: int}, 'shapes?': {str: [([int], str)]}, 'step?': int, 'config?': {str: object},
+  'versions?': {str: str}, 'images?': {'fingerprint': str, 'images': int, 'place': str},
+}  # fmt: skip
+COMPRESSION = 200  # largest ratio of the size of all arrays to the size of the files
 
 
 class CheckpointError(RuntimeError):
@@ -47,7 +56,16 @@ def abstract(tree: PyTree) -> PyTree:
 
 def save_tree(path: pathlib.Path, tree: PyTree, metadata: dict[str, Any]) -> None:
   """Writes a tree of arrays and metadata, plain data, to the new directory `path`."""
-  ocp.save(paths.absolute(path), tree, custom_metadata={**metadata, 'crc32': digest(tree)})
+  metadata = _with_checksum({**metadata, 'crc32': digest(tree)})
+  ocp.save(paths.absolute(path), tree, custom_metadata=metadata)
+
+
+def _with_checksum(metadata):
+  return {**metadata, CHECKSUM: _checksum_of(metadata)}
+
+
+def _checksum_of(metadata):
+  return crc32(json.dumps(metadata, sort_keys=True))
 
 
 def load_tree(path: pathlib.Path, target: PyTree | None = None) -> tuple[PyTree, dict[str, Any]]:
@@ -70,32 +88,87 @@ def load_tree(path: pathlib.Path, target: PyTree | None = None) -> tuple[PyTree,
 
 def _read(path, target):
   path = paths.absolute(path)
+  metadata = _metadata(path)
   try:
-    metadata = ocp.metadata(path)
     if target is None:
-      target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), metadata.metadata)
-    return ocp.load(path, target), dict(metadata.custom_metadata or {})
+      tree = ocp.metadata(path).metadata
+      _check_size(path, tree)
+      target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
+    return ocp.load(path, target), metadata
+  except CheckpointError:
+    raise
   except Exception as error:  # Orbax raises many types, including Exception itself
-    reason = str(error).split('. See full')[0].split('\n')[0]
+    raise _unreadable(path, error) from error
+
+
+def _unreadable(path, error) -> CheckpointError:
+  reason = str(error).split('. See full')[0].split('\n')[0]
+  return CheckpointError(f'{path} is unreadable: {type(error).__name__}: {reason[:300]}')
+
+
+def _metadata(path) -> dict[str, Any]:
+  """The custom metadata of a checkpoint, whose checksum and types are right.
+
+  Raises:
+    CheckpointError: it cannot be read or is damaged, or the checkpoint is not of this program or of another step.
+  """
+  path = paths.absolute(path)
+  try:
+    metadata = dict(ocp.metadata(path).custom_metadata or {})
+  except Exception as error:  # Orbax raises many types
+    raise _unreadable(path, error) from error
+  if 'crc32' not in metadata:
+    raise CheckpointError(f'{path} has no checksums: it was not written by simclr-jax')
+  expected = metadata.pop(CHECKSUM, None)
+  if expected not in (None, _checksum_of(metadata)):
+    raise CheckpointError(f'{path} is damaged: the checksum of its metadata does not match')
+  try:
+    check_json(metadata, METADATA, f'{path} is damaged: metadata')
+  except ConfigError as error:
+    raise CheckpointError(str(error)) from None
+  if path.name.isdecimal() and metadata.get('step', int(path.name)) != int(path.name):
+    raise CheckpointError(f'{path} was renamed: it is the checkpoint of step {metadata["step"]}')
+  return metadata
+
+
+def _check_size(path, tree):
+  """Refuses arrays that are much larger than the files: reading them would only use up the memory."""
+  if paths.is_remote(path):
+    return
+  declared = sum(
+    np.prod(x.shape, dtype=float) * np.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree)
+  )
+  stored = sum(file.stat().st_size for file in path.rglob('*') if file.is_file())
+  if declared > COMPRESSION * max(stored, 2**20):
     raise CheckpointError(
-      f'{path} is unreadable: {type(error).__name__}: {reason[:300]}'
-    ) from error
+      f'{path} is damaged: it declares {declared / 2**30:,.1f} GiB of arrays in {stored / 2**20:,.1f} MiB of files'
+    )
 
 
 def _check_digest(path, tree, metadata):
-  actual, expected = digest(tree), metadata.get('crc32')
-  if not expected:
-    raise CheckpointError(f'{path} has no checksums: it was not written by simclr-jax')
+  actual, expected = (_by_name(values) for values in (digest(tree), metadata['crc32']))
   wrong = sorted(k for k in actual.keys() | expected.keys() if actual.get(k) != expected.get(k))
   if wrong:
     raise CheckpointError(f'{path} is damaged: the checksum of {wrong[0]} does not match')
+
+
+def _by_name(values):
+  """Values by the path of a leaf, where the attributes of a state and the keys of a dict are written alike."""
+  return {re.sub(r"\.(\w+)|\['(\d+)'\]", _as_key, path): value for path, value in values.items()}
+
+
+def _as_key(match):
+  name, index = match.groups()
+  return f"['{name}']" if name else f'[{index}]'
 
 
 def steps(folder: pathlib.Path) -> list[int]:
   """Steps of the finished checkpoints in `folder`, ascending."""
   if not folder.is_dir():
     return []
-  checkpoints = [p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()]
+  checkpoints = [
+    p for p in folder.iterdir() if re.fullmatch('0|[1-9][0-9]{0,17}', p.name) and p.is_dir()
+  ]
   if paths.is_remote(folder):  # Orbax writes in place and marks a finished checkpoint with a file
     checkpoints = [p for p in checkpoints if (p / 'commit_success.txt').exists()]
   return sorted(int(p.name) for p in checkpoints)
@@ -114,12 +187,8 @@ def exists(folder: pathlib.Path) -> bool:
 def newest_metadata(folder: pathlib.Path) -> dict[str, Any] | None:
   """The metadata of the newest checkpoint whose metadata can be read; None without one. No array is read."""
   for step in reversed(steps(folder)):
-    try:
-      metadata = ocp.metadata(paths.absolute(folder / str(step))).custom_metadata
-    except Exception:  # Orbax raises many types; `restore` reports the damaged checkpoint
-      continue
-    if metadata:
-      return dict(metadata)
+    with contextlib.suppress(CheckpointError):  # `restore` reports the damaged checkpoint
+      return _metadata(folder / str(step))
   return None
 
 
@@ -202,10 +271,9 @@ def _shapes(tree):
 
 def _check_shapes(path, shapes):
   """Raises ConfigError if a checkpoint is of another network, and CheckpointError if it cannot be read."""
-  try:
-    stored = (ocp.metadata(paths.absolute(path)).custom_metadata or {})['shapes']
-  except Exception as error:
-    raise CheckpointError(f'{path} is unreadable: {type(error).__name__}') from error
+  stored = _metadata(path).get('shapes')
+  if stored is None:
+    raise CheckpointError(f'{path} is damaged: it has no shapes')
   for leaf in sorted(stored.keys() | shapes.keys()):
     if stored.get(leaf) != shapes.get(leaf):
       raise ConfigError(
@@ -250,7 +318,9 @@ class Saver:
     Raises:
       CheckpointError: the previous checkpoint was not written, or Orbax refuses this one.
     """
-    metadata = {**metadata, 'step': step, 'crc32': digest(state), 'shapes': _shapes(state)}
+    metadata = _with_checksum(
+      {**metadata, 'step': step, 'crc32': digest(state), 'shapes': _shapes(state)}
+    )
     self.wait()  # raises the error of the previous save
     if self._checkpointer.save_async(step, state, force=True, custom_metadata=metadata) is None:
       raise CheckpointError(f'Orbax refused to save step {step} in {self._folder}')

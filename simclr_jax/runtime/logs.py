@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import files, paths
 from simclr_jax.runtime.progress import shows_bars, tqdm
+
+LONGEST_LINE = 2**20  # bytes of a record
 
 
 class Log:
@@ -42,6 +45,7 @@ class Log:
       OSError: a file cannot be written.
     """
     self._lines = self._writer = None
+    self._workdir, self._place = workdir, _place(workdir)
     if writes:
       self._lines = _Lines(workdir / 'metrics.jsonl', _up_to(read(workdir), first_step))
       self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
@@ -53,7 +57,12 @@ class Log:
     self.restart(first_step)
 
   def write(self, step: int, metrics: dict[str, float]) -> None:
-    """Writes a record with the metrics of a step; values that are not finite become null."""
+    """Writes a record with the metrics of a step; values that are not finite become null.
+
+    Raises:
+      OSError: the file cannot be written, or the directory of the run was deleted or moved.
+    """
+    self._check_place()
     finite = {k: v if np.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
     if self._lines:
       self._lines.add({'step': step, **finite})
@@ -67,9 +76,17 @@ class Log:
       self._lines.add(record, now=True)
 
   def flush(self) -> None:
-    """Writes all buffered records; call this method before a checkpoint is saved."""
+    """Writes all buffered records; call this method before a checkpoint is saved. Errors as for `write`."""
+    self._check_place()
     if self._lines:
       self._lines.flush()
+
+  def _check_place(self):
+    if self._lines and _place(self._workdir) != self._place:
+      raise OSError(
+        f'{self._workdir} was deleted or moved during the run: what was trained since the last checkpoint is lost; '
+        'rerun the command with the --workdir where the checkpoints are now'
+      )
 
   def restart(self, step: int) -> None:
     """Starts the interval over which the speed for the ETA is measured; `step`: number of finished steps."""
@@ -135,7 +152,7 @@ class _Lines:
       self._write()
     else:
       files.write_text(path, self._text)
-      self._file = path.open('a')
+      self._file = files.append(path)
 
   def add(self, record: dict[str, Any], now: bool = False) -> None:
     """Appends a record; `now`: write at once, in a bucket, too."""
@@ -165,16 +182,54 @@ class _Lines:
     self._written = time.monotonic()
 
 
+def _place(folder):
+  """What identifies a local folder, also after it was moved; None if it does not exist or is in a bucket."""
+  try:
+    found = None if paths.is_remote(folder) else folder.stat()
+  except OSError:
+    return None
+  return found and (found.st_dev, found.st_ino)
+
+
 def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
-  """The records of `metrics.jsonl` of a run, in order; empty if there is no such file."""
+  """The records of `metrics.jsonl` of a run, in order; empty if there is no such file.
+
+  A record has `step`, finite numbers or null, and perhaps the name of an `event`. Lines that are no records are left
+  out, with a warning unless it is the last one, which a killed process may have truncated.
+
+  Raises:
+    ConfigError: the file cannot be read.
+  """
   path = workdir / 'metrics.jsonl'
-  records = []
-  for line in path.read_text().splitlines() if path.exists() else []:
-    try:
-      records.append(json.loads(line))
-    except ValueError:
-      continue  # the line was truncated when the process was killed
+  records, damaged = [], 0
+  try:
+    with files.open_to_read(path) as file:
+      while line := file.readline(LONGEST_LINE):
+        record = _record(line)
+        if record:
+          records.append(record)
+        else:
+          damaged += line.endswith(b'\n')
+  except FileNotFoundError:
+    return []
+  except OSError as error:
+    raise ConfigError(f'{path} cannot be read: {error.strerror or error}') from None
+  if damaged:
+    logging.warning('%s: %d lines are no records of metrics and are ignored', path, damaged)
   return records
+
+
+def _record(line) -> dict[str, Any] | None:
+  """The record in a line; None if it is none."""
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  if not isinstance(record, dict) or type(record.get('step')) is not int:
+    return None
+  others = [v for k, v in record.items() if k != 'event' or not isinstance(v, str)]
+  valid = all(v is None or (type(v) in (int, float) and -1e300 < v < 1e300) for v in others)
+  return record if valid and record['step'] >= 0 else None
 
 
 def _up_to(records, last_step):
