@@ -197,15 +197,25 @@ def check(config: ml_collections.ConfigDict) -> None:
   for name, field in fields.of_recipe(flat['method']).items():
     if name not in flat:
       raise ConfigError(f'the recipe lacks the field {name!r}')
-    value, kind = flat[name], type(field.default)
-    if type(value) is not kind and not (kind is float and type(value) is int):
-      raise ConfigError(f'{name}={value!r} is not {KINDS[kind]}')
-    if isinstance(value, float) and not math.isfinite(value):
-      raise ConfigError(f'{name}={value} is not a finite number')
-    if field.allowed:
-      field.allowed.check(name, value)
+    check_field(name, field, flat[name])
   _check_combinations(config)
   _check_pipelines(flat)
+
+
+def check_field(name: str, field: fields.Field, value: Any) -> None:
+  """Checks the type and the value of one field; errors as for `check`."""
+  kind = type(field.default)
+  items = value if kind is tuple and isinstance(value, (tuple, list)) else [value]
+  types = {type(field.default[0]) if field.default else None} if kind is tuple else {kind}
+  if (kind is tuple) != isinstance(value, (tuple, list)) or not all(
+    type(item) in types or types == {None} or (types == {float} and type(item) is int)
+    for item in items
+  ):
+    raise ConfigError(f'{name}={value!r} is not {KINDS[kind]}')
+  if any(isinstance(item, float) and not math.isfinite(item) for item in items):
+    raise ConfigError(f'{name}={value} is not a finite number')
+  if field.allowed:
+    field.allowed.check(name, value)
 
 
 def _check_combinations(config):

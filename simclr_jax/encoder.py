@@ -159,11 +159,20 @@ def _compiled_forward(architecture: str):
 
 def untrained(architecture: dict[str, Any], seed: int = 0) -> Encoder:
   """An encoder with random weights, initialised as for training."""
+  variables = jax.jit(_init(architecture))(jax.random.key(seed))
+  return Encoder(architecture, variables, {'untrained': True, 'seed': seed})
+
+
+def shapes(architecture: dict[str, Any]) -> PyTree:
+  """Shapes and dtypes of the variables of an encoder, `jax.ShapeDtypeStruct`; nothing is computed."""
+  return jax.eval_shape(_init(architecture), jax.random.key(0))
+
+
+def _init(architecture):
   size = architecture['image_size']
   net = encoders.build(architecture)
-  x = jnp.zeros((1, size, size, architecture.get('channels', 3)))
-  init = jax.jit(lambda key: net.init(key, x, train=False))
-  return Encoder(architecture, init(jax.random.key(seed)), {'untrained': True, 'seed': seed})
+  shape = (1, size, size, architecture.get('channels', 3))
+  return lambda key: net.init(key, jnp.zeros(shape), train=False)
 
 
 def raw_pixels(dataset: Dataset, size: int = 32) -> tuple[np.ndarray, np.ndarray]:

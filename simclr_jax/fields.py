@@ -48,7 +48,7 @@ TABLE: dict[str, Field] = {
   'epochs': Field(100, 'length of the training', Range(0)),
   'steps': Field(0, 'length of the training in steps; overrides epochs if above 0', Range(0)),
   'batch_size': Field(256, 'images per step, over all devices', Range(2)),
-  'image_size': Field(224, 'side of the views in pixels', Range(8), inherited=True),
+  'image_size': Field(224, 'side of the views in pixels', Range(8, 4096), inherited=True),
   'dtype': Field(
     'auto', 'dtype of the convolutions; auto: bfloat16 on TPU and GPU, float32 on CPU',
     Choices('auto', 'float32', 'bfloat16'), inherited=True,

@@ -98,7 +98,8 @@ class Recorder:
       config, workdir, self.log, clock, first, steps, len(setup.train), self._callbacks
     )
     self._metadata = {
-      'config': config.to_dict(), 'versions': environment.versions(), 'images': dict(setup.images)
+      'config': config.to_dict(), 'versions': environment.versions(), 'images': dict(setup.images),
+      'extended': [dict(e) for e in setup.extended],
     }  # fmt: skip
     self._evaluate = _online_knn(config, setup.train, setup.test) if setup.test else None
     epoch = max(len(setup.train) // config.batch_size, 1)
@@ -129,25 +130,30 @@ class Recorder:
     last = done == self._steps
     stopped = stop.requested() or self._callbacks.stop
     save = last or done % self._save_every == 0
-    evaluate = None if stopped else self._evaluate
-    if evaluate and not last and done % self._evaluate_every:
-      evaluate = None  # not due
+    due = last or (self._evaluate_every and done % self._evaluate_every == 0)
+    evaluate = self._evaluate is not None and due and not stopped
     if save or evaluate or stopped or idle:
       self.metrics.flush()  # raises if the loss is not finite, before the state is saved
     if save:
       self._save(done, state)
-    if evaluate:
-      try:
-        with self._clock.measure('evaluation'):
-          accuracy = evaluate(state)
-        self.log.write(done, {'knn_acc': accuracy} | self._clock.fields())
-        self.log.info(f'step {done}/{self._steps}  online kNN {accuracy:.1%}')
-        self._callbacks.evaluation(done, {'knn_acc': accuracy})
-      except Stopped:
-        stopped = True
+    return (self.evaluate(done, state) if evaluate else False) or stopped
+
+  def evaluate(self, done: int, state: train_state.TrainState) -> bool:
+    """The online kNN, if the run has one, after `done` steps; returns whether a signal stopped it."""
+    if self._evaluate is None:
+      return False
+    try:
+      with self._clock.measure('evaluation'):
+        accuracy = self._evaluate(state)
+      self.log.write(done, {'knn_acc': accuracy} | self._clock.fields())
+      self.log.info(f'step {done}/{self._steps}  online kNN {accuracy:.1%}')
+      self._callbacks.evaluation(done, {'knn_acc': accuracy})
+      return False
+    except Stopped:
+      return True
+    finally:
       self.metrics.restart_clock(done)
       self.log.restart(done)
-    return stopped
 
   def finish(
     self, done: int, state: train_state.TrainState, stop: GracefulStop, stopped: bool
@@ -172,6 +178,18 @@ class Recorder:
       self.log.flush()
       self._saver.save(done, state, self._metadata)
     self._saved = done
+
+
+def lacks_end(setup: Setup, workdir: pathlib.Path) -> bool:
+  """Whether what belongs to the end of a run is missing after its last step: its online kNN or the event 'complete'.
+
+  All processes must call this function.
+  """
+  last = [r for r in logs.read(workdir) if r['step'] == setup.steps]
+  has_knn = setup.test is None or any('knn_acc' in r for r in last)
+  is_complete = any(r.get('event') == 'complete' for r in last)
+  has_recipe = (workdir / 'config.json').is_file()
+  return not distributed.gather(has_knn and is_complete and has_recipe)[0]
 
 
 class _Callbacks:

@@ -10,11 +10,24 @@ from absl import logging
 
 from simclr_jax import config as recipes, fields, plugins
 from simclr_jax.config import check_code, flatten
+from simclr_jax.data import augment
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import checkpoint, files
 from simclr_jax.runtime.checksum import crc32
+from simclr_jax.validation import check_json
 
 FILE = 'config.json'
+VALUE = (str, int, float, bool, [(str, int, float, bool)])
+RECIPE = {'method': str, str: (*VALUE, {str: VALUE})}  # for `check_json`
+RECORD = {
+  'config': RECIPE, 'checksum?': int, 'command?': str, 'versions?': {str: str}, 'images?': {str: object},
+  'extended?': [{'from_step': int, 'epochs': int, 'steps': int}],
+}  # fmt: skip
+# Entries of an architecture that are no fields of the group `model` -> the field of the recipe.
+OF_ARCHITECTURE = {
+  'image_size': 'image_size', 'channels': 'data.channels', 'eval_view': 'augment.eval', 'ops': 'augment.ops',
+  'code': 'code',
+}  # fmt: skip
 LENGTH = ('epochs', 'steps')  # fields that `pretrain --extend` changes
 
 
@@ -32,23 +45,43 @@ def write(
   files.write_json(workdir / FILE, {'config': values, 'checksum': _checksum(values), **about})
 
 
+def is_run(workdir: pathlib.Path) -> bool:
+  """Whether a folder is a run directory: it has `config.json` or checkpoints."""
+  return (workdir / FILE).is_file() or checkpoint.exists(workdir / 'checkpoints')
+
+
 def record(workdir: pathlib.Path) -> dict[str, Any]:
-  """The contents of `config.json`.
+  """The contents of `config.json`: `config`, the recipe, `versions`, `images`, `command`, `extended`.
+
+  If the file is missing or damaged, what the newest checkpoint contains of these, with a warning.
 
   Raises:
-    ConfigError: `workdir` is not a run directory, or the file is damaged.
+    ConfigError: `workdir` is not a run directory, or the file is damaged and there is no checkpoint.
   """
   path = workdir / FILE
   try:
-    contents = json.loads(path.read_text())
-    contents['config']['method']
+    contents = files.read_json(path)
+    check_json(contents, RECORD, f'{path} is damaged: it')
     return contents
   except FileNotFoundError:
-    raise ConfigError(f'{workdir} is not a run directory: it has no {FILE}') from None
-  except (ValueError, KeyError, TypeError, AttributeError):
-    raise ConfigError(
-      f'{path} is damaged: it contains no recipe; restore the file from a backup'
-    ) from None
+    problem = f'{workdir} is not a run directory: it has no {FILE}'
+  except ConfigError as error:
+    problem = f'{error}; restore the file from a backup'
+  saved = _of_checkpoint(workdir)
+  if saved is None:
+    raise ConfigError(problem)
+  logging.warning('%s; the recipe of the newest checkpoint is used', problem.split(';')[0])
+  return saved
+
+
+def _of_checkpoint(workdir) -> dict[str, Any] | None:
+  """The record in the newest checkpoint that has a recipe; None without one."""
+  metadata = checkpoint.newest_metadata(workdir / 'checkpoints')
+  if metadata is None or 'config' not in metadata:
+    return None
+  check_json(metadata, RECORD, f'the checkpoints in {workdir} are damaged: the metadata')
+  names = [name.removesuffix('?') for name in RECORD]
+  return {name: metadata[name] for name in names if name in metadata}
 
 
 def read(workdir: pathlib.Path) -> dict:
@@ -58,17 +91,11 @@ def read(workdir: pathlib.Path) -> dict:
   may change on resume. If somebody edited `config.json`, a warning names the edited fields.
 
   Raises:
-    ConfigError: `workdir` is not a run directory, or its `config.json` is damaged.
+    ConfigError: as for `record`.
   """
   contents = record(workdir)
-  metadata = checkpoint.newest_metadata(workdir / 'checkpoints')
-  try:
-    values = upgraded(contents['config'])
-    saved = upgraded(metadata['config']) if metadata and 'config' in metadata else values
-  except (KeyError, TypeError, AttributeError):
-    raise ConfigError(
-      f'{workdir / FILE} is damaged: it contains no recipe; restore the file from a backup'
-    ) from None
+  saved = (_of_checkpoint(workdir) or contents)['config']
+  values, saved = upgraded(contents['config']), upgraded(saved)
   edited = contents.get('checksum') not in (None, _checksum(contents['config']))
   changes = _changes(saved, values, resumable=edited)
   if not edited:
@@ -160,7 +187,11 @@ def _sentence(changes):
 
 
 def upgraded(old: dict) -> dict:
-  """Converts the recipe of an older version: renamed fields get their new names, new fields their defaults."""
+  """Converts the recipe of an older version: renamed fields get their new names, new fields their defaults.
+
+  Raises:
+    ConfigError: a field has the name of a group of fields, or the other way round.
+  """
   flat = flatten(fields.recipe(old['method'])) | fields.OLD_DEFAULTS
   for name, value in flatten(old).items():
     flat[fields.RENAMED.get(name, name)] = _upgraded_value(name, value)
@@ -169,7 +200,9 @@ def upgraded(old: dict) -> dict:
     *group, key = name.split('.')
     part = nested
     for g in group:
-      part = part.setdefault(g, {})
+      part = part.setdefault(g, {}) if isinstance(part, dict) else part
+    if not isinstance(part, dict) or isinstance(part.get(key), dict):
+      raise ConfigError(f'the recipe of the run is damaged: {name!r} is not a field')
     part[key] = value
   return nested
 
@@ -192,6 +225,13 @@ def upgraded_architecture(old: dict) -> dict:
     new = fields.RENAMED.get(field, field)
     values[new if new in values else name] = _upgraded_value(field, value)
   values = {'channels': 3, **{k.removeprefix('model.'): value for k, value in values.items()}}
-  files = {'model.encoder': values['encoder'], 'augment.ops': values.get('ops', '')}
-  check_code(values.get('code', ()), files)
+  for name in (*OF_ARCHITECTURE, *values):
+    if name not in values and name in ('image_size', 'eval_view'):
+      raise ConfigError(f'the architecture has no {name}')
+    field = OF_ARCHITECTURE.get(name, f'model.{name}')
+    if name in values and field in fields.TABLE:
+      recipes.check_field(field, fields.TABLE[field], values[name])
+  own_files = {'model.encoder': values['encoder'], 'augment.ops': values.get('ops', '')}
+  check_code(values.get('code', ()), own_files)
+  augment.parse(values['eval_view'], random=False)
   return values

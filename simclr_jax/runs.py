@@ -30,7 +30,7 @@ def load_encoder(folder: str | os.PathLike) -> Encoder:
   folder = paths.path(folder)
   if orbax.is_export(folder):
     return orbax.load(folder)
-  if not (folder / 'config.json').is_file():
+  if not run_config.is_run(folder):
     raise ConfigError(
       f'{folder} is neither a run directory (config.json) nor an exported encoder (encoder.json)'
     )
@@ -97,7 +97,7 @@ def load_pretrained(config: ml_collections.ConfigDict) -> PyTree | None:
   if not config.get('init_from'):
     return None
   folder = paths.path(config.init_from)
-  if (folder / 'config.json').is_file() and not orbax.is_export(folder):
+  if run_config.is_run(folder) and not orbax.is_export(folder):
     _, _, state, _ = _restore(folder)
     params, stats = state.params, state.state['stats']
     frozen = state.state.get('frozen', {})

@@ -1,11 +1,10 @@
 """The training loop: sets a run up, restores its newest checkpoint, trains, saves and evaluates."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +29,9 @@ from simclr_jax.data import Dataset
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import checkpoint, distributed, environment, files, goodput, paths
 from simclr_jax.runtime.preemption import GracefulStop, Watchdog
+
+# What a run writes into its workdir beside config.json.
+WRITTEN = ('setup.txt', 'metrics.jsonl', 'metrics', 'checkpoints')
 
 
 def pretrain(
@@ -78,12 +80,14 @@ def pretrain(
     state, step_fn = _restore(setup, workdir, cleanup, quiet, progress)
     watchdog.heartbeat(compiling=True)
     first = int(state.step)
-    if first >= setup.steps:
+    complete = first >= setup.steps
+    if complete and not recorder.lacks_end(setup, workdir):
       if progress:
         print(f'{workdir} is complete: {first} steps', flush=True)
       return stop.exit_code
     if distributed.is_main_process():
       _write_config(setup, workdir, command)
+      _describe(setup, state, workdir, quiet or complete)
 
     record = recorder.Recorder(setup, workdir, first, clock, cleanup, callbacks, progress)
     trace = recorder.Trace(setup.config.profile_steps, setup.steps, workdir / 'profile', record.log)
@@ -103,6 +107,8 @@ def pretrain(
       stopped = record.after_step(done, state, stop, idle=not step_fn.loader.ready(done))
       if stopped:
         break
+    if complete:
+      done, stopped = first, record.evaluate(first, state)
     record.finish(done, state, stop, stopped)
     return stop.exit_code
 
@@ -117,7 +123,7 @@ def _set_up(config, workdir, loaded, extend, mesh, cleanup) -> recorder.Setup:
     distributed.check_accelerator()
     recipes.check(config)
     if distributed.is_main_process():
-      cleanup.enter_context(_locked(workdir))
+      _lock(workdir, cleanup)
     absolute = _absolute(config)
     old = _recipe_to_resume(workdir)
     if old:
@@ -165,8 +171,6 @@ def _restore(
     resuming=resuming,
   )
   cleanup.callback(step_fn.loader.close)
-  if distributed.is_main_process():
-    _describe(setup, state, workdir, quiet)
   if pretrained and not quiet:
     head = 'with' if methods.head_fits(state.params, pretrained) else 'without'
     print(f'initialised from {config.init_from}, {head} its projection head')
@@ -178,23 +182,24 @@ def _restore(
   return state, step_fn
 
 
-@contextlib.contextmanager
-def _locked(workdir) -> Iterator[None]:
-  """Refuses a second run in the same workdir at the same time."""
+def _lock(workdir, cleanup) -> None:
+  """Creates the workdir and holds its lock until `cleanup`: refuses a second run in it, and a folder of other files."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    if paths.is_remote(workdir):  # buckets have no locks
-      yield
-      return
-    file = (workdir / '.lock').open('w')
+    # Buckets have no locks.
+    ours = paths.is_remote(workdir) or cleanup.enter_context(
+      files.locked(workdir / '.lock', wait=False)
+    )
   except OSError as error:
-    raise ConfigError(f'--workdir={workdir} cannot be written: {error.strerror or error}') from None
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      raise ConfigError(f'another run is using --workdir={workdir}') from None
-    yield
+    reason = error.strerror or str(error).rpartition(': ')[2]
+    raise ConfigError(f'--workdir={workdir} cannot be written: {reason}') from None
+  if not ours:
+    raise ConfigError(f'another run is using --workdir={workdir}')
+  foreign = [name for name in WRITTEN if (workdir / name).exists()]
+  if foreign and not run_config.is_run(workdir):
+    raise ConfigError(
+      f'--workdir={workdir} is not a run, but has {foreign[0]}, which a run would replace: choose another --workdir'
+    )
 
 
 def _absolute(config):
@@ -209,10 +214,6 @@ def _recipe_to_resume(workdir) -> dict[str, Any] | None:
   """The recipe of the run in `workdir`; None if there is no run with checkpoints."""
   if not checkpoint.exists(workdir / 'checkpoints'):
     return None
-  if not (workdir / run_config.FILE).exists():
-    raise ConfigError(
-      f'{workdir} has checkpoints, but its config.json is missing: restore the file or choose a new --workdir'
-    )
   return run_config.read(workdir)
 
 

@@ -114,9 +114,9 @@ def test_results_of_old_versions(tmp_path):
 def test_damaged_file(text, tmp_path):
   """Breaks if a damaged file is a traceback, or is found only after the evaluation."""
   (tmp_path / results.FILE).write_text(text)
-  with pytest.raises(ConfigError, match='not a file of results'):
+  with pytest.raises(ConfigError, match='delete the file and evaluate again'):
     results.load(tmp_path)
-  with pytest.raises(ConfigError, match='not a file of results'):
+  with pytest.raises(ConfigError, match='delete the file and evaluate again'):
     results.check(tmp_path)
 
 

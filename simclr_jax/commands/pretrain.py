@@ -19,7 +19,6 @@ another run or of an exported encoder.
 """
 
 import argparse
-import json
 import pathlib
 import shlex
 from collections.abc import Mapping
@@ -27,7 +26,6 @@ from typing import Any
 
 from simclr_jax import config as recipes
 from simclr_jax.commands import options
-from simclr_jax.errors import ConfigError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_run(workdir):
-  return workdir is not None and (workdir / 'config.json').exists()
+  from simclr_jax import run_config
+
+  return workdir is not None and run_config.is_run(workdir)
 
 
 def _of_run(workdir, args):
@@ -144,14 +144,9 @@ def default_workdir(dataset: str, overrides: Mapping[str, Any] | None = None) ->
 
 def _data_of(workdir):
   """The `data` part of the recipe of a run; None if there is no run."""
-  try:
-    return json.loads((workdir / 'config.json').read_text())['config']['data']
-  except FileNotFoundError:
-    return None
-  except (OSError, ValueError, KeyError, TypeError):
-    raise ConfigError(
-      f'{workdir / "config.json"} cannot be read: restore the file, or name another --workdir'
-    ) from None
+  from simclr_jax import run_config
+
+  return run_config.record(workdir)['config'].get('data', {}) if _is_run(workdir) else None
 
 
 def _same_place(other, fields):

@@ -29,23 +29,32 @@ Results of old versions have only `title`, `columns`, `rows`, `step`, `notes`, `
 """
 
 import contextlib
-import json
-import os
+import math
 import pathlib
 import tempfile
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import distributed, files, paths
+from simclr_jax.validation import check_json
 
 Result = dict[str, Any]
 FILE = 'evaluation.json'
 LOCK = '.evaluation.lock'
 WIDTH = 100  # of a printed table, in characters
+CHANCE = {'majority': float, 'uniform': float}
+RUN = {'top1?': float, 'parameters?': float, 'confusion?': [[float]]}
+SHAPE = {  # of a result in the file, for `check_json`
+  'title': str, 'columns': [str], 'rows': {str: [[(float, None)]]}, 'interval?': {str: [([float], None)]},
+  'test_images?': (int, {str: int}), 'chance?': {str: (float, CHANCE)}, 'notes?': {str: str},
+  'settings?': {str: object}, 'runs?': {str: object}, 'class_names?': [str], 'labels_per_class?': [int],
+  'name?': str, 'step?': int, 'checkpoint?': (int, str),
+  'data?': {str: {'fingerprint?': int, 'images?': int, 'split?': str, 'dir?': str}},
+}  # fmt: skip
 
 
 def load(workdir: pathlib.Path, file: pathlib.Path | None = None) -> dict[str, Result]:
@@ -64,29 +73,52 @@ def load(workdir: pathlib.Path, file: pathlib.Path | None = None) -> dict[str, R
   """
   path = file or workdir / FILE
   try:
-    entries = json.loads(path.read_text()) if path.exists() else {}
-    if isinstance(entries, dict) and all(map(_is_result, entries.values())):
-      return entries
-  except (ValueError, IsADirectoryError):
-    pass
-  raise ConfigError(f'{path} is not a file of results: delete it and evaluate again')
+    entries = files.read_json(path)
+    check_json(entries, {str: SHAPE}, f'{path} is damaged: it')
+    for name, result in entries.items():
+      problem = _inconsistency(name, result)
+      if problem:
+        raise ConfigError(f'{path} is damaged: {name}: {problem}')
+    return entries
+  except FileNotFoundError:
+    return {}
+  except ConfigError as error:
+    raise ConfigError(f'{error}; delete the file and evaluate again') from None
 
 
-def _is_result(entry):
-  """Whether a value of the file has the parts that tables need."""
+def _inconsistency(name, result) -> str:
+  """What parts of a result do not fit together; empty if they do."""
+  columns, rows = len(result['columns']), result['rows']
+  for row, cells in rows.items():
+    ends = intervals(result, row)
+    if len(cells) != columns or any(len(cell) != 2 for cell in cells):
+      return f'the row {row!r} does not have {columns} cells of two numbers'
+    if len(ends) != columns or any(e is not None and len(e) != 2 for e in ends):
+      return f'the row {row!r} does not have {columns} intervals'
+  levels = result.get('chance') or {}
+  single = levels.keys() == CHANCE.keys()
+  if levels and single == isinstance(result.get('test_images'), dict):
+    return 'chance is not that of the test images'
+  for level in [levels] if single else levels.values():
+    if not isinstance(level, dict) or not 0 < level['uniform'] <= 100:
+      return 'chance is not from 0 to 100 %'
+  counts = result.get('labels_per_class', [1] * columns)
+  if len(counts) != columns or any(n < 1 for n in counts):
+    return f'labels_per_class are not {columns} positive numbers'
+  if result.get('name', name) == 'distillation' and not {'teacher', 'student'} <= rows.keys():
+    return 'teacher or student is missing'
+  return _inconsistent_runs(result.get('runs', {}))
 
-  def is_cell(cell):
-    numbers = (int, float, type(None))
-    return isinstance(cell, list) and len(cell) == 2 and all(isinstance(v, numbers) for v in cell)
 
-  return (
-    isinstance(entry, dict)
-    and isinstance(entry.get('title'), str)
-    and isinstance(entry.get('columns'), list)
-    and all(isinstance(c, str) for c in entry['columns'])
-    and isinstance(entry.get('rows'), dict)
-    and all(isinstance(row, list) and all(map(is_cell, row)) for row in entry['rows'].values())
-  )
+def _inconsistent_runs(runs) -> str:
+  """What is wrong with the results of single trainings: of each row a list, or lists by number of labels."""
+  classes = set()
+  for row, tests in runs.items():
+    for part in tests.values() if isinstance(tests, dict) else [tests]:
+      check_json(part, [RUN], f'the runs of {row!r}')
+      for matrix in (test['confusion'] for test in part if 'confusion' in test):
+        classes |= {len(matrix), *map(len, matrix)}
+  return 'the confusion matrices are not square or of several sizes' if len(classes) > 1 else ''
 
 
 def check(workdir: pathlib.Path, file: pathlib.Path | None = None) -> None:
@@ -133,39 +165,31 @@ def save(
     ConfigError: the file is damaged.
     OSError: the file cannot be written.
   """
-  result = {**result, 'name': name, **about}
+  result = _finite({**result, 'name': name, **about})
   print('\n' + table(result), flush=True)
   path, failure = file or workdir / FILE, ''
   if distributed.is_main_process():
     try:
-      with _locked(path):
+      with contextlib.ExitStack() as stack:
+        if not paths.is_remote(path):
+          with contextlib.suppress(OSError):  # better without a lock than not saved
+            stack.enter_context(files.locked(path.with_name(LOCK)))
         files.write_json(path, _merged(load(workdir, file), name, result))
     except (OSError, ConfigError) as error:
-      failure = f'the table was not saved: {getattr(error, "strerror", None) or error} ({path})'
+      failure = f'the table was not saved: {error}'
   failure = distributed.gather(failure)[0]
   if failure:
     raise OSError(failure)
   return result
 
 
-@contextlib.contextmanager
-def _locked(path) -> Iterator[None]:
-  """A context manager that holds the lock of a local file of results; without a lock where there are no locks."""
-  try:
-    import fcntl
-
-    flags = os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-    lock = None if paths.is_remote(path) else os.open(path.with_name(LOCK), flags, 0o666)
-  except (ImportError, OSError):
-    lock = None
-  try:
-    if lock is not None:
-      with contextlib.suppress(OSError):  # some network file systems have no locks
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    yield
-  finally:
-    if lock is not None:
-      os.close(lock)
+def _finite(value):
+  """Plain data, where numbers that are not finite, which JSON cannot represent, are None."""
+  if isinstance(value, dict):
+    return {k: _finite(v) for k, v in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(v) for v in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _merged(entries, name, result):

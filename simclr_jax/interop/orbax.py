@@ -10,13 +10,21 @@ import pathlib
 
 import jax
 
+from simclr_jax import run_config
 from simclr_jax.data import augment
-from simclr_jax.encoder import Encoder
+from simclr_jax.encoder import Encoder, shapes
 from simclr_jax.errors import ConfigError
-from simclr_jax.models import encoders, resnet
-from simclr_jax.run_config import upgraded_architecture
+from simclr_jax.models import resnet
 from simclr_jax.runtime import checkpoint, files, paths
 from simclr_jax.runtime.checksum import crc32
+from simclr_jax.validation import check_json
+
+DESCRIPTION = {  # encoder.json, for `check_json`
+  'architecture': {str: run_config.VALUE}, 'checksum?': int,
+  'provenance': {
+    'workdir?': str, 'step?': int, 'checksum?': (str, int), 'config?': run_config.RECIPE, 'versions?': {str: str},
+  },
+}  # fmt: skip
 
 
 def is_export(folder: pathlib.Path) -> bool:
@@ -28,47 +36,47 @@ def load(folder: pathlib.Path) -> Encoder:
   """Loads an exported encoder.
 
   Raises:
-    CheckpointError: `encoder.json` or the weights are damaged.
-    ConfigError: a Python file that the encoder needs is missing or has changed.
+    CheckpointError: the weights are damaged.
+    ConfigError: `encoder.json` is damaged or was edited, or a Python file that the encoder needs is missing or has
+      changed.
   """
   path = folder / 'encoder.json'
+  description = files.read_json(path)
+  check_json(description, DESCRIPTION, f'{path} is damaged: it')
+  checksum = description.pop('checksum', None)  # old exports have none
+  if checksum not in (None, _checksum(description)):
+    raise ConfigError(
+      f'{path} was edited after the export, which changes the features: restore the file or export again'
+    )
   try:
-    description = json.loads(path.read_text())
-    checksum = description.pop('checksum', None)  # old exports have none
-    if checksum not in (None, _checksum(description)):
-      raise ConfigError(
-        f'{path} was edited after the export, which changes the features: restore the file or export again'
-      )
-    architecture = upgraded_architecture(description['architecture'])
-    provenance = description['provenance']
-    encoders.build(architecture)
-  except ConfigError:
-    raise
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise checkpoint.CheckpointError(
-      f'{path} is damaged, or was written by another version: {error}'
-    ) from None
-  variables, _ = checkpoint.load_tree(folder / 'variables')
-  return Encoder(architecture, variables, provenance)
+    architecture = run_config.upgraded_architecture(description['architecture'])
+    target = shapes(architecture)
+  except ConfigError as error:
+    raise ConfigError(f'{path}: {error}') from None
+  variables, _ = checkpoint.load_tree(folder / 'variables', target)
+  return Encoder(architecture, variables, description['provenance'])
 
 
 def export(encoder: Encoder, out: str | os.PathLike) -> None:
-  """Writes an encoder to the folder `out`, which must be new or empty.
+  """Writes an encoder to the folder `out`, which must be new or empty; a failure leaves nothing behind.
 
   Raises:
     ConfigError: `out` exists and is not an empty folder.
+    OSError: the folder cannot be written.
   """
   out = paths.path(out)
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+  if (out.is_symlink() if not paths.is_remote(out) else False) or (
+    out.exists() and (not out.is_dir() or any(out.iterdir()))
+  ):
     raise ConfigError(f'--out={out} exists already: choose a new or empty folder')
-  out.mkdir(parents=True, exist_ok=True)
-  checkpoint.save_tree(out / 'variables', jax.device_get(encoder.variables), {})
   description = {
     'architecture': encoder.architecture,
     'preprocessing': _preprocessing(encoder.architecture),
     'provenance': encoder.provenance,
   }
-  files.write_json(out / 'encoder.json', {**description, 'checksum': _checksum(description)})
+  with files.new_folder(out) as folder:
+    checkpoint.save_tree(folder / 'variables', jax.device_get(encoder.variables), {})
+    files.write_json(folder / 'encoder.json', {**description, 'checksum': _checksum(description)})
 
 
 def _checksum(description):

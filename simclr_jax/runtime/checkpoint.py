@@ -69,34 +69,44 @@ def _checksum_of(metadata):
 
 
 def load_tree(path: pathlib.Path, target: PyTree | None = None) -> tuple[PyTree, dict[str, Any]]:
-  """Reads a directory that `save_tree` wrote.
+  """Reads a directory that `save_tree` wrote, or a checkpoint of a run.
 
   Args:
     path: the directory.
-    target: abstract arrays with shardings; None: numpy arrays are returned.
+    target: the shapes and dtypes that the arrays must have; None: any.
 
   Returns:
-    The tree and its metadata.
+    The tree, of numpy arrays, and its metadata.
 
   Raises:
-    CheckpointError: the directory cannot be read, or a checksum does not match.
+    CheckpointError: the directory cannot be read, has other shapes, or a checksum does not match.
   """
-  tree, metadata = _read(path, target)
+  metadata = _metadata(path)
+  try:
+    stored = ocp.metadata(paths.absolute(path)).metadata
+    _check_size(path, stored)
+    found, expected = (
+      _by_name(_shapes(stored)),
+      _by_name(_shapes(stored if target is None else target)),
+    )
+  except CheckpointError:
+    raise
+  except Exception as error:  # Orbax raises many types, including Exception itself
+    raise _unreadable(path, error) from error
+  wrong = [k for k in sorted(found.keys() | expected.keys()) if found.get(k) != expected.get(k)]
+  if wrong:
+    raise CheckpointError(
+      f'{path} is damaged or of another network: {wrong[0]} is {found.get(wrong[0])} there, not {expected.get(wrong[0])}'
+    )
+  arrays = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), stored if target is None else target)
+  tree = _load(path, arrays)
   _check_digest(path, tree, metadata)
   return tree, metadata
 
 
-def _read(path, target):
-  path = paths.absolute(path)
-  metadata = _metadata(path)
+def _load(path, target):
   try:
-    if target is None:
-      tree = ocp.metadata(path).metadata
-      _check_size(path, tree)
-      target = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)
-    return ocp.load(path, target), metadata
-  except CheckpointError:
-    raise
+    return ocp.load(paths.absolute(path), target)
   except Exception as error:  # Orbax raises many types, including Exception itself
     raise _unreadable(path, error) from error
 
@@ -221,7 +231,7 @@ def restore(
     path = folder / str(step)
     try:
       _on_all(_check_shapes, path, _shapes(target))
-      restored = _on_all(_read, path, target)
+      restored = _on_all(lambda path: (_load(path, target), _metadata(path)), path)
       _on_all(_check_digest, path, *restored)  # a collective operation: all processes take part
     except CheckpointError as error:
       logging.warning('%s', error)
