@@ -20,6 +20,7 @@ from typing import Any
 
 from simclr_jax.errors import ConfigError
 from simclr_jax.fields import Field
+from simclr_jax.runtime import files
 from simclr_jax.validation import Choices, Range
 
 HINT = 'write it to a .py file and pass the path of the file'
@@ -51,7 +52,7 @@ def file_of(value: Any, kind: str, folder: pathlib.Path) -> str:
   text = _text(value, kind)
   path = folder / f'{kind}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.py'
   folder.mkdir(parents=True, exist_ok=True)
-  path.write_text(text)
+  files.write_text(path, text)
   return str(path)
 
 

@@ -195,6 +195,11 @@ def _lock(workdir, cleanup) -> None:
     raise ConfigError(f'--workdir={workdir} cannot be written: {reason}') from None
   if not ours:
     raise ConfigError(f'another run is using --workdir={workdir}')
+  for name in () if paths.is_remote(workdir) else ('checkpoints', 'metrics'):
+    if (workdir / name).is_symlink():
+      raise ConfigError(
+        f'{workdir / name} is a link, and a run deletes old files in it: put the folder itself there'
+      )
   foreign = [name for name in WRITTEN if (workdir / name).exists()]
   if foreign and not run_config.is_run(workdir):
     raise ConfigError(

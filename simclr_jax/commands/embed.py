@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     metavar='FILE',
     help='.npz, .npy, .csv or .parquet',
   )
+  parser.add_argument(
+    '--raw-names',
+    action='store_true',
+    help='in .csv, write names that begin with =, +, - or @ as they are; spreadsheet programs execute them',
+  )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
   from simclr_jax.evaluate import embed
   from simclr_jax.runtime import distributed
 
+  if args.raw_names and args.out.suffix != '.csv':
+    raise ConfigError('--raw-names has an effect on .csv only')
   embed.check(args.out)
   encoder = runs.load_encoder(args.workdir)
   if args.data:
@@ -53,5 +60,5 @@ def run(args: argparse.Namespace) -> int:
   if not len(dataset):
     raise ConfigError(f'the {args.split} split contains no images')
   data.check_same({'checksum of the images': dataset})
-  embed.embed(encoder, dataset, args.out)
+  embed.embed(encoder, dataset, args.out, args.raw_names)
   return 0

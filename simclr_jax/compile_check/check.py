@@ -26,6 +26,7 @@ from simclr_jax.compile_check.text import format_bytes
 from simclr_jax.data import loader
 from simclr_jax.errors import ConfigError
 from simclr_jax.models import classifier
+from simclr_jax.runtime import files
 
 IMAGENET = 1_281_167  # training images
 GIB = 2**30
@@ -90,7 +91,7 @@ def check(
     return result | {'compile_seconds': seconds} | _does_not_fit(config, topology, error)
   result['compile_seconds'] = round(time.monotonic() - start, 1)
   if hlo_file:
-    hlo_file.write_text(program.as_text())
+    files.write_text(hlo_file, program.as_text())
   if topology.slices == 1:
     width = verdict.embedding_width(config, state, teacher)
     shapes = verdict.step_shapes(config, state, len(devices), width)

@@ -1,11 +1,14 @@
-"""Extracts features of a data set to a file, in parts, so that an interruption loses one part at most."""
+"""Extracts features of a data set to a file, in parts: an interruption loses one part at most, and memory holds one."""
 
 import csv
 import functools
 import importlib.util
-import json
+import io
 import pathlib
-import shutil
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -17,10 +20,11 @@ from simclr_jax.runtime.progress import Bar
 
 SUFFIXES = ('.npz', '.npy', '.csv', '.parquet')
 PART = 16_384  # images per part; data sets without random access have at most 8 parts
+ABOUT = 'about.json'  # in the folder of the parts: what they are parts of
 
 
 def check(out: pathlib.Path) -> None:
-  """Raises ConfigError if the features cannot be written to the file `out`."""
+  """Raises ConfigError if the features cannot be written to the file `out`, or if `out` is another kind of file."""
   if out.suffix not in SUFFIXES:
     raise ConfigError(f'--out={out}: the name must end in {", ".join(SUFFIXES)}')
   if paths.is_remote(out):
@@ -29,9 +33,14 @@ def check(out: pathlib.Path) -> None:
     raise ConfigError(f'--out={out}: the folder {out.parent} does not exist')
   if out.suffix == '.parquet' and not importlib.util.find_spec('pyarrow'):
     raise ConfigError(f'--out={out}: Parquet needs pyarrow: pip install pyarrow')
+  if out.exists() and not _is_features(out):
+    raise ConfigError(
+      f'--out={out} exists and is no file of features: delete it or choose another name'
+    )
+  _Parts(out).check()
 
 
-def embed(encoder: Encoder, dataset: Dataset, out: pathlib.Path) -> None:
+def embed(encoder: Encoder, dataset: Dataset, out: pathlib.Path, raw_names: bool = False) -> None:
   """Writes the features of all images to a file, in the order of the data set.
 
   The format depends on the suffix. .npz: arrays `features`, float32 `[N, d]`, `names` `[N]`, and if all labels are
@@ -44,7 +53,9 @@ def embed(encoder: Encoder, dataset: Dataset, out: pathlib.Path) -> None:
   Args:
     encoder: the encoder.
     dataset: N images.
-    out: a local file.
+    out: a local file. Earlier features are replaced.
+    raw_names: whether names in .csv that begin with =, +, -, @, a tab or a carriage return are written as they are.
+      Spreadsheet programs execute these; otherwise they get an apostrophe in front.
 
   Raises:
     ConfigError: an image cannot be read, or `out` cannot be written.
@@ -52,40 +63,40 @@ def embed(encoder: Encoder, dataset: Dataset, out: pathlib.Path) -> None:
   """
   check(out)
   size = max(PART, -(-len(dataset) // 8)) if getattr(dataset, 'sequential', False) else PART
-  image_names = dataset.names()
-  if image_names is None:
-    image_names = [str(i) for i in range(len(dataset))]
-  inputs = {
-    'encoder': encoder.digest(),
-    'size': size,
-    'images': len(dataset),
-    'of': dataset.fingerprint(),
-    'in': str(getattr(getattr(dataset, 'settings', None), 'dir', '')),
-  }
-  folder = out.with_name(out.name + '.parts')
+  parts = _Parts(out, len(dataset), size)
   if distributed.is_main_process():
-    _prepare(folder, inputs)
-  starts = range(0, len(dataset), size)
-  finished = [start for start in starts if (folder / f'{start}.npz').exists()]
-  finished = distributed.gather(finished)[0]  # only process 0 writes parts
+    parts.prepare(
+      {
+        'program': 'simclr-jax embed',
+        'encoder': encoder.digest(),
+        'size': size,
+        'images': len(dataset),
+        'of': dataset.fingerprint(),
+        'in': str(getattr(getattr(dataset, 'settings', None), 'dir', '')),
+      }
+    )
+  finished = distributed.gather(parts.finished())[0]  # only process 0 writes parts
   with Bar(len(dataset), 'features') as bar:
-    for start in starts:
-      end = min(start + size, len(dataset))
+    for start, end in parts.spans:
       if start not in finished:
         part = dataset.subset(np.arange(start, end))
         h, labels = encoder.embed(part, progress=functools.partial(_show, bar, start))
         if distributed.is_main_process():
-          with files.atomic(folder / f'{start}.npz') as temporary:
-            np.savez(temporary, features=h, labels=labels)
+          with files.atomic(parts.file(start)) as file:
+            np.savez(file, features=h, labels=labels)
       bar.to(end)
   if not distributed.is_main_process():
     return
-  parts = [dict(np.load(folder / f'{start}.npz')) for start in starts]
-  h, labels = (np.concatenate([p[k] for p in parts]) for k in ('features', 'labels'))
-  with files.atomic(out) as temporary:
-    _write(temporary, h, labels, *map(_printable, (image_names, dataset.class_names)))
-  shutil.rmtree(folder)
-  print(f'wrote {out}: features {list(h.shape)} float32')
+  names = dataset.names()
+  if names is None:
+    names = [str(i) for i in range(len(dataset))]
+  labels = np.concatenate([labels for _, labels in parts.read()])
+  shape = (len(dataset), next(parts.read())[0].shape[1])
+  rows = _Rows(parts, shape, _printable(names), labels, _printable(dataset.class_names))
+  with files.atomic(out) as file:
+    _WRITERS[out.suffix](file, rows, raw_names)
+  parts.delete()
+  print(f'wrote {out}: features {list(shape)} float32')
 
 
 def _show(bar, start, count):
@@ -98,42 +109,173 @@ def _printable(names):
   return [name.encode('utf-8', 'replace').decode() for name in names]
 
 
-def _prepare(folder, inputs):
-  """Deletes finished parts if they were computed with another encoder or other images."""
-  file = folder / 'about.json'
-  if not file.exists() or file.read_text() != json.dumps(inputs):
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    file.write_text(json.dumps(inputs))
+# Parts.
 
 
-def _write(path, h, labels, names, class_names):
-  """Writes features, labels, names of the images and of the classes in the format of the suffix."""
-  labelled = len(class_names) > 0 and (labels >= 0).all()
-  classes = [class_names[label] for label in labels] if labelled else []
-  if path.suffix == '.npy':
-    np.save(path, h)
-  elif path.suffix == '.npz':
-    known = {'labels': labels, 'class_names': np.array(class_names)} if labelled else {}
-    np.savez(path, features=h, names=np.array(names), **known)
-  elif path.suffix == '.csv':
-    _write_csv(path, h, labels, names, classes)
-  else:
-    import pyarrow as pa
-    import pyarrow.parquet
+class _Parts:
+  """The folder OUT.parts: `START.npz` with features and labels of the images from START on, and `about.json`."""
 
-    rows = pa.FixedSizeListArray.from_arrays(pa.array(h.reshape(-1)), h.shape[1])
-    columns = {'name': names, 'label': pa.array(labels, mask=labels < 0)}
-    columns |= {'class': classes} if labelled else {}
-    pa.parquet.write_table(pa.table({**columns, 'features': rows}), path)
+  def __init__(self, out: pathlib.Path, images: int = 0, size: int = PART):
+    self._folder = out.with_name(out.name + '.parts')
+    self.spans = [(start, min(start + size, images)) for start in range(0, images, size)]
 
+  def file(self, start: int) -> pathlib.Path:
+    return self._folder / f'{start}.npz'
 
-def _write_csv(path, h, labels, names, classes):
-  with path.open('w', newline='') as file:
-    writer = csv.writer(file)
-    header = ['name', 'label', *(['class'] if classes else [])]
-    writer.writerow([*header, *(f'f{i}' for i in range(h.shape[1]))])
-    for i, (name, label, row) in enumerate(zip(names, labels, h)):
+  def check(self) -> None:
+    """Raises ConfigError if the folder is not one of this command."""
+    if self._folder.is_symlink() or (self._folder.exists() and self._about() is None):
+      raise ConfigError(
+        f'{self._folder} exists and is not a folder of this command: move it, or choose another --out'
+      )
+
+  def prepare(self, inputs: dict[str, str | int]) -> None:
+    """Creates the folder; deletes finished parts if they were computed with another encoder or other images."""
+    if self._about() != inputs:
+      self.delete()
+      self._folder.mkdir(exist_ok=True)
+      files.write_json(self._folder / ABOUT, inputs)
+
+  def _about(self) -> dict[str, str | int] | None:
+    """What the parts were computed with; {} in an empty folder, None in the folder of somebody else."""
+    try:
+      about = files.read_json(self._folder / ABOUT)
+    except (FileNotFoundError, ConfigError):
+      return None if not self._folder.is_dir() or any(self._folder.iterdir()) else {}
+    return about if isinstance(about, dict) and about.get('program') == 'simclr-jax embed' else None
+
+  def finished(self) -> list[int]:
+    """The starts of the parts that can be read; the others are computed again."""
+    return [start for start, end in self.spans if _read_part(self.file(start), end - start)]
+
+  def read(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Features, float32 `[n, d]`, and labels, int32 `[n]`, of each part."""
+    for start, end in self.spans:
       preemption.heartbeat()
-      known = [label if label >= 0 else '', *([classes[i]] if classes else [])]
-      writer.writerow([name, *known, *(f'{x:.8g}' for x in row)])
+      part = _read_part(self.file(start), end - start)
+      if part is None:
+        raise ConfigError(f'{self.file(start)} is damaged: run the same command again')
+      yield part
+
+  def delete(self) -> None:
+    """Deletes the parts and the folder; what is not of this command stays."""
+    for path in self._folder.glob('*'):
+      if path.name == ABOUT or (path.suffix == '.npz' and path.stem.isdecimal()):
+        path.unlink()
+    if self._folder.exists() and not any(self._folder.iterdir()):
+      self._folder.rmdir()
+
+
+def _read_part(path, images) -> tuple[np.ndarray, np.ndarray] | None:
+  """Features and labels of a part; None if it does not exist or is damaged."""
+  try:
+    with files.open_to_read(path) as file, np.load(file, allow_pickle=False) as arrays:
+      h, labels = arrays['features'], arrays['labels']
+  except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile):
+    return None
+  fits = h.dtype == np.float32 and h.ndim == 2 and labels.dtype == np.int32
+  return (h, labels) if fits and len(h) == images and labels.shape == (images,) else None
+
+
+# Formats.
+
+
+class _Rows(NamedTuple):
+  """All features, [N, d]: `parts` one after the other, and of all images `names`, `labels`, and names of classes."""
+
+  parts: _Parts
+  shape: tuple[int, int]
+  names: list[str]
+  labels: np.ndarray
+  class_names: list[str]
+
+  @property
+  def labelled(self) -> bool:
+    return len(self.class_names) > 0 and bool((self.labels >= 0).all())
+
+  def blocks(self) -> Iterator[tuple[np.ndarray, list[str], np.ndarray]]:
+    """Features, names and labels, part by part."""
+    for (start, end), (h, labels) in zip(self.parts.spans, self.parts.read()):
+      yield h, self.names[start:end], labels
+
+  def classes(self, labels) -> list[str]:
+    return [self.class_names[label] for label in labels]
+
+
+def _write_npy(file: BinaryIO, rows: _Rows, _raw) -> None:
+  header = {'descr': '<f4', 'fortran_order': False, 'shape': rows.shape}
+  np.lib.format.write_array_header_1_0(file, header)
+  for h, _, _ in rows.blocks():
+    file.write(h.astype('<f4').tobytes())
+
+
+def _write_npz(file: BinaryIO, rows: _Rows, raw) -> None:
+  known = {'labels': rows.labels, 'class_names': np.array(rows.class_names)}
+  with zipfile.ZipFile(file, 'w') as archive:
+    with archive.open('features.npy', 'w', force_zip64=True) as member:
+      _write_npy(member, rows, raw)  # type: ignore[arg-type]
+    for name, array in {'names': np.array(rows.names), **(known if rows.labelled else {})}.items():
+      with archive.open(f'{name}.npy', 'w', force_zip64=True) as member:
+        np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def _write_csv(file: BinaryIO, rows: _Rows, raw) -> None:
+  text = io.TextIOWrapper(file, encoding='utf-8', newline='', write_through=True)
+  writer = csv.writer(text)
+  name = str if raw else _without_formula
+  header = ['name', 'label', *(['class'] if rows.labelled else [])]
+  writer.writerow([*header, *(f'f{i}' for i in range(rows.shape[1]))])
+  for h, names, labels in rows.blocks():
+    classes = rows.classes(labels) if rows.labelled else []
+    for i, (label, x) in enumerate(zip(labels, h)):
+      known = [label if label >= 0 else '', *([name(classes[i])] if classes else [])]
+      writer.writerow([name(names[i]), *known, *(f'{v:.8g}' for v in x)])
+  text.detach()
+
+
+def _without_formula(name):
+  """A name that no spreadsheet program takes for a formula."""
+  return f"'{name}" if name.startswith(('=', '+', '-', '@', '\t', '\r')) else name
+
+
+def _write_parquet(file: BinaryIO, rows: _Rows, _raw) -> None:
+  import pyarrow as pa
+  import pyarrow.parquet
+
+  columns = {'name': pa.string(), 'label': pa.int32()}
+  columns |= {'class': pa.string()} if rows.labelled else {}
+  schema = pa.schema({**columns, 'features': pa.list_(pa.float32(), rows.shape[1])})
+  with pa.parquet.ParquetWriter(file, schema) as writer:
+    for h, names, labels in rows.blocks():
+      values = {'name': names, 'label': pa.array(labels, mask=labels < 0)}
+      values |= {'class': rows.classes(labels)} if rows.labelled else {}
+      features = pa.FixedSizeListArray.from_arrays(pa.array(h.reshape(-1)), h.shape[1])
+      writer.write_table(pa.table({**values, 'features': features}, schema=schema))
+
+
+_WRITERS: dict[str, Callable[[BinaryIO, _Rows, bool], None]] = {
+  '.npz': _write_npz, '.npy': _write_npy, '.csv': _write_csv, '.parquet': _write_parquet,
+}  # fmt: skip
+
+
+def _is_features(path) -> bool:
+  """Whether an existing file may be replaced: it looks like what this command writes."""
+  try:
+    with files.open_to_read(path) as file:
+      if path.suffix == '.npz':
+        return {'features.npy', 'names.npy'} <= set(zipfile.ZipFile(file).namelist())
+      if path.suffix == '.npy':
+        np.lib.format.read_magic(file)
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        return len(shape) == 2 and dtype == np.float32
+      if path.suffix == '.csv':
+        return file.readline(20).startswith(b'name,label,')
+      import pyarrow.parquet
+
+      return {'name', 'features'} <= set(pyarrow.parquet.read_schema(file).names)
+  except (
+    OSError,
+    ValueError,
+    zipfile.BadZipFile,
+  ):  # ConfigError and pyarrow's errors are ValueErrors
+    return False

@@ -24,11 +24,13 @@ Optional:
   checkpoint  int, checksum of the checkpoint
   data        'train' and 'test' -> {'fingerprint', 'images', 'split', 'dir'}; if every row has its own images,
               'ROW train' and 'ROW test'
+  checksum    int, of all other entries, which shows whether somebody edited a number
 
-Results of old versions have only `title`, `columns`, `rows`, `step`, `notes`, `settings` and `runs`.
+Results of old versions may have only `title`, `columns`, `rows`, `step`, `notes`, `settings` and `runs`.
 """
 
 import contextlib
+import json
 import math
 import pathlib
 import tempfile
@@ -40,6 +42,7 @@ import numpy as np
 
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import distributed, files, paths
+from simclr_jax.runtime.checksum import crc32
 from simclr_jax.validation import check_json
 
 Result = dict[str, Any]
@@ -52,7 +55,7 @@ SHAPE = {  # of a result in the file, for `check_json`
   'title': str, 'columns': [str], 'rows': {str: [[(float, None)]]}, 'interval?': {str: [([float], None)]},
   'test_images?': (int, {str: int}), 'chance?': {str: (float, CHANCE)}, 'notes?': {str: str},
   'settings?': {str: object}, 'runs?': {str: object}, 'class_names?': [str], 'labels_per_class?': [int],
-  'name?': str, 'step?': int, 'checkpoint?': (int, str),
+  'name?': str, 'step?': int, 'checkpoint?': (int, str), 'checksum?': int,
   'data?': {str: {'fingerprint?': int, 'images?': int, 'split?': str, 'dir?': str}},
 }  # fmt: skip
 
@@ -83,11 +86,13 @@ def load(workdir: pathlib.Path, file: pathlib.Path | None = None) -> dict[str, R
   except FileNotFoundError:
     return {}
   except ConfigError as error:
-    raise ConfigError(f'{error}; delete the file and evaluate again') from None
+    raise ConfigError(f'{error}; restore the file, or delete the file and evaluate again') from None
 
 
 def _inconsistency(name, result) -> str:
   """What parts of a result do not fit together; empty if they do."""
+  if result.get('checksum') not in (None, _checksum(result)):
+    return 'it was edited, its checksum does not match'
   columns, rows = len(result['columns']), result['rows']
   for row, cells in rows.items():
     ends = intervals(result, row)
@@ -108,6 +113,11 @@ def _inconsistency(name, result) -> str:
   if result.get('name', name) == 'distillation' and not {'teacher', 'student'} <= rows.keys():
     return 'teacher or student is missing'
   return _inconsistent_runs(result.get('runs', {}))
+
+
+def _checksum(result):
+  content = {name: value for name, value in result.items() if name != 'checksum'}
+  return crc32(json.dumps(content, sort_keys=True))
 
 
 def _inconsistent_runs(runs) -> str:
@@ -166,6 +176,7 @@ def save(
     OSError: the file cannot be written.
   """
   result = _finite({**result, 'name': name, **about})
+  result['checksum'] = _checksum(result)
   print('\n' + table(result), flush=True)
   path, failure = file or workdir / FILE, ''
   if distributed.is_main_process():
@@ -184,9 +195,9 @@ def save(
 
 
 def _finite(value):
-  """Plain data, where numbers that are not finite, which JSON cannot represent, are None."""
+  """Plain data as JSON represents it: keys are strings, and numbers that are not finite are None."""
   if isinstance(value, dict):
-    return {k: _finite(v) for k, v in value.items()}
+    return {str(k): _finite(v) for k, v in value.items()}
   if isinstance(value, (list, tuple)):
     return [_finite(v) for v in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
