@@ -168,7 +168,7 @@ def test_empty_and_stray_files_are_ignored(folder, finish, uninterrupted):
   (workdir / 'checkpoints' / '15').mkdir(parents=True)
   (workdir / 'checkpoints' / 'notes').write_text('notes of the user')
   code, output = finish(workdir)
-  assert code == 2 and 'config.json is missing' in output, output
+  assert code == 2 and 'it has no config.json' in output, output
   (workdir / 'checkpoints' / '15').rmdir()
   assert finish(workdir)[0] == 0
   (workdir / 'checkpoints' / '99').mkdir()

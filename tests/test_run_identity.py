@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from common import records
 from conftest import TINY, fails
 
-from simclr_jax import cli, config, methods, run_config, runs, train
+from simclr_jax import cli, config, methods, recorder, run_config, runs, train
+from simclr_jax.errors import ConfigError
 from simclr_jax.runs import load_encoder
+from simclr_jax.runtime import checkpoint
 
 SETTINGS = {**TINY, 'steps': '4', 'checkpoint_every_steps': '2', 'data.holdout': '0'}
 
@@ -260,3 +263,92 @@ def test_warm_start_of_moco(complete):
   assert all(jax.tree.leaves(same))
   jax.tree.map(np.testing.assert_array_equal, new_state['key']['params']['encoder'], new['encoder'])
   assert new['head'] is params['head'] and not methods.head_fits(params, pretrained)
+
+
+# Nothing lost: what belongs to a run is made good or read from the checkpoints.
+
+
+def without_lines(workdir, text):
+  """Removes the lines of metrics.jsonl that contain a text, as if the run had been killed before it wrote them."""
+  path = workdir / 'metrics.jsonl'
+  path.write_text(''.join(x for x in path.read_text().splitlines(True) if text not in x))
+
+
+def test_the_end_of_a_run_is_made_good(run, images, capsys):
+  """Breaks if a run that was killed after its last checkpoint is called complete without its last event."""
+  steps = records(run)
+  without_lines(run, '"complete"')
+  for _ in range(2):
+    assert cli.main(pretrain(run, images)) == 0
+    assert 'complete: 4 steps' in capsys.readouterr().out or _
+    assert (run / 'metrics.jsonl').read_text().count('"complete"') == 1
+  assert records(run) == steps
+
+
+def test_a_missing_online_knn_is_made_good(run):
+  """Breaks if the last online kNN of a run stays missing, or a run without test images is never complete."""
+  setup = types.SimpleNamespace(steps=4, test=None)
+  assert not recorder.lacks_end(setup, run)
+  assert recorder.lacks_end(types.SimpleNamespace(steps=4, test='images'), run)
+  with (run / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 4, "knn_acc": 0.5}\n')
+  assert not recorder.lacks_end(types.SimpleNamespace(steps=4, test='images'), run)
+  without_lines(run, '"complete"')
+  assert recorder.lacks_end(setup, run)
+
+
+@pytest.mark.parametrize('content', [None, b'', b'{"config": 3}', b'{"config": {"method": "simclr", "a": {"b": {}}}}', b'\xff'])  # fmt: skip
+def test_a_lost_config_is_read_from_the_checkpoint(run, images, content, caplog):
+  """Breaks if a run whose config.json is missing or damaged can neither be read nor be resumed."""
+  expected = load_encoder(run).digest()
+  (run / 'config.json').unlink()
+  if content is not None:
+    (run / 'config.json').write_bytes(content)
+  encoder = load_encoder(run)
+  assert encoder.digest() == expected and encoder.provenance['config']['image_size'] == 32
+  assert 'the recipe of the newest checkpoint is used' in caplog.text
+  if content is None:
+    assert cli.main(pretrain(run, images)) == 0 and (run / 'config.json').is_file()
+  shutil.rmtree(run / 'checkpoints')
+  if content is not None:
+    with pytest.raises(ConfigError, match='config.json'):
+      load_encoder(run)
+
+
+@pytest.mark.parametrize('old, new', [('float32', 'float33'), ('"crc32"', '"crc33"'), ('"step": 4', '"step": 3'), ('{', '')])  # fmt: skip
+def test_damaged_metadata_is_not_another_network(run, old, new, caplog):
+  """Breaks if damage to the metadata of the newest checkpoint hides the sound one before it."""
+  path = run / 'checkpoints/4/_CHECKPOINT_METADATA'
+  text = path.read_text()
+  assert old in text
+  path.write_text(text.replace(old, new, 1))
+  before = checkpoint.load_tree(run / 'checkpoints/2')[0]['params']['encoder']
+  params = load_encoder(run).variables['params']
+  jax.tree.map(np.testing.assert_array_equal, params, before)
+  assert 'checkpoints/4' in caplog.text and len(caplog.text) < 1000
+
+
+def test_a_renamed_checkpoint_is_not_used(run, caplog):
+  """Breaks if a checkpoint is taken for one of another step."""
+  (run / 'checkpoints/4').rename(run / 'checkpoints/9')
+  assert load_encoder(run).provenance['step'] == 2 and 'checkpoints/9 was renamed' in caplog.text
+
+
+def test_huge_arrays_in_small_files_are_refused(run, tmp_path):
+  """Breaks if an export that declares arrays beyond its files fills the memory."""
+  checkpoint.save_tree(tmp_path / 'tree', {'a': np.zeros(2**27, np.float32)}, {})
+  with pytest.raises(checkpoint.CheckpointError, match='it declares 0.5 GiB'):
+    checkpoint.load_tree(tmp_path / 'tree')
+
+
+def test_folders_of_others_are_no_workdirs(complete, images, tmp_path, capsys):
+  """Breaks if a run replaces a user's file, or deletes files behind a link in its workdir."""
+  folder = tmp_path / 'mine'
+  folder.mkdir()
+  (folder / 'metrics.jsonl').write_text('{"epoch": 1}\n')
+  assert 'is not a run, but has metrics.jsonl' in fails(capsys, *pretrain(folder, images))
+  assert (folder / 'metrics.jsonl').read_text() == '{"epoch": 1}\n'
+  linked = tmp_path / 'linked'
+  linked.mkdir()
+  (linked / 'checkpoints').symlink_to(complete / 'checkpoints')
+  assert 'checkpoints is a link' in fails(capsys, *pretrain(linked, images))

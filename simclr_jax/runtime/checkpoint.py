@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from simclr_jax.errors import ConfigError
-from simclr_jax.runtime import distributed, paths
+from simclr_jax.runtime import distributed, files, paths
 from simclr_jax.runtime.checksum import crc32
 from simclr_jax.validation import check_json
 
@@ -124,10 +124,15 @@ def _metadata(path) -> dict[str, Any]:
   """
   path = paths.absolute(path)
   try:
-    metadata = dict(ocp.metadata(path).custom_metadata or {})
-  except Exception as error:  # Orbax raises many types
-    raise _unreadable(path, error) from error
-  if 'crc32' not in metadata:
+    # Not through Orbax, which prints a damaged file to its last byte.
+    metadata = files.read_json(path / '_CHECKPOINT_METADATA')['custom_metadata']
+  except FileNotFoundError:
+    raise CheckpointError(f'{path} is incomplete: it has no _CHECKPOINT_METADATA') from None
+  except ConfigError as error:
+    raise CheckpointError(str(error)) from None
+  except (KeyError, TypeError):
+    metadata = None
+  if not isinstance(metadata, dict) or 'crc32' not in metadata:
     raise CheckpointError(f'{path} has no checksums: it was not written by simclr-jax')
   expected = metadata.pop(CHECKSUM, None)
   if expected not in (None, _checksum_of(metadata)):
