@@ -10,6 +10,7 @@ import traceback
 
 from simclr_jax import __version__, commands, fields
 from simclr_jax.errors import ConfigError, ExitCode, NotFinite, Stopped
+from simclr_jax.runtime import signals, streams
 from simclr_jax.validation import did_you_mean
 
 DESCRIPTION = """Contrastive pretraining of image encoders in JAX: SimCLR, MoCo.
@@ -19,8 +20,14 @@ Rerun a command to resume it: `pretrain` on the same --workdir continues from th
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs a command and returns the exit code (`errors.ExitCode`); `argv`: arguments (default: `sys.argv[1:]`)."""
-  argv = sys.argv[1:] if argv is None else argv
+  """Runs a command and returns the exit code (`errors.ExitCode`).
+
+  Args:
+    argv: arguments; None: those of the process, whose stdout and stderr may go away while the command runs.
+  """
+  if argv is None:
+    streams.protect()
+    argv = sys.argv[1:]
   args = parse(argv)
   _quiet_libraries()
   try:
@@ -177,7 +184,8 @@ def _run(args) -> int:
   """Runs the command; returns the exit code."""
   try:
     if args.name_of_command in commands.SINGLE_PROCESS:
-      return args.module.run(args)
+      with signals.at_once():
+        return args.module.run(args)
     return _run_watched(args)
   except ConfigError as error:
     return _fail(error, ExitCode.USAGE)
@@ -194,14 +202,16 @@ def _run(args) -> int:
 def _run_watched(args):
   """Runs a command that may be one of several processes."""
   check = getattr(args.module, 'check', None)
-  if check:
-    check(args)  # before JAX is imported and before other processes are waited for
-  from simclr_jax.runtime import distributed
-  from simclr_jax.runtime.preemption import Watchdog
+  with signals.at_once():
+    if check:
+      check(args)  # before JAX is imported and before other processes are waited for
+    from simclr_jax.runtime import distributed
+    from simclr_jax.runtime.preemption import Watchdog
 
+  # Signals have their usual meaning here: while C++ code waits for the other processes, no Python code can handle them.
   distributed.initialize(args.coordinator, args.num_processes, args.process_id)
   # A process that hangs blocks the other processes. A single process may take any time.
-  with Watchdog(Watchdog.FIRST if distributed.is_distributed() else 0):
+  with signals.at_once(), Watchdog(Watchdog.FIRST if distributed.is_distributed() else 0):
     return args.module.run(args)
 
 

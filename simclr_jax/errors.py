@@ -40,6 +40,6 @@ class ExitCode(enum.IntEnum):
   USAGE = 2, 'invalid usage or configuration'
   NOT_FINITE = 3, 'the loss or its gradient is not finite'
   HUNG = 4, 'a step took longer than the watchdog allows'
-  PREEMPTED = 75, 'stopped by SIGTERM, state saved; rerun the same command to resume'
+  PREEMPTED = 75, 'stopped by SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2; trainings save their state first'
   PEER_DIED = 134, 'another process of the run died'
-  INTERRUPTED = 130, 'stopped by Ctrl-C; `pretrain` saves its state first'
+  INTERRUPTED = 130, 'stopped by Ctrl-C; trainings save their state first'

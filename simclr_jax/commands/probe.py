@@ -190,6 +190,8 @@ def _train(name, encoder, train, test, protocol, settings, seed, features):
 
 def _announce(encoders, rows, train, test, protocol, settings, seeds):
   """Prints the number of trainings and about how long they take."""
+  import jax
+
   from simclr_jax.commands import common
   from simclr_jax.evaluate import probe
 
@@ -197,7 +199,8 @@ def _announce(encoders, rows, train, test, protocol, settings, seeds):
   trainings = rates + (rates > 1)
   seconds = common.embedding_seconds(encoders, train, test)
   if settings.cached:
-    d = encoders['pretrained'].embed(train.sample(1))[0].shape[1]
+    few = train.sample(jax.process_count())  # at least one image for each process
+    d = encoders['pretrained'].embed(few)[0].shape[1]
     sizes = [common.pixel_count(train) if row == 'raw pixels' else d for row in rows]
     classes = max(train.classes, test.classes)
     each_size = {n: probe.seconds(n, len(train), classes, protocol, settings) for n in set(sizes)}

@@ -4,30 +4,28 @@
 innermost open `GracefulStop` and `Watchdog` of its thread.
 """
 
+import contextlib
 import faulthandler
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
-from types import FrameType
 from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
 
 from simclr_jax.errors import ExitCode, Stopped
-
-STDERR = (
-  2  # file descriptor; writing to it is safe in signal handlers and while other threads are blocked
-)
+from simclr_jax.runtime import signals
 
 
 class GracefulStop:
-  """Turns SIGTERM and the first Ctrl-C into a request to stop, which loops check between two steps.
+  """Turns the signals of `signals.REQUESTS` and the first Ctrl-C into a request to stop between two steps.
 
-  A second Ctrl-C stops at once. In a multi-process run, a signal to one process stops all processes, at the same
-  call of `requested`: JAX's own handler of SIGTERM stays installed and notifies the other processes.
+  Loops ask for it with `requested`. From its first call on, after the first step, a signal waits for the next call;
+  before, there is nothing to save, and signals keep their meaning. A second Ctrl-C stops at once. In a multi-process
+  run, a signal to one process stops all processes, at the same call of `requested`: JAX's own handler of SIGTERM stays
+  installed and notifies the other processes.
 
   Only the main thread of a program can handle signals. In any other thread, signals keep their meaning, and only
   `request` stops the loop.
@@ -38,20 +36,17 @@ class GracefulStop:
 
   def __init__(self):
     self.signal: int | None = None
-    self._previous: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
     self._distributed = jax.distributed.is_initialized()
+    self._handlers: contextlib.ExitStack | None = None
 
   def __enter__(self) -> Self:
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGINT,) if self._distributed else (signal.SIGTERM, signal.SIGINT):
-        self._previous[number] = signal.signal(number, self._handle)
     self._outer, _innermost.stop = _innermost.stop, self
     return self
 
   def __exit__(self, *error):
     _innermost.stop = self._outer
-    for number, handler in self._previous.items():
-      signal.signal(number, handler)
+    if self._handlers:
+      self._handlers.close()
 
   def request(self, number: int = signal.SIGINT) -> None:
     """Asks the loop to stop, as a signal with this number does."""
@@ -64,20 +59,25 @@ class GracefulStop:
     self.request(number)
     if number == signal.SIGINT:
       signal.signal(number, signal.default_int_handler)
-      os.write(STDERR, b'\nCtrl-C: saving after this step; press again to stop at once\n')
+      signals.write('\nCtrl-C: saving after this step; press again to stop at once\n')
 
   def requested(self) -> bool:
     """Whether to stop here. All processes must call this method equally often."""
+    if not self._handlers:
+      self._handlers = contextlib.ExitStack()
+      self._handlers.enter_context(
+        signals.handled((signal.SIGINT, *signals.REQUESTS), self._handle)
+      )
     if self._distributed and self.signal is None and _sync_point_reached():
       self.signal = signal.SIGTERM
     return self.signal is not None
 
   @property
   def exit_code(self) -> int:
-    """The exit code of the process: 75 after SIGTERM, 130 after Ctrl-C, 0 without a signal."""
+    """The exit code of the process: 130 after Ctrl-C, 75 after another signal, 0 without a signal."""
     if self.signal is None:
       return ExitCode.SUCCESS
-    return ExitCode.PREEMPTED if self.signal == signal.SIGTERM else ExitCode.INTERRUPTED
+    return ExitCode.INTERRUPTED if self.signal == signal.SIGINT else ExitCode.PREEMPTED
 
   @property
   def signal_name(self) -> str:
@@ -129,9 +129,10 @@ def check() -> None:
 class Watchdog:
   """Ends the process if there is no heartbeat for too long, for instance because another host hangs.
 
-  The stacks of all threads are printed on stderr, the exit code is 4. A thread checks the time; if that thread is
-  blocked as well, faulthandler ends the process ten seconds later, with exit code 1. While a nested watchdog is
-  open, the outer one is paused.
+  The stacks of all threads are printed on stderr, the exit code is 4. A thread measures the time in which the process
+  runs: while it is paused (SIGSTOP, Ctrl-Z, a suspended machine), no time passes. Nothing ends a process in which that
+  thread cannot run either, because C++ code hangs with Python's lock. While a nested watchdog is open, the outer one is
+  paused.
 
   Attributes:
     FIRST: the limit in seconds for a heartbeat that may have to wait for the compiler, if larger than the usual one.
@@ -142,7 +143,8 @@ class Watchdog:
   def __init__(self, seconds: float):
     """`seconds`: the longest time between two heartbeats; 0: no limit."""
     self._seconds = seconds
-    self._deadline = float('inf')
+    self._ran = 0.0  # seconds in which the process ran; only the thread writes it
+    self._deadline = float('inf')  # on the clock of `_ran`
     self._done = threading.Event()
 
   def __enter__(self) -> Self:
@@ -163,20 +165,23 @@ class Watchdog:
 
   def _pause(self):
     self._deadline = float('inf')
-    faulthandler.cancel_dump_traceback_later()
 
   def heartbeat(self, compiling: bool = False) -> None:
     """Restarts the timer. `compiling`: the next heartbeat may have to wait for the compiler."""
     if not self._seconds:
       return
     seconds = max(self._seconds, self.FIRST) if compiling else self._seconds
-    self._deadline, self._limit = time.monotonic() + seconds, seconds
-    faulthandler.dump_traceback_later(seconds + 10, exit=True, file=STDERR)
+    self._limit, self._deadline = seconds, self._ran + seconds
 
   def _watch(self):
-    while not self._done.wait(min(1.0, self._seconds / 4)):
-      if time.monotonic() > self._deadline:
-        os.write(STDERR, f'no step finished in {self._limit:g} s: stopping\n'.encode())
-        faulthandler.dump_traceback(STDERR)
+    tick = min(1.0, self._seconds / 4)
+    before = time.monotonic()
+    while not self._done.wait(tick):
+      now = time.monotonic()
+      self._ran += min(now - before, 2 * tick)  # if more time has passed, the process was paused
+      before = now
+      if self._ran > self._deadline:
+        signals.write(f'no step finished in {self._limit:g} s: stopping\n')
+        faulthandler.dump_traceback(signals.STDERR)
         time.sleep(3)  # meanwhile the other processes, which wait for this one, print their stacks
         os._exit(ExitCode.HUNG)
