@@ -93,6 +93,8 @@ def _inconsistency(name, result) -> str:
   """What parts of a result do not fit together; empty if they do."""
   if result.get('checksum') not in (None, _checksum(result)):
     return 'it was edited, its checksum does not match'
+  if name.split(',')[0] != result.get('name', name).split(',')[0]:
+    return f'it is the result {result["name"]!r}'
   columns, rows = len(result['columns']), result['rows']
   for row, cells in rows.items():
     ends = intervals(result, row)
