@@ -8,15 +8,13 @@ Arrays of other kinds are converted if there is one way to read them; `Arrays.re
 
 import dataclasses
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import values
+from simclr_jax.data import npy, values
 from simclr_jax.data.dataset import Arrays, natural
 from simclr_jax.data.values import Pixels, Settings
 from simclr_jax.errors import ConfigError
@@ -96,7 +94,8 @@ def splits(path: pathlib.Path) -> tuple[str, str] | None:
   """The training and test split of an npz file that has both, such as 'mnist:train'; None if it has not."""
   if path.suffix != '.npz':
     return None
-  parts = {part for part, _ in _keys(_names(path)) if part}
+  with npy.Npz(path) as file:
+    parts = {part for part, _ in _keys(file.files) if part}
   train = next((p for p in TRAIN if p in parts), None)
   test = next((p for p in TEST if p in parts), None)
   return (f'{path.stem}:{train}', f'{path.stem}:{test}' if test else '') if train else None
@@ -117,14 +116,6 @@ def _find(config, split) -> tuple[pathlib.Path, str]:
     f'{folder} holds neither {names[0]} nor {names[1]}: set data.train_split and data.test_split to the names '
     'of your files'
   )
-
-
-def _names(path) -> list[str]:
-  try:
-    with zipfile.ZipFile(path) as file:
-      return [n.removesuffix('.npy') for n in file.namelist()]
-  except (OSError, zipfile.BadZipFile) as error:
-    raise ConfigError(f'{path} cannot be read as plain arrays: {error}') from None
 
 
 def _keys(names) -> dict[tuple[str, str], str]:
@@ -162,22 +153,14 @@ class _Raw:
 
   @classmethod
   def read(cls, path, part) -> '_Raw':
-    try:
-      if path.suffix == '.npy':
-        content = {'images': np.load(path, mmap_mode='r', allow_pickle=False)}
-        labels = path.with_name(path.name.replace('_images.npy', '_labels.npy'))
-        if labels != path and labels.is_file():
-          content['labels'] = np.load(labels, allow_pickle=False)
-        return cls(str(path), content)
-      with np.load(path, allow_pickle=False) as file:
-        return cls(str(path), _select(file, part, path))
-    except (OSError, EOFError, ValueError, TypeError, zlib.error, zipfile.BadZipFile) as error:
-      if 'Object arrays' in str(error):
-        raise ConfigError(
-          f'{path} cannot be read: it has an object array, such as images of several sizes: save images of one '
-          'size with np.stack(images), or as files in a folder; labels as labels.astype(str)'
-        ) from None
-      raise ConfigError(f'{path} cannot be read as plain arrays: {error}') from None
+    if path.suffix == '.npy':
+      content = {'images': npy.load(path, mmap=True)}
+      labels = path.with_name(path.name.replace('_images.npy', '_labels.npy'))
+      if labels != path and labels.is_file():
+        content['labels'] = npy.load(labels)
+      return cls(str(path), content)
+    with npy.Npz(path) as file:
+      return cls(str(path), _select(file, part, path))
 
   def convert(self, settings: Settings) -> Arrays:
     if not any(settings.range):

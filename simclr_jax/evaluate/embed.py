@@ -6,13 +6,12 @@ import importlib.util
 import io
 import pathlib
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from simclr_jax.data import Dataset
+from simclr_jax.data import Dataset, npy
 from simclr_jax.encoder import Encoder
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import distributed, files, paths, preemption
@@ -169,9 +168,9 @@ class _Parts:
 def _read_part(path, images) -> tuple[np.ndarray, np.ndarray] | None:
   """Features and labels of a part; None if it does not exist or is damaged."""
   try:
-    with files.open_to_read(path) as file, np.load(file, allow_pickle=False) as arrays:
+    with npy.Npz(path) as arrays:
       h, labels = arrays['features'], arrays['labels']
-  except (OSError, EOFError, ValueError, KeyError, TypeError, zlib.error, zipfile.BadZipFile):
+  except (ConfigError, KeyError):
     return None
   fits = h.dtype == np.float32 and h.ndim == 2 and labels.dtype == np.int32
   return (h, labels) if fits and len(h) == images and labels.shape == (images,) else None
@@ -261,13 +260,13 @@ _WRITERS: dict[str, Callable[[BinaryIO, _Rows, bool], None]] = {
 def _is_features(path) -> bool:
   """Whether an existing file may be replaced: it looks like what this command writes."""
   try:
+    if path.suffix == '.npz':
+      with npy.Npz(path) as arrays:
+        return {'features', 'names'} <= set(arrays.files)
+    if path.suffix == '.npy':
+      array = npy.load(path, mmap=True)
+      return array.ndim == 2 and array.dtype == np.float32
     with files.open_to_read(path) as file:
-      if path.suffix == '.npz':
-        return {'features.npy', 'names.npy'} <= set(zipfile.ZipFile(file).namelist())
-      if path.suffix == '.npy':
-        np.lib.format.read_magic(file)
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-        return len(shape) == 2 and dtype == np.float32
       if path.suffix == '.csv':
         return file.readline(20).startswith(b'name,label,')
       import pyarrow.parquet
