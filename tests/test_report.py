@@ -1,8 +1,11 @@
 """Figures and tables of the report, without a run: labels and names, and incomplete results."""
 
 import base64
+import json
+import os
 import re
 import shutil
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ from conftest import TINY
 
 from simclr_jax import cli
 from simclr_jax.data import Arrays
+from simclr_jax.errors import ConfigError
 from simclr_jax.evaluate import knn, results
-from simclr_jax.report import embeddings, evaluations, figures
+from simclr_jax.report import embeddings, evaluations, figures, page
 
 DIGITS = Arrays(np.zeros((3, 8, 8, 3), np.uint8), np.arange(3, dtype=np.int32))
 NAMES = ['cat', 'dog', '$e$ <mu>']
@@ -62,8 +66,9 @@ def test_class_colors_of_many_classes():
 
 def test_class_names_are_printable():
   """Breaks if a class name that is not valid text, is long or missing cannot be displayed."""
-  odd = ['caf\udce9', 'a\n b', 20 * 'x']
-  assert evaluations.printable(odd, 5) == ['caf?', 'a b', 17 * 'x' + '…', '3', '4']
+  odd = ['caf\udce9', 'a\n b', 20 * 'x', '\u202egpj']
+  expected = [r'caf\xe9', 'a b', 17 * 'x' + '…', r'\u202egpj', '4']
+  assert evaluations.printable(odd, 5) == expected
   assert evaluations.printable(DIGITS.class_names, 2) == ['0', '1']
 
 
@@ -191,3 +196,80 @@ def test_a_distillation_beside_the_pretraining(tmp_path):
   results.save(tmp_path, 'distillation', entry, {'step': 7, 'checkpoint': 'a', 'data': {}})
   assert 'Teacher and student' in ''.join(evaluations.sections(tmp_path, 7, NAMES))
   assert 'teacher 50.0, 380 million parameters' in texts(figures.teacher_student(entry, NAMES))
+
+
+HOSTILE = [
+  '</script><script>alert(1)</script>',
+  '"><img src=x onerror=alert(1)>',
+  "' onload='x",
+  '$\\frac',
+  'a\x00b\x1b[2J',
+]
+
+
+def test_names_from_files_are_text():
+  """Breaks if a name in a result becomes HTML or a formula, or makes a figure that is no valid XML."""
+  rows = {name: [[50.0, 1.0], [60.0, None]] for name in HOSTILE}
+  fields = {'columns': HOSTILE[:2], 'labels_per_class': [1, 2], 'notes': {HOSTILE[0]: HOSTILE[1]}}
+  seeds = [{'top1': 0.5, 'confusion': np.eye(5).tolist()}]
+  runs = {'fine-tuned': {'1': seeds, '2': seeds}}
+  one = result(rows=rows, **fields, class_names=HOSTILE, runs=runs)
+  one['title'] = HOSTILE[0]
+  page = evaluations._heading(one, 7) + ''.join(
+    evaluations._evaluation('label_efficiency', one, ())
+  )
+  matrix = figures.confusion(np.eye(5), evaluations.printable(HOSTILE, 5))
+  curve = figures.label_curve(one)
+  assert '<script' not in page and '<img src=x' not in page and '\x00' not in page
+  assert '&lt;script&gt;' in page and r'a\x00b\x1b[2J' in page
+  for uri in (matrix, curve):
+    ElementTree.fromstring(base64.b64decode(uri.split(',')[1]))
+  assert '$\\frac' in texts(matrix) and '$\\frac 60' in texts(curve)
+
+
+@pytest.mark.parametrize(
+  'name, fields',
+  [
+    ('label_efficiency', {'columns': ['few']}),
+    ('label_efficiency', {'runs': {'fine-tuned': []}}),
+    ('finetune', {'labels_per_class': [3], 'runs': {'fine-tuned': {'3': [], '4': []}}}),
+    ('distillation', {}),
+    ('distillation', {'runs': {'student': [{}]}}),
+  ],
+)
+def test_results_with_parts_that_do_not_fit(name, fields, tmp_path):
+  """Breaks if an edited result makes the report impossible."""
+  edited = result(rows={'teacher': [[1.0, None]], 'student': [[1.0, None]]}, **fields)
+  (tmp_path / 'evaluation.json').write_text(json.dumps({name: edited, 'knn': result(rows={})}))
+  page = ''.join(evaluations.sections(tmp_path, 7, NAMES))
+  assert page.count('<h2>') == 2 and page.count('cannot be drawn') <= 1
+
+
+def test_only_a_report_is_replaced(tmp_path):
+  """Breaks if --out replaces a file of another kind, or refuses a report."""
+  out = tmp_path / 'page.html'
+  page._check_out(out)
+  for content in ('', page.START + 'run</title>'):
+    out.write_text(content)
+    page._check_out(out)
+  for content in ('{}', '<!doctype html><html lang="en"><title>Mine</title>'):
+    out.write_text(content)
+    with pytest.raises(ConfigError, match='is no report'):
+      page._check_out(out)
+  os.mkfifo(tmp_path / 'pipe.html')
+  for name in ('config.json', 'checkpoints', 'no/page.html', 'pipe.html', '.html'):
+    with pytest.raises(ConfigError, match='--out|no regular file'):
+      page._check_out(tmp_path / name)
+  assert out.read_text() == content
+
+
+def test_long_curves_are_thinned():
+  """Breaks if a long training makes a page that no browser opens, or thinning changes a curve."""
+  points = np.stack([np.arange(1, 10_001), np.arange(1, 10_001) * 2.0], 1)
+  thinned = figures._thinned(points)
+  assert thinned.shape == (1000, 2)
+  np.testing.assert_allclose(thinned[:, 1], 2 * thinned[:, 0])
+  assert thinned[0, 0] == 5.5 and thinned[-1, 0] == 9995.5
+  assert figures._thinned(points[:1000]) is not None and len(figures._thinned(points[:999])) == 999
+  odd = figures._thinned(points[:1001])
+  assert len(odd) == 1000 and odd[:, 0].sum() == pytest.approx(sum(range(1, 1002)), rel=0.01)

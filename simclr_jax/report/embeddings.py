@@ -1,5 +1,6 @@
 """The embeddings of a run in its report: maps, kNN, nearest neighbours and duplicates."""
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Iterator
 
@@ -81,8 +82,9 @@ def section(encoder: Encoder, untrained: Encoder, images: Dataset, split: str) -
   yield f'<h2>Learned embeddings</h2><p>t-SNE of the features of {count:,} {split} images.</p>'
   yield f'<p>{"".join(_legend(labels, names))}</p><div class="row">'
   kinds = {'untrained': 'Untrained encoder', 'pretrained': 'Pretrained encoder'}
-  for kind, caption in kinds.items():
-    xy = figures.tsne(embedded.features[kind])
+  with concurrent.futures.ThreadPoolExecutor(len(kinds)) as pool:
+    maps = list(pool.map(figures.tsne, [embedded.features[kind] for kind in kinds]))
+  for xy, caption in zip(maps, kinds.values()):
     yield figure(figures.embedding_map(xy, labels, names), 'Embedding map', '', caption)
   yield '</div>'
   if labels is not None and len(np.unique(labels)) > 1:

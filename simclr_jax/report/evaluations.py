@@ -2,7 +2,7 @@
 
 import pathlib
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import numpy as np
 from simclr_jax.evaluate import results
 from simclr_jax.evaluate.results import Result
 from simclr_jax.report import figures
-from simclr_jax.report.markup import figure, table, text
+from simclr_jax.report.markup import banner, figure, table, text
+from simclr_jax.runtime import text as texts
 
 MAX_CLASSES = 20  # more classes are not listed, since nobody could read them
 FIRST = ('simclrv2', 'linear_sgd', 'knn')  # the order of the evaluations on the page
@@ -35,9 +36,17 @@ def sections(workdir: pathlib.Path, step: int, class_names: Sequence[str]) -> It
   order = [FIRST.index(name) if name in FIRST else len(FIRST) for name in names]
   for _, name, result in sorted(zip(order, names, found.values()), key=lambda item: item[0]):
     yield _heading(result, step)
-    yield from _evaluation(name, result, class_names)
+    yield _if_complete(_evaluation, name, result, class_names)
   for path in sorted(workdir.glob('*/evaluation.json')):
     yield from distillations(path.parent, class_names)
+
+
+def _if_complete(draw: Callable[..., Iterable[str]], *args: Any) -> str:
+  """The HTML `draw(*args)` of a result; a sentence if somebody edited the result so that its parts do not fit."""
+  try:
+    return ''.join(draw(*args))
+  except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    return banner('This result cannot be drawn, because parts of it were edited: evaluate again.')
 
 
 def _evaluation(name: str, result: Result, class_names: Sequence[str]) -> Iterator[str]:
@@ -91,7 +100,7 @@ def distillations(workdir: pathlib.Path, class_names: Sequence[str]) -> Iterator
     if result.get('name', key) == 'distillation':
       place = {**result, 'title': f'{result["title"]}, {workdir.name}/'}
       yield _heading(place, result.get('step', 0))
-      yield _distillation(result, class_names)
+      yield _if_complete(_distillation, result, class_names)
 
 
 def _distillation(result: Result, class_names: Sequence[str]) -> str:
@@ -137,6 +146,6 @@ def _error_bars(result: Result) -> str:
 
 def printable(class_names: Sequence[str], count: int) -> list[str]:
   """Names of the first classes, short and printable; the index of a class without a name."""
-  names = [' '.join(n.encode(errors='replace').decode().split()) for n in class_names[:count]]
+  names = [texts.printable(' '.join(n.split())) for n in class_names[:count]]
   names = [n if len(n) <= 18 else f'{n[:17]}…' for n in names]
   return names + [str(c) for c in range(len(names), count)]

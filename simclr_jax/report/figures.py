@@ -21,6 +21,7 @@ from sklearn.manifold import TSNE
 
 from simclr_jax import losses
 from simclr_jax.evaluate.results import Result
+from simclr_jax.runtime.text import printable
 
 matplotlib.rcParams.update(
   {
@@ -39,6 +40,7 @@ matplotlib.rcParams.update(
   }
 )
 BLUE, BROWN, GREEN, VIOLET, GRAY = '#1d4ed8', '#b45309', '#047857', '#6d28d9', '#4b5563'
+POINTS = 1000  # of a curve; more are replaced by the means of groups
 OTHERS = '#d1d5db'  # classes without a colour of their own
 ROW_COLORS = {
   'raw pixels': GRAY, 'untrained': BROWN, 'untrained encoder': VIOLET, 'from scratch': BROWN, 'pretrained': BLUE,
@@ -87,7 +89,7 @@ def _panels(records, panels, width):
     for color, (metric, label) in zip((BLUE, BROWN, GREEN, VIOLET), lines.items()):
       points = [(r['step'], r[metric]) for r in records if r.get(metric) is not None]
       if points:
-        x, y = np.array(points, float).T * [[1], [100 if '%' in title else 1]]
+        x, y = _thinned(np.array(points, float)).T * [[1], [100 if '%' in title else 1]]
         axes.plot(x, y, color=color, marker='o' if len(x) < 15 else None, ms=4)
         ends.append((label, x[-1], y[-1], color))
     if not ends:
@@ -110,6 +112,14 @@ def _panels(records, panels, width):
   return figures
 
 
+def _thinned(points: np.ndarray) -> np.ndarray:
+  """At most `POINTS` points `[n, 2]`: the means of groups of neighbours, as equal in size as possible."""
+  if len(points) <= POINTS:
+    return points
+  starts = np.arange(POINTS) * len(points) // POINTS
+  return np.add.reduceat(points, starts) / np.diff(starts, append=len(points))[:, None]
+
+
 def label_curve(result: Result) -> str:
   """Accuracy by number of labels, with the standard deviation over seeds or random subsets.
 
@@ -126,7 +136,7 @@ def label_curve(result: Result) -> str:
     mean, std = np.nan_to_num(np.array(cells, float))[order].T  # one seed has no deviation
     color = ROW_COLORS.get(row, VIOLET)
     axes.errorbar(x, mean, std, color=color, marker='o', ms=5, capsize=4)
-    ends.append((f'{row} {mean[-1]:.0f}', x[-1], mean[-1], color))
+    ends.append((f'{printable(row)} {mean[-1]:.0f}', x[-1], mean[-1], color))
   axes.set_xscale('log')
   axes.set_xticks(x, [f'{n:,}' for n in x])
   axes.minorticks_off()
@@ -305,7 +315,7 @@ def _label_lines(axes, ends):
     low = max(y, low + 0.075)
     axes.annotate(
       label, (x, low), xycoords=('data', 'axes fraction'), xytext=(7, 0), textcoords='offset points',
-      color=color, va='center',
+      color=color, va='center', parse_math=False,
     )  # fmt: skip
 
 

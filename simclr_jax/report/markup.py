@@ -3,16 +3,20 @@
 import html
 from collections.abc import Mapping, Sequence
 
+from simclr_jax.runtime.text import printable
+
 
 def text(value: object) -> str:
-  """Any text, escaped; characters that are none, as in file names of another encoding, become '?'."""
-  return html.escape(str(value).encode(errors='replace').decode())
+  """Any text in one line, escaped for HTML; characters that cannot be seen are written as \\xNN or \\uNNNN."""
+  return html.escape(printable(value))
 
 
 def figure(uri: str, alt: str, css: str = '', caption: str = '', style: str = '') -> str:
   """A picture with a caption; `uri`: data URI, `css`: class, `caption`: HTML."""
   caption = f'<figcaption>{caption}</figcaption>' if caption else ''
-  return f'<figure><img class="{css}" style="{style}" alt="{alt}" src="{uri}">{caption}</figure>'
+  return (
+    f'<figure><img class="{css}" style="{style}" alt="{text(alt)}" src="{uri}">{caption}</figure>'
+  )
 
 
 def row(pictures: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ from simclr_jax import (
   encoder as encoders,
   methods,
   optim,
+  run_config,
   runs,
   sharding,
 )
@@ -29,6 +30,11 @@ from simclr_jax.report.markup import banner, details, figure, row, table, text
 from simclr_jax.runtime import files, goodput, logs, paths
 
 VIEW_SIDE = 96  # smallest side of a view on the page, in pixels
+
+START = (
+  '<!doctype html><html lang="en"><meta charset="utf-8">'
+  '<meta name="viewport" content="width=device-width"><title>simclr_jax: '
+)  # of a report; older ones start in the same way
 
 Records = Sequence[Mapping[str, Any]]  # of metrics.jsonl
 
@@ -81,11 +87,10 @@ def write(
     Sentences about what is missing, which are on the page, too.
 
   Raises:
-    ConfigError: the folder of `out` does not exist, or the run has no checkpoint yet.
+    ConfigError: `out` cannot be written or is no report, or the run has no checkpoint yet.
     CheckpointError: no checkpoint of the run can be read.
   """
-  if not out.parent.is_dir():
-    raise ConfigError(f'--out={out}: the folder {out.parent} does not exist')
+  _check_out(out)
   encoder = runs.load_encoder(workdir)
   step, total = encoder.provenance['step'], optim.train_steps(config, config.data.examples)
   name, missing = paths.absolute(workdir).name, _unfinished(workdir, config, step, total)
@@ -101,6 +106,7 @@ def write(
     *evaluations.sections(workdir, step, class_names),
     '<h2>Training</h2>',
     row(figures.curves(metrics)) if metrics else '<p>No metrics yet.</p>',
+    *_thinned(metrics),
     *_speed(metrics),
     *_goodput(records),
     '<h2>Diagnostics</h2>',
@@ -109,15 +115,24 @@ def write(
     '<h2>Configuration</h2>',
     *_configuration(workdir),
   ]
-  files.write_text(
-    out,
-    '<!doctype html><html lang="en"><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width">'
-    f'<title>simclr_jax: {text(name)}</title><style>{STYLE}</style>\n'
-    + '\n'.join(parts)
-    + '\n</html>\n',
-  )
+  head = f'{START}{text(name)}</title><style>{STYLE}</style>'
+  files.write_text(out, '\n'.join([head, *parts, '</html>', '']))
   return missing
+
+
+def _check_out(out: pathlib.Path) -> None:
+  """Refuses to write a report over anything else, and to a folder that does not exist."""
+  if out.suffix.lower() not in ('.html', '.htm'):
+    raise ConfigError(f'--out={out}: the name of a report ends with .html')
+  if not out.parent.is_dir():
+    raise ConfigError(f'--out={out}: the folder {out.parent} does not exist')
+  try:
+    with files.open_to_read(out) as file:
+      start = file.read(len(START))
+  except FileNotFoundError:
+    return
+  if start and start != START.encode():
+    raise ConfigError(f'--out={out} exists and is no report of this program: choose another name')
 
 
 def _pictures(encoder, config, images, missing) -> tuple[list[str], Sequence[str]]:
@@ -159,6 +174,15 @@ def _unfinished(workdir, config, step, total) -> list[str]:
 
 
 # Training.
+
+
+def _thinned(metrics: Records) -> Iterator[str]:
+  """A sentence if there are more records than the curves show."""
+  if len(metrics) > figures.POINTS:
+    yield (
+      f'<p>The curves show means of groups of steps, at most {figures.POINTS:,} for each metric; the values of all '
+      f'{len(metrics):,} records are in metrics.jsonl.</p>'
+    )
 
 
 def _speed(metrics: Records) -> Iterator[str]:
@@ -207,13 +231,18 @@ def _diagnostics(config: ml_collections.ConfigDict, metrics: Records) -> Iterato
   if not metrics:
     return
   yield row(figures.diagnostic_curves(metrics))
-  last = {k: v for r in metrics for k, v in r.items() if v is not None}
+  last = {name: _last(metrics, name) for name in diagnostics.GLOSSARY}
   rows = ''.join(
     f'<tr><td>{name}</td><td class="n">{last[name]:.4g}</td><td>{text(meaning)}</td></tr>'
     for name, meaning in diagnostics.GLOSSARY.items()
-    if name in last
+    if last[name] is not None
   )
   yield f'<table><caption>Last values</caption>{rows}</table>'
+
+
+def _last(metrics: Records, name: str) -> float | None:
+  """The last value of a metric; None if there is none."""
+  return next((r[name] for r in reversed(metrics) if r.get(name) is not None), None)
 
 
 def _view_grid(train: Dataset, config: ml_collections.ConfigDict) -> str:
@@ -247,7 +276,8 @@ def _view_grid(train: Dataset, config: ml_collections.ConfigDict) -> str:
 
 def _configuration(workdir: pathlib.Path) -> Iterator[str]:
   """The command; folded, the versions of the packages and the recipe."""
-  about = json.loads((workdir / 'config.json').read_text())
-  yield f'<pre>{text(about["command"] or "from Python")}</pre>'
-  yield details('Recipe', f'<pre>{text(json.dumps(about["config"], indent=1))}</pre>')
-  yield details('Versions', table([], {k: [v] for k, v in about['versions'].items()}))
+  about = run_config.record(workdir)
+  yield f'<pre>{text(about.get("command") or "from Python")}</pre>'
+  recipe = '\n'.join(map(text, json.dumps(about['config'], indent=1).splitlines()))
+  yield details('Recipe', f'<pre>{recipe}</pre>')
+  yield details('Versions', table([], {k: [v] for k, v in about.get('versions', {}).items()}))

@@ -83,5 +83,6 @@ def write(text: str) -> None:
 
 def _distributed():
   """Whether this is a process of a multi-process run."""
-  distributed: Any = getattr(sys.modules.get('jax'), 'distributed', None)  # JAX may be half imported
+  # JAX may be half imported.
+  distributed: Any = getattr(sys.modules.get('jax'), 'distributed', None)
   return hasattr(distributed, 'is_initialized') and distributed.is_initialized()
