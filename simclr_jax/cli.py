@@ -11,6 +11,7 @@ import traceback
 from simclr_jax import __version__, commands, fields
 from simclr_jax.errors import ConfigError, ExitCode, NotFinite, Stopped
 from simclr_jax.runtime import signals, streams
+from simclr_jax.runtime.text import printable
 from simclr_jax.validation import did_you_mean
 
 DESCRIPTION = """Contrastive pretraining of image encoders in JAX: SimCLR, MoCo.
@@ -161,11 +162,21 @@ def _suggestion(name, value, parser):
   return f', did you mean {known[close[0]]}{value}?' if close else ''
 
 
+class LogFormatter(logging.Formatter):
+  """Writes messages, which may contain names of files, in visible characters."""
+
+  def formatMessage(self, record: logging.LogRecord) -> str:
+    """The message in one line."""
+    return printable(super().formatMessage(record))
+
+
 def _quiet_libraries():
   """Suppresses log messages of libraries that are not useful to users."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
   os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
-  logging.basicConfig(format='%(levelname)s: %(message)s')
+  handler = logging.StreamHandler()
+  handler.setFormatter(LogFormatter('%(levelname)s: %(message)s'))
+  logging.basicConfig(handlers=[handler])
   # Orbax logs exceptions with tracebacks in its threads, although it also raises them.
   logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   logging.getLogger('absl').addFilter(
@@ -233,5 +244,5 @@ def _unexpected(error) -> int:
 
 
 def _fail(error, code) -> int:
-  print(f'simclr-jax: error: {error}', file=sys.stderr)
+  print(f'simclr-jax: error: {printable(error)}', file=sys.stderr)
   return code

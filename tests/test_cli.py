@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import pathlib
 import re
 import subprocess
@@ -117,6 +118,87 @@ def test_invalid_arguments_are_one_line_errors(capsys, monkeypatch, tmp_path, ar
   assert not list(tmp_path.iterdir())
 
 
+BAD_NAMES = [
+  '', '.', '..', '../x', '/tmp/x', 'a/b', 'a\\b', 'a\nb', 'a\x1bb', ' a', 'a.', '-a', '.lock', 'n' * 300, 'a,b', 'a\u202eb',
+  'caf\udce9', 'checkpoints', 'Checkpoints', 'config.json', 'metrics.jsonl', 'evaluation.json', 'report.html', 'knn',
+  'encoder.json', 'transfer', 'distillation', 'linear_sgd', 'distill',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('name', BAD_NAMES)
+def test_a_name_stays_in_its_folder(name, capsys, tmp_path):
+  """Breaks if the name of a result can leave the run, or replace another part of it."""
+  error = fails(capsys, 'finetune', f'--workdir={tmp_path}/run', f'--name={name}')
+  assert 'argument --name' in error and len(error.splitlines()[-1]) < 250
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('name', ['10 labels', 'a', 'sgd_0.1%', 'übung-2'])
+def test_names_that_are_allowed(name, capsys, tmp_path):
+  """Breaks if a harmless name is refused."""
+  assert 'is not a run directory' in fails(
+    capsys, 'finetune', f'--workdir={tmp_path}/run', f'--name={name}'
+  )
+
+
+@pytest.mark.parametrize('command', ['finetune', 'distill', 'student', 'simclrv2', 'transfer'])
+def test_folders_of_the_user_are_left_alone(command, capsys, tmp_path):
+  """Breaks if trainings are written into a folder that has other contents than runs."""
+  folder = {'finetune': 'own', 'simclrv2': 'distill', 'transfer': 'transfer'}.get(command, 'seed0')
+  place = tmp_path if command == 'distill' else tmp_path / folder
+  place.mkdir(exist_ok=True)
+  (place / 'thesis.txt').write_text('mine')
+  argv = {
+    'finetune': ['finetune', f'--workdir={tmp_path}', '--name=own'],
+    'distill': ['distill', f'--workdir={tmp_path}', '--teacher=x/seed0'],
+    'student': ['distill', f'--workdir={tmp_path}', '--teacher=x/seed0'],
+    'simclrv2': ['simclrv2', f'--workdir={tmp_path}', '--config=simclr_digits'],
+    'transfer': ['transfer', f'--workdir={tmp_path}', '--to=digits', '--finetune'],
+  }[command]
+  if command == 'student':
+    (tmp_path / '.lock').touch()  # the folder of the students is a run
+  error = fails(capsys, *argv)
+  assert f'{place} contains other files, but no run' in error and error.count('\n') == 1
+  inside = {p.name for p in place.rglob('*')}
+  assert inside == {'thesis.txt'} and (place / 'thesis.txt').read_text() == 'mine'
+
+
+@pytest.mark.parametrize(
+  'teachers, expected',
+  [
+    ('a/seed0,b/seed0', 'two teachers have the name'),
+    ('checkpoints', 'a student cannot have the name'),
+    ('run/../run/seed0', 'the student would replace its teacher'),
+    ('a,,b', 'the path is empty'),
+  ],
+)
+def test_names_of_students(teachers, expected, capsys, monkeypatch, tmp_path):
+  """Breaks if a student replaces its teacher, another student, or a part of a run."""
+  monkeypatch.chdir(tmp_path)
+  assert expected in fails(capsys, 'distill', '--workdir=run', f'--teacher={teachers}')
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  'argv, expected',
+  [
+    (['pretrain', '--config=simclr_digits', '--workdir='], 'the path is empty'),
+    (['knn', '--workdir=' + 'x' * 300], 'is longer than names of files can be'),
+    (['pretrain', '--data=' + 'x' * 300], 'is longer than names of files can be'),
+    (['transfer', '--workdir=run', '--to=a,,b'], 'has an empty part'),
+    (['transfer', '--workdir=run', '--to=' + 'x' * 300], 'is longer than names of files can be'),
+    (['knn', '--workdir=run', '--out=run/config.json'], 'is the name of another file of a run'),
+    (['probe', '--workdir=run', '--out=/dev/null'], 'is not a .json file'),
+    (['report', '--workdir=run', '--out='], 'the path is empty'),
+  ],
+)
+def test_paths_that_cannot_be_right(argv, expected, capsys, monkeypatch, tmp_path):
+  """Breaks if a shell variable that is not set means the current folder, or a path ends in a system error."""
+  monkeypatch.chdir(tmp_path)
+  assert expected in fails(capsys, *argv)
+  assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize('name', ['', *commands.NAMES])
 def test_help(name, capsys):
   """Breaks if the help of a command lacks its summary, its arguments or their defaults."""
@@ -139,6 +221,13 @@ def test_the_table_of_exit_codes():
   table = text.split('## Exit codes')[1].split('\n## ')[0]
   rows = dict(re.findall(r'^\| (\d+) \| (.+?) \|', table, re.MULTILINE))
   assert rows == {str(int(code)): code.meaning for code in ExitCode}
+
+
+def test_errors_and_warnings_are_printable(capsys):
+  """Breaks if a name with control characters, in an error or a warning, controls the terminal."""
+  assert r'a\x1b[2Jb\u202ec is not a run' in fails(capsys, 'knn', '--workdir=a\x1b[2Jb\u202ec')
+  record = logging.LogRecord('absl', logging.WARNING, '', 0, 'file %s', ('a\x1b[2J\nb',), None)
+  assert cli.LogFormatter('%(message)s').format(record) == r'file a\x1b[2J\x0ab'
 
 
 def test_version(capsys):

@@ -1,6 +1,5 @@
 """How commands end: signals, and outputs that go away."""
 
-import fcntl
 import json
 import os
 import pathlib
@@ -8,7 +7,6 @@ import pty
 import signal
 import subprocess
 import sys
-import termios
 import time
 
 import pytest
@@ -17,6 +15,9 @@ from conftest import TINY
 
 from simclr_jax.errors import ExitCode
 
+ENVIRONMENT = {
+  **os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1', 'PYTHONUNBUFFERED': '1',
+}  # fmt: skip
 STEPS = 400  # long enough for a signal; most tests end before
 
 
@@ -24,8 +25,7 @@ def program(*argv, closed=(), **kwargs) -> subprocess.Popen:
   """Starts `simclr-jax`; `closed`: descriptors that are closed before."""
   close = ''.join(f' {descriptor}>&-' for descriptor in closed)
   command = ['sh', '-c', f'exec "$@"{close}', 'sh', sys.executable, '-m', 'simclr_jax', *argv]
-  environment = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
-  return subprocess.Popen(list(map(str, command)), env=environment, **kwargs)
+  return subprocess.Popen(list(map(str, command)), env=ENVIRONMENT, **kwargs)
 
 
 def training(workdir, **fields):
@@ -81,17 +81,18 @@ def test_an_evaluation_is_saved_without_its_table(run):
   assert json.loads((run / 'evaluation.json').read_text())['knn']['rows']['pretrained']
 
 
+LOGIN = """
+import os, sys
+os.login_tty(0)
+os.execv(sys.executable, [sys.executable, '-m', 'simclr_jax', *sys.argv[1:]])
+"""
+
+
 def test_a_closed_terminal_saves(tmp_path):
   """Breaks if a training is lost when its terminal is closed: SIGHUP, then errors of every write."""
   workdir, (master, slave) = tmp_path / 'run', pty.openpty()
-
-  def own_terminal():
-    fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
-
-  process = program(
-    *training(workdir, steps=STEPS), stdin=slave, stdout=slave, stderr=slave,
-    start_new_session=True, preexec_fn=own_terminal,
-  )  # fmt: skip
+  command = [sys.executable, '-c', LOGIN, *training(workdir, steps=STEPS)]
+  process = subprocess.Popen(command, env=ENVIRONMENT, stdin=slave)
   os.close(slave)
   os.set_blocking(master, False)
   try:
@@ -156,13 +157,35 @@ def test_a_reader_that_goes_away(stream, tmp_path):
   assert process.returncode == (0 if stream == 'stdout' else 2) and printed == ''
 
 
+def test_a_stream_that_is_not_ready(tmp_path):
+  """Breaks if output is lost, or an error is raised, because another program made the pipe non-blocking."""
+  read, write = os.pipe()
+  os.set_blocking(write, False)
+  for unbuffered in ('', '1'):
+    environment = {**ENVIRONMENT, 'PYTHONUNBUFFERED': unbuffered}
+    command = [sys.executable, '-c', LONG_OUTPUT]
+    process = subprocess.Popen(command, env=environment, stdout=write, cwd=tmp_path)
+    size = 0
+    while size < 300_001:
+      time.sleep(0.01)
+      size += len(os.read(read, 1 << 16))
+    assert process.wait(30) == 0 and size == 300_001
+
+
+LONG_OUTPUT = """
+from simclr_jax.runtime import streams
+streams.protect()
+print('x' * 300_000)
+"""
+
+
 def test_names_that_the_terminal_cannot_show(tmp_path):
   """Breaks if a character that stdout cannot encode ends a command with a traceback."""
   environment = {**os.environ, 'PYTHONIOENCODING': 'ascii'}
   command = [sys.executable, '-m', 'simclr_jax', 'knn', f'--workdir={tmp_path}/b\u00e4r\udcff']
   completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
   assert completed.returncode == 2
-  assert r'b\xe4r\udcff is not a run directory' in completed.stderr
+  assert r'b\xe4r\xff is not a run directory' in completed.stderr
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
@@ -188,4 +211,4 @@ def test_a_signal_while_the_data_is_loaded(tmp_path):
   process.send_signal(signal.SIGUSR2)
   stderr = process.communicate(timeout=60)[1]
   assert process.returncode == ExitCode.PREEMPTED and 'Traceback' not in stderr
-  assert not (tmp_path / 'run' / 'checkpoints').exists()
+  assert not list(tmp_path.glob('run/checkpoints/*'))

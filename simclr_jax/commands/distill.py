@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simclr_jax.commands import finetune, options
+from simclr_jax.errors import ConfigError
+from simclr_jax.runtime import paths
 
 SEEDS = 'each student has the seed and the labels of its teacher'
 # Fields that the command sets itself -> how.
@@ -43,7 +45,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-  """Checks the recipe and its fields."""
+  """Checks the recipe and its fields, and the folders of the students, which have the names of their teachers."""
+  args.teacher = [t if t.name not in ('', '..') else paths.absolute(t) for t in args.teacher]
+  options.check_folder(f'--workdir={args.workdir}', args.workdir)
+  names = [teacher.name for teacher in args.teacher]
+  for teacher, name in zip(args.teacher, names):
+    if names.count(name) > 1:
+      raise ConfigError(
+        f'--teacher: two teachers have the name {name!r}: their students would, too'
+      )
+    if name.lower() in options.OF_A_RUN:
+      raise ConfigError(f'--teacher={teacher}: a student cannot have the name {name!r}')
+    student = args.workdir / name
+    if paths.absolute(student) == paths.absolute(teacher):
+      raise ConfigError(
+        f'the student would replace its teacher {teacher}: choose another --workdir'
+      )
+    options.check_folder(f'--workdir={args.workdir}', student)
   finetune.check_fields(args.config, args.overrides, RESERVED)
 
 

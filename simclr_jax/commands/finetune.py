@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     help='labels per class, or label fractions',
   )
   parser.add_argument('--seeds', type=options.positive, default=1, help='number of random seeds')
-  parser.add_argument('--name', default='finetune', help='output subdirectory')
+  parser.add_argument('--name', type=options.name, default='finetune', help='output subdirectory')
   options.baselines(
     parser,
     'also train from scratch, and logistic regression on raw pixels and on the untrained encoder',
@@ -62,8 +62,7 @@ def check(args: argparse.Namespace) -> None:
     args.parser.error(
       '--scratch-steps and --scratch-learning-rate have no effect with --no-baselines'
     )
-  if args.name in ('knn', 'knn z', 'transfer', 'simclrv2', 'label_efficiency', 'distill'):
-    args.parser.error(f'--name={args.name} is the name of another evaluation')
+  options.check_folder(f'--name={args.name}', args.workdir / args.name)
   check_fields(args.config, args.overrides, RESERVED)
 
 

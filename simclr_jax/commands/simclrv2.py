@@ -51,6 +51,8 @@ def check(args: argparse.Namespace) -> None:
   from simclr_jax.data import labels as subsets
 
   subsets.per_class(args.labels, examples=10**9, classes=1)
+  for stage in ('finetune', 'distill'):
+    options.check_folder(f'--workdir={args.workdir}', args.workdir / stage)
   recipes.load(args.finetune)
   recipes.load(args.distill, _student(args))
 

@@ -17,6 +17,7 @@ import re
 
 from simclr_jax import config as recipes
 from simclr_jax.commands import finetune, options
+from simclr_jax.runtime.text import printable
 
 RECIPE = 'finetune_small'
 
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--to',
     required=True,
-    type=options.string_list,
+    type=options.dataset_list,
     metavar='DATASET,...',
     help='data sets, as for --data of pretrain',
   )
@@ -50,6 +51,8 @@ def check(args: argparse.Namespace) -> None:
     args.parser.error('--config has no effect without --finetune')
   if args.data_dir and all(d == 'digits' or pathlib.Path(d).exists() for d in args.to):
     args.parser.error('--data-dir has no effect: no data set of --to is one of TFDS')
+  if args.finetune:
+    options.check_folder(f'--workdir={args.workdir}', args.workdir / 'transfer')
   args.config = args.config or RECIPE
   finetune.check_fields(args.config, args.overrides, finetune.RESERVED)
 
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
   )
   table = _Table(columns)
   for dataset in dict.fromkeys(args.to):
-    print(f'\n{dataset}', flush=True)
+    print(f'\n{printable(dataset)}', flush=True)
     name = _short_name(dataset, table.rows)
     _evaluate(args, source, dataset, name, {**pixels, **encoders}, starts, table)
   if not table.data:
@@ -155,7 +158,7 @@ def _evaluate(args, source, dataset, short, encoders, starts, table):
     task = distributed.run_on_all(lambda: transfer.load(dataset, args.data_dir, channels))
   except ConfigError as error:
     table.add(row, {}, f'missing: {error}')
-    print(f'missing: {error}', flush=True)
+    print(f'missing: {printable(error)}', flush=True)
     return
   config = recipes.load('simclr_images', task.location)
   common.describe(config, task.train, task.test)
@@ -173,7 +176,7 @@ def _evaluate(args, source, dataset, short, encoders, starts, table):
         notes += [f'{column}: {text}' for text in unfitted]
   except ConfigError as error:  # the results on the other data sets are not lost
     table.add(row, {}, f'not evaluated: {error}')
-    print(f'not evaluated: {error}', flush=True)
+    print(f'not evaluated: {printable(error)}', flush=True)
     return
   row = f'{short} ({task.metric})'
   table.add(row, scores, '; '.join(notes), task)
@@ -211,7 +214,7 @@ def _fine_tuned(args, source, short, task, start):
 
   fields = {**task.location, 'data.test_split': '', **args.overrides}
   recipe = downstream.recipe(args.config, source, fields)
-  name = re.sub(r'[:/]+', '-', short.strip('/'))
+  name = re.sub(r'[^\w .+=%@-]+', '-', short).strip(' .-')[:80] or 'data'
   folder = args.workdir / 'transfer' / (name if start else f'{name}-scratch')
   start = start and str(paths.absolute(paths.path(start)))
   test = downstream.all_labels(

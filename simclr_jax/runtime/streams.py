@@ -6,7 +6,7 @@ import io
 import os
 import select
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 
 def protect() -> None:
@@ -26,12 +26,14 @@ def protect() -> None:
 
 def _stream(descriptor: int, old: TextIO | None) -> TextIO:
   """A protected text stream with the settings of an old one, which is None if the descriptor was closed."""
+  raw: Any = _Descriptor(descriptor, 'w', closefd=False)
+  unbuffered = getattr(old, 'write_through', False)  # python -u
   return io.TextIOWrapper(
-    io.BufferedWriter(_Descriptor(descriptor, 'w', closefd=False)),
+    raw if unbuffered else io.BufferedWriter(raw),
     encoding=getattr(old, 'encoding', 'utf-8'),
     errors='backslashreplace',
     line_buffering=getattr(old, 'line_buffering', True),
-    write_through=getattr(old, 'write_through', False),
+    write_through=unbuffered,
   )
 
 
@@ -39,18 +41,22 @@ class _Descriptor(io.FileIO):
   """A descriptor that becomes /dev/null when a write fails: its reader or terminal is gone, or the disk is full."""
 
   def write(self, data) -> int:
-    """Writes, and returns the number of bytes; waits if the descriptor is not ready."""
+    """Writes all bytes, and returns their number; waits if the descriptor is not ready."""
+    remaining = memoryview(data).cast('B')
     try:
-      while (written := super().write(data)) is None:
-        select.select([], [self], [])
-      return written
+      while len(remaining):
+        written = super().write(remaining)
+        if written is None:
+          select.select([], [self], [])
+        else:
+          remaining = remaining[written:]
     except OSError as error:
       null = os.open(os.devnull, os.O_WRONLY)
       os.dup2(null, self.fileno())
       os.close(null)
       if error.errno != errno.EPIPE:  # a reader that goes away, such as `head`, has read enough
         self._report(error)
-      return len(data)
+    return len(data)
 
   def _report(self, error):
     """Prints on the other stream, if it works, that the output of this one is lost."""
