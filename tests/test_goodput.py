@@ -37,6 +37,44 @@ def test_two_attempts():
   assert account['goodput'] == pytest.approx((40 * 2 / 3 + 30) / 135)
 
 
+def attempt(start, times, first=0):
+  """The records of an attempt, one step each; the last one has spent 1 s on the start and 2 s on data."""
+  records = [{'step': first, 'event': 'start', 'time': start}]
+  records += [{'step': first + i + 1, 'loss': 1.0, 'time': t} for i, t in enumerate(times)]
+  records[-1] |= seconds(start=1.0, data=2.0)
+  return records
+
+
+@pytest.mark.parametrize(
+  'records, jumps, wall',
+  [
+    (attempt(1000, [1010, 1020]), 0, 20),
+    (attempt(1000, [1010, 400, 410]), 1, 20),  # set back in an attempt
+    (attempt(100, [110, 1.7e9, 1.7e9 + 10]), 1, 20),  # unset at the start of the machine
+    (attempt(1000, [1010, 1020]) + attempt(10, [20], 2), 1, 30),  # set back between attempts
+    (attempt(1000, [1010]) + attempt(1009.8, [1020], 1), 0, 20.2),  # of two machines
+    (attempt(1000, [999, 998, 997]), 0, 3),  # only the other seconds are known
+    (attempt(1e299, [-1e299, 1e299]), 2, 3),
+    ([{'step': 0, 'event': 'start', 'time': None}, {'step': 5, 'time': 3.0}], 0, 0),
+  ],
+)
+def test_clocks_that_jump(records, jumps, wall):
+  """Breaks if a clock that is set makes times negative, or shares that are no shares."""
+  account = goodput.account(records)
+  assert account['jumps'] == jumps
+  assert account['wall'] == pytest.approx(wall)
+  kinds = [account[k] for k in (*goodput.KINDS, 'gaps', 'redone', 'steps')]
+  assert all(0 <= k <= account['wall'] for k in kinds) and sum(kinds) == account['wall']
+  assert 0 <= account['goodput'] <= 1
+
+
+def test_times_of_an_attempt_do_not_jump(monkeypatch):
+  """Breaks if setting the clock of the machine changes the times of later records."""
+  clock = goodput.Clock()
+  monkeypatch.setattr(goodput.time, 'time', lambda: 0.0)
+  assert 0 <= clock.fields()['time'] - clock.started < 10
+
+
 def test_runs_without_times():
   """Breaks if a run that recorded no times, by an older version, cannot be reported."""
   assert goodput.account([{'step': 1, 'loss': 2.0}]) is None

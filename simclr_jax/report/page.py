@@ -216,6 +216,12 @@ def _goodput(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     for kind, label in kinds.items()
     if account[kind] > 0
   }
+  jumps = account['jumps']
+  if jumps:
+    yield (
+      f'<p>The clock jumped{f" {jumps:,} times" if jumps > 1 else ""}: the time that passed meanwhile is not known and '
+      'not counted.</p>'
+    )
   attempts = account['attempts']
   plural = 's' if attempts > 1 else ''
   yield table(

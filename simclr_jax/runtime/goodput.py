@@ -10,11 +10,16 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+LONGEST = 3 * 366 * 86_400  # seconds between two records; more is a clock that was wrong
+JITTER = 1.0  # seconds by which the clocks of two processes may differ
 KINDS = ('start', 'data', 'checkpoint', 'evaluation')  # what time is spent on, except steps
 
 
 class Clock:
   """Measures how an attempt spends its time.
+
+  Only the start is read from the clock of the system. All later times are measured from it, so that they do not jump
+  when somebody sets that clock.
 
   Attributes:
     started: time of the start, in seconds since 1970.
@@ -43,50 +48,65 @@ class Clock:
   def fields(self) -> dict[str, float]:
     """The fields of a record: `time`, in seconds since 1970, and `seconds_KIND` for each kind."""
     seconds = {f'seconds_{kind}': round(s, 3) for kind, s in self.seconds.items()}
-    return {'time': round(time.time(), 3), **seconds}
+    return {'time': round(self.started + time.monotonic() - self._created, 3), **seconds}
 
 
 def account(records: list[dict[str, Any]]) -> dict[str, float] | None:
   """The wall-clock time of a run by kind, over all attempts.
+
+  Between two records whose times differ by less than nothing or more than `LONGEST`, the clock of the system jumped, and
+  no time is counted.
 
   Args:
     records: the records of `metrics.jsonl`, in order.
 
   Returns:
     In seconds: `KINDS`; 'gaps', the time between attempts; 'redone', steps that were lost and recomputed; 'steps', all
-    other steps; 'wall', the sum. Also 'attempts' and 'steps_redone', their numbers, and 'goodput', steps / wall. None
-    if no record has a time.
+    other steps; 'wall', the sum. Also 'attempts', 'steps_redone' and 'jumps' of the clock, their numbers, and 'goodput',
+    steps / wall. None if no record has a time.
   """
   attempts: list[list[dict[str, Any]]] = []
   for record in records:
     if record.get('event') == 'start':
       attempts.append([])
-    if attempts and 'time' in record:
+    if attempts and record.get('time') is not None:
       attempts[-1].append(record)
+  attempts = [attempt for attempt in attempts if attempt]
   if not attempts:
     return None
   total = dict.fromkeys((*KINDS, 'gaps', 'redone', 'steps'), 0.0)
-  redone_steps = 0
+  redone_steps = jumps = 0
   for number, attempt in enumerate(attempts):
     following = attempts[number + 1 :]
-    start, end = attempt[0], max(attempt, key=lambda r: r['time'])
-    for kind in KINDS:
-      total[kind] += end.get(f'seconds_{kind}', 0.0)
-    stepping = end['time'] - start['time'] - sum(end.get(f'seconds_{k}', 0.0) for k in KINDS)
-    taken = end['step'] - start['step']
-    lost = max([0, *(end['step'] - later[0]['step'] for later in following)])
+    passed, jumped = _passed(attempt)
+    others = {k: max(0.0, *(r.get(f'seconds_{k}') or 0.0 for r in attempt)) for k in KINDS}
+    for kind, seconds in others.items():
+      total[kind] += seconds
+    stepping = max(0.0, passed - sum(others.values()))
+    taken = max(0, attempt[-1]['step'] - attempt[0]['step'])
+    lost = max([0, *(attempt[-1]['step'] - later[0]['step'] for later in following)])
     lost = min(lost, taken)
     share = lost / taken if taken else 0.0
-    total['redone'] += max(stepping, 0.0) * share
-    total['steps'] += max(stepping, 0.0) * (1 - share)
+    total['redone'] += stepping * share
+    total['steps'] += stepping * (1 - share)
     redone_steps += lost
-    if following:
-      total['gaps'] += following[0][0]['time'] - end['time']
+    gap, late = _passed([attempt[-1], *(later[0] for later in following[:1])])
+    total['gaps'] += gap
+    jumps += jumped + late
   wall = sum(total.values())
   return {
     **total,
     'wall': wall,
     'attempts': len(attempts),
     'steps_redone': redone_steps,
+    'jumps': jumps,
     'goodput': total['steps'] / wall if wall else 0.0,
   }
+
+
+def _passed(records: list[dict[str, Any]]) -> tuple[float, int]:
+  """The seconds that passed between the first and the last record, and how often the clock jumped."""
+  times = [r['time'] for r in records]
+  steps = [after - before for before, after in zip(times, times[1:])]
+  passed = sum(seconds for seconds in steps if 0 <= seconds <= LONGEST)
+  return passed, sum(not -JITTER <= seconds <= LONGEST for seconds in steps)
