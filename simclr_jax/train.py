@@ -29,6 +29,7 @@ from simclr_jax.data import Dataset
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import checkpoint, distributed, environment, files, goodput, paths
 from simclr_jax.runtime.preemption import GracefulStop, Watchdog
+from simclr_jax.runtime.text import printable
 
 # What a run writes into its workdir beside config.json.
 WRITTEN = ('setup.txt', 'metrics.jsonl', 'metrics', 'checkpoints')
@@ -134,7 +135,7 @@ def _set_up(config, workdir, loaded, extend, mesh, cleanup) -> recorder.Setup:
     if old:
       _check_recipe(old, filled, workdir, extend)
     images = _describe_images(filled, train)
-    _check_images(images, workdir)
+    _check_images(images, train, workdir)
     steps = optim.train_steps(filled, len(train))
     warmup = optim.warmup_steps(filled, len(train))
     recipes.check_against(filled, train, mesh.size, warmup, steps)
@@ -245,11 +246,16 @@ def _load(config) -> tuple[Dataset, Dataset | None]:
 def _describe_images(config, train) -> dict[str, Any]:
   """What a run records of its training images, plain data."""
   place = config.data.dir or config.data.name or config.data.source
-  return {'fingerprint': f'{train.fingerprint():08x}', 'images': len(train), 'place': place}
+  images = {'fingerprint': f'{train.fingerprint():08x}', 'images': len(train), 'place': place}
+  return images | ({'modified': list(train.modified())} if hasattr(train, 'modified') else {})
 
 
-def _check_images(images, workdir):
-  """Refuses to continue a run with other images than those it was trained on."""
+def _check_images(images, train, workdir):
+  """Refuses to continue a run with other images than those it was trained on.
+
+  For files, the times of the last change show the images that were replaced, in addition to the fingerprint, which has
+  names, sizes and a sample of contents only.
+  """
   old = (checkpoint.newest_metadata(workdir / 'checkpoints') or {}).get('images')
   if old and old['fingerprint'] != images['fingerprint']:
     raise ConfigError(
@@ -257,6 +263,18 @@ def _check_images(images, workdir):
       f'{old["fingerprint"]}), now {images["images"]:,} in {images["place"]} (fingerprint '
       f'{images["fingerprint"]}): restore the images or choose a new --workdir'
     )
+  if not old or old.get('modified', images.get('modified')) == images.get('modified'):
+    return
+  changed = train.newer_than(old['modified'][1])
+  if 0 < len(changed) < len(train):
+    raise ConfigError(
+      f'{len(changed):,} images were changed after the run in {workdir} had started, such as '
+      f'{printable(changed[0])}: restore the images or choose a new --workdir'
+    )
+  logging.warning(
+    'the image files have other times than when the run started, as if they had been copied; '
+    'names, sizes and a sample of their contents are the same'
+  )
 
 
 def _attempts(workdir, old, config, extend) -> list[dict[str, int]]:

@@ -1,6 +1,7 @@
 """A run knows its recipe, its images and its length: other images, edited files, extensions, warm starts."""
 
 import json
+import os
 import pathlib
 import shutil
 import types
@@ -10,8 +11,9 @@ import numpy as np
 import pytest
 from common import records
 from conftest import TINY, fails
+from PIL import Image
 
-from simclr_jax import cli, config, methods, recorder, run_config, runs, train
+from simclr_jax import cli, config, data, methods, recorder, run_config, runs, train
 from simclr_jax.errors import ConfigError
 from simclr_jax.runs import load_encoder
 from simclr_jax.runtime import checkpoint
@@ -352,3 +354,36 @@ def test_folders_of_others_are_no_workdirs(complete, images, tmp_path, capsys):
   linked.mkdir()
   (linked / 'checkpoints').symlink_to(complete / 'checkpoints')
   assert 'checkpoints is a link' in fails(capsys, *pretrain(linked, images))
+
+
+def test_replaced_files_are_noticed_by_their_times(tmp_path, monkeypatch, caplog):
+  """Breaks if an image that was replaced by one of equal size, outside the sample of contents, goes unnoticed."""
+  for i in range(4):
+    Image.fromarray(np.full((8 + i, 8, 3), i, np.uint8)).save(tmp_path / f'{i}.png')
+    os.utime(tmp_path / f'{i}.png', (10**9 + i, 10**9 + i))
+
+  def loaded():
+    fields = {
+      **SETTINGS,
+      'data.source': 'folder',
+      'data.dir': str(tmp_path),
+      'data.train_split': '.',
+    }
+    recipe = config.load('simclr_digits', {**fields, 'data.test_split': ''})
+    images = data.load(recipe.data, 'train')
+    return images, train._describe_images(recipe, images)
+
+  images, described = loaded()
+  monkeypatch.setattr(checkpoint, 'newest_metadata', lambda _: {'images': described})
+  train._check_images(loaded()[1], images, tmp_path)
+  assert not caplog.text
+  os.utime(tmp_path / '2.png', (2 * 10**9, 2 * 10**9))
+  images, now = loaded()
+  assert now['fingerprint'] == described['fingerprint']
+  with pytest.raises(ConfigError, match='1 images were changed after .* such as 2.png'):
+    train._check_images(now, images, tmp_path)
+  for i in range(4):  # copied
+    os.utime(tmp_path / f'{i}.png', (2 * 10**9, 2 * 10**9))
+  images, now = loaded()
+  train._check_images(now, images, tmp_path)
+  assert 'as if they had been copied' in caplog.text
