@@ -158,3 +158,30 @@ def test_a_planted_link_is_not_followed(tmp_path):
     (run / name).symlink_to(tmp_path / 'mine')
   results.save(run, 'knn', result(), about())
   assert (tmp_path / 'mine').read_text() == 'precious' and set(results.load(run)) == {'knn'}
+
+
+def test_names_in_tables_are_visible(capsys, tmp_path):
+  """Breaks if the name of a data set can move the cursor or start a line of its own."""
+  hostile = {
+    'title': 'a\x1b[2J',
+    'columns': ['top\n1'],
+    'rows': {'x\r\u202ey': [[1.0, None]]},
+    'notes': {'n': 'a\nb'},
+  }
+  results.save(tmp_path, 'knn', hostile, about())
+  out = capsys.readouterr().out
+  assert (
+    '\x1b' not in out and '\r' not in out and '\u202e' not in out and len(out.splitlines()) == 5
+  )
+
+
+@pytest.mark.parametrize('change', ['"fingerprint": 1', '34.4', '"step": 7'])
+def test_edited_results_are_noticed(change, tmp_path):
+  """Breaks if somebody can change a number of a result without a word."""
+  results.save(tmp_path, 'knn', result(34.4), about())
+  path = tmp_path / results.FILE
+  text = path.read_text()
+  assert change in text
+  path.write_text(text.replace(change, change[:-1] + '9'))
+  with pytest.raises(ConfigError, match='it was edited'):
+    results.load(tmp_path)

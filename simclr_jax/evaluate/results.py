@@ -43,6 +43,7 @@ import numpy as np
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import distributed, files, paths
 from simclr_jax.runtime.checksum import crc32
+from simclr_jax.runtime.text import printable
 from simclr_jax.validation import check_json
 
 Result = dict[str, Any]
@@ -328,13 +329,14 @@ def interval(percent: float | None, images: float) -> list[float] | None:
 
 def table(result: Result) -> str:
   """A result as plain text of at most 100 columns, if its names permit."""
-  lines = [f'{titled(result)} (step {result.get("step", 0):,})', *context(result)]
+  title = f'{titled(result)} (step {result.get("step", 0):,})'
+  lines = [printable(line) for line in (title, *context(result))]
   cells = {
-    name: [cell(c[0], c[1], ends) for c, ends in zip(row, intervals(result, name))]
+    printable(name): [cell(c[0], c[1], ends) for c, ends in zip(row, intervals(result, name))]
     for name, row in result['rows'].items()
   }
   first = max(map(len, cells), default=0)
-  columns = list(result['columns'])
+  columns = list(map(printable, result['columns']))
   widths = [
     max(len(column), *(len(row[i]) for row in cells.values()), 8) + 2
     for i, column in enumerate(columns)
@@ -348,7 +350,7 @@ def table(result: Result) -> str:
     lines += [_line('', columns[block], first, widths[block])]
     lines += [_line(name, row[block], first, widths[block]) for name, row in cells.items()]
     start = end
-  notes = [f'{name}: {text}' for name, text in result.get('notes', {}).items()]
+  notes = [printable(f'{name}: {text}') for name, text in result.get('notes', {}).items()]
   wrap: Any = {'subsequent_indent': '  ', 'break_long_words': False, 'break_on_hyphens': False}
   return '\n'.join(lines + [textwrap.fill(note, WIDTH, **wrap) for note in notes])
 
