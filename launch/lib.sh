@@ -20,6 +20,9 @@ posixq() {
   printf %s "${out# }"
 }
 
+# Prints a path on this machine as an absolute path: no program takes it for a flag or, because of a colon, for another machine.
+local_path() { if [[ $1 == /* ]]; then printf %s "$1"; else printf %s "$PWD/$1"; fi; }
+
 sha256() { if command -v sha256sum >/dev/null; then sha256sum "$@"; else shasum -a 256 "$@"; fi | cut -d' ' -f1; }
 
 # Sleeps in the background, so that the traps for Ctrl-C and kill run at once.
@@ -129,6 +132,7 @@ check_workdir() {
   [[ ! $dir =~ [[:cntrl:]] ]] || usage_error '--workdir contains a control character.'
   [[ ! $dir =~ (^|/)\.\.(/|$) ]] || usage_error "--workdir=$(posixq "$dir") must not contain '..'."
   if [[ $dir == gs://* ]]; then
+    [[ ! $dir =~ [][*?] ]] || usage_error "--workdir=$(posixq "$dir") must not contain * ? [ or ], which gcloud expands."
     [[ $dir =~ ^gs://[a-z0-9][-a-z0-9._]*/[^/] ]] || usage_error "--workdir=$(posixq "$dir") must be gs://BUCKET/FOLDER, not the bucket itself."
   else
     [[ $dir == /?* && $dir =~ ^/[^/]+/+[^/] ]] || usage_error "--workdir=$(posixq "$dir") must be gs://BUCKET/FOLDER, or an absolute path at least two levels deep."
@@ -152,6 +156,7 @@ check_env() {
       usage_error "--env=$key=...: $key looks like a secret, and command-line arguments are visible to all users; put the secret into a file of KEY=VALUE lines, chmod 600 the file, and give --env-file=FILE."
   done
   [[ -n ${opt[env-file]:-} ]] || return 0
+  opt[env-file]=$(local_path "${opt[env-file]}")
   [[ -f ${opt[env-file]} && -r ${opt[env-file]} ]] || usage_error "--env-file=$(posixq "${opt[env-file]}"): no such file, or not readable."
   local mode
   mode=$(stat -L -c %a "${opt[env-file]}" 2>/dev/null || stat -L -f %Lp "${opt[env-file]}")

@@ -10,8 +10,8 @@ set -Eeuo pipefail
 shopt -s inherit_errexit
 exec 3>&2
 
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-root=$(dirname "$here")
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname -- "$here")
 
 # Flags for the command line, tpu.conf and the saved flags of a TPU.
 with_value=(name project zone type version num-slices valid-until max-run-duration network subnet service-account labels disk
@@ -153,7 +153,7 @@ resolve() {
   # Each TPU name has a state folder: the flags that the TPU was created with, and the arguments of its last run.
   if [[ -n ${opt[name]:-} ]]; then
     [[ ${opt[name]} =~ ^[a-z0-9-]+$ ]] || check_name
-    state_dir=${SIMCLR_JAX_STATE:-${XDG_STATE_HOME:-$HOME/.local/state}/simclr_jax}/${opt[name]}
+    state_dir=$(local_path "${SIMCLR_JAX_STATE:-${XDG_STATE_HOME:-$HOME/.local/state}/simclr_jax}/${opt[name]}")
     home=simclr_jax_runs/${opt[name]}
     # up and create request the TPU with the flags given now. All other subcommands also read the saved flags.
     [[ $subcommand == up || $subcommand == create ]] || from_file "$state_dir/flags"
@@ -205,8 +205,8 @@ take_lock() {
 
 clean_up() {
   [[ -z $sleeper ]] || kill "$sleeper" 2>/dev/null || true
-  [[ -z $lock ]] || rm -rf "$lock"
-  [[ -z $scratch ]] || rm -rf "$scratch"
+  [[ -z $lock ]] || rm -rf -- "$lock"
+  [[ -z $scratch ]] || rm -rf -- "$scratch"
 }
 
 interrupted() {
@@ -438,10 +438,12 @@ do_exec() {
 }
 
 do_fetch() {
+  ((${#args[@]} <= 1)) || usage_error "fetch takes one folder: $(posixq "${args[@]}") are ${#args[@]}."
   select_tpu
-  local to=${args[0]:-runs/${opt[name]}}
+  local to
+  to=$(local_path "${args[0]:-runs/${opt[name]}}")
   check_workdir
-  mkdir -p -- "$to"
+  [[ -n ${opt[dry-run]:-} ]] || mkdir -p "$to"
   if [[ ${opt[workdir]} == gs://* ]]; then
     cloud storage rsync --recursive "${opt[workdir]%/}" "$to"
   else

@@ -7,7 +7,7 @@
 # shellcheck disable=SC2329  # the last lines call the subcommands by name
 set -Eeuo pipefail
 umask 077
-cd "$(dirname "${BASH_SOURCE[0]}")"
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 here=$PWD
 venvs=$(dirname "$here")/venvs

@@ -784,6 +784,31 @@ def test_from_another_folder(cloud):
   cloud('up')
 
 
+@pytest.mark.parametrize('workdir', ['gs://bucket/run', '/data/runs/a'])
+@pytest.mark.parametrize('name', ['-x', '--help', 'other:there', 'a b'])
+def test_paths_are_neither_flags_nor_machines(cloud, name, workdir):
+  """A folder or file that looks like a flag, or like a path on another machine, is one on this machine."""
+  path = cloud.folder / name
+  flags = ['--name=ab', *LOCATION, '--type=v4-8', f'--workdir={workdir}', '--dry-run', '--dirty']
+  out = cloud('fetch', argv=['fetch', *flags, '--', name])
+  copies = [line for line in out.splitlines() if 'rsync' in line or ' scp ' in line]
+  assert len(copies) == 1 and str(path) in copies[0].replace("'", '')
+  assert f' {name} ' not in copies[0]
+  assert not path.exists()  # a dry run creates nothing
+  assert 'fetch takes one folder' in cloud('fetch', argv=['fetch', *flags, '--', name, 'b'], code=2)
+  path.write_text('A=b\n')
+  path.chmod(0o600)
+  out = cloud('run', argv=['run', *flags, f'--env-file={name}', '--', 'pretrain', '--config=x'])
+  assert f'{path} ab:' in out.replace("'", '')
+
+
+def test_workdirs_without_wildcards(cloud):
+  """gcloud expands wildcards: a workdir with one would be several folders."""
+  for name in ('run*', 'run?', 'r[un]'):
+    out = cloud('fetch', f'--workdir=gs://bucket/{name}', code=2)
+    assert 'must not contain *' in out
+
+
 def test_fetch_list_doctor(cloud):
   """The other commands."""
   cloud.write('plan.json', [{'step': 7}])
