@@ -62,7 +62,7 @@ def export(encoder: Encoder, out: str | os.PathLike) -> None:
 
   Raises:
     ConfigError: `out` exists and is not an empty folder.
-    OSError: the folder cannot be written.
+    OSError, CheckpointError: the folder cannot be written.
   """
   out = paths.path(out)
   if (out.is_symlink() if not paths.is_remote(out) else False) or (
@@ -75,7 +75,10 @@ def export(encoder: Encoder, out: str | os.PathLike) -> None:
     'provenance': encoder.provenance,
   }
   with files.new_folder(out) as folder:
-    checkpoint.save_tree(folder / 'variables', jax.device_get(encoder.variables), {})
+    try:
+      checkpoint.save_tree(folder / 'variables', jax.device_get(encoder.variables), {})
+    except checkpoint.CheckpointError as error:
+      raise checkpoint.CheckpointError(str(error).replace(str(folder), str(out))) from error
     files.write_json(folder / 'encoder.json', {**description, 'checksum': _checksum(description)})
 
 

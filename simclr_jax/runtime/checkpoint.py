@@ -55,9 +55,16 @@ def abstract(tree: PyTree) -> PyTree:
 
 
 def save_tree(path: pathlib.Path, tree: PyTree, metadata: dict[str, Any]) -> None:
-  """Writes a tree of arrays and metadata, plain data, to the new directory `path`."""
+  """Writes a tree of arrays and metadata, plain data, to the new directory `path`.
+
+  Raises:
+    CheckpointError: it was not written.
+  """
   metadata = _with_checksum({**metadata, 'crc32': digest(tree)})
-  ocp.save(paths.absolute(path), tree, custom_metadata=metadata)
+  try:
+    ocp.save(paths.absolute(path), tree, custom_metadata=metadata)
+  except Exception as error:  # Orbax raises many types
+    raise CheckpointError(f'{path} was not written: {_reason(error)}') from error
 
 
 def _with_checksum(metadata):
@@ -112,8 +119,14 @@ def _load(path, target):
 
 
 def _unreadable(path, error) -> CheckpointError:
-  reason = str(error).split('. See full')[0].split('\n')[0]
-  return CheckpointError(f'{path} is unreadable: {type(error).__name__}: {reason[:300]}')
+  return CheckpointError(f'{path} is unreadable: {type(error).__name__}: {_reason(error)}')
+
+
+def _reason(error):
+  """The message of an exception of Orbax, short; of an error of the operating system, only that."""
+  text = str(error).split('. See full')[0].split('\n')[0]
+  system = re.search(r'([^:]*) \[os_error_code=', text)
+  return system[1].strip() if system else text[:300]
 
 
 def _metadata(path) -> dict[str, Any]:
@@ -349,7 +362,6 @@ class Saver:
     try:
       self._checkpointer.wait()
     except Exception as error:
-      reason = str(error).split('\n')[0]
       raise CheckpointError(
-        f'a checkpoint in {self._folder} was not written: {reason[:300]}'
+        f'a checkpoint in {self._folder} was not written: {_reason(error)}'
       ) from error
