@@ -248,18 +248,18 @@ def test_results_with_parts_that_do_not_fit(name, fields, tmp_path):
 def test_only_a_report_is_replaced(tmp_path):
   """Breaks if --out replaces a file of another kind, or refuses a report."""
   out = tmp_path / 'page.html'
-  page._check_out(out)
+  page.check_out(out)
   for content in ('', page.START + 'run</title>'):
     out.write_text(content)
-    page._check_out(out)
+    page.check_out(out)
   for content in ('{}', '<!doctype html><html lang="en"><title>Mine</title>'):
     out.write_text(content)
     with pytest.raises(ConfigError, match='is no report'):
-      page._check_out(out)
+      page.check_out(out)
   os.mkfifo(tmp_path / 'pipe.html')
   for name in ('config.json', 'checkpoints', 'no/page.html', 'pipe.html', '.html'):
     with pytest.raises(ConfigError, match='--out|no regular file'):
-      page._check_out(tmp_path / name)
+      page.check_out(tmp_path / name)
   assert out.read_text() == content
 
 

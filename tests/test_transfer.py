@@ -2,13 +2,16 @@
 
 import io
 import json
+import re
+import types
 
 import numpy as np
 import pytest
 from conftest import TINY
 from sklearn.linear_model import LogisticRegression
 
-from simclr_jax import cli, config, train
+from simclr_jax import cli, config, downstream, train
+from simclr_jax.commands import transfer as command
 from simclr_jax.data import digits
 from simclr_jax.evaluate import lbfgs, metrics, transfer
 
@@ -124,3 +127,19 @@ def test_transfer_command(tmp_path, capsys, monkeypatch):
   assert '--config.seed cannot be set here' in capsys.readouterr().err
   for name, metric in (('oxford_iiit_pet:4.0.0', 'mean per class'), ('cifar10', 'top-1')):
     assert transfer.metric(name) == metric
+
+
+@pytest.mark.parametrize('name', ['..', '/', 'a/../..', '.hidden', 'a\nb', 'x' * 200, 'ds:1.0.0'])
+def test_folder_of_a_data_set(name, tmp_path, monkeypatch):
+  """Breaks if the name of a data set leads out of the folder of the fine-tuned runs."""
+  used = []
+  monkeypatch.setattr(downstream, 'recipe', lambda *_: None)
+  monkeypatch.setattr(
+    downstream, 'all_labels', lambda folder, *_, **__: used.append(folder) or {'top1': 1.0}
+  )
+  task = types.SimpleNamespace(location={}, train=None, test=None, metric='top-1')
+  args = types.SimpleNamespace(workdir=tmp_path, config='finetune_small', overrides={}, command='')
+  for start in ('', str(tmp_path)):
+    command._fine_tuned(args, None, command._short_name(name, {}), task, start)
+  assert {folder.parent for folder in used} == {tmp_path / 'transfer'}
+  assert all(re.fullmatch(r'\w[\w.-]{0,90}', folder.name) for folder in used)

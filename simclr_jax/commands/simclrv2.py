@@ -64,12 +64,14 @@ def run(args: argparse.Namespace) -> int:
   from simclr_jax.commands.distill import distill
   from simclr_jax.errors import Stopped
   from simclr_jax.evaluate import results
+  from simclr_jax.report import page
   from simclr_jax.runtime import distributed
 
   workdir = args.workdir
   pretraining = common.recipe_with_data(args.config, args.data, args.overrides)
   if workdir.is_dir():
     results.check(workdir)
+    page.check_out(workdir / 'report.html')
   images = common.labelled(pretraining)
   code = train.pretrain(pretraining, workdir, args.command, images[0], test=images[1])
   if code:

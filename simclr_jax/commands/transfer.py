@@ -142,7 +142,7 @@ def _short_name(dataset, rows):
   local = pathlib.Path(dataset)
   path = pathlib.PurePosixPath(str(local.resolve()) if local.is_dir() else dataset.rstrip('/'))
   short = path.parent.name if re.fullmatch(r'\d+\.\d+\.\d+', path.name) else path.name
-  return dataset if any(row.startswith(f'{short} (') for row in rows) else short
+  return dataset if not short or any(row.startswith(f'{short} (') for row in rows) else short
 
 
 def _evaluate(args, source, dataset, short, encoders, starts, table):

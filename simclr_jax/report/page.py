@@ -90,7 +90,7 @@ def write(
     ConfigError: `out` cannot be written or is no report, or the run has no checkpoint yet.
     CheckpointError: no checkpoint of the run can be read.
   """
-  _check_out(out)
+  check_out(out)
   encoder = runs.load_encoder(workdir)
   step, total = encoder.provenance['step'], optim.train_steps(config, config.data.examples)
   name, missing = paths.absolute(workdir).name, _unfinished(workdir, config, step, total)
@@ -120,7 +120,7 @@ def write(
   return missing
 
 
-def _check_out(out: pathlib.Path) -> None:
+def check_out(out: pathlib.Path) -> None:
   """Refuses to write a report over anything else, and to a folder that does not exist."""
   if out.suffix.lower() not in ('.html', '.htm'):
     raise ConfigError(f'--out={out}: the name of a report ends with .html')
