@@ -38,7 +38,7 @@ setup(
     'tensorflow-datasets>=4.9.8',
     'threadpoolctl>=3.5',
     'tifffile>=2024.8',  # TIFF of other than 8 bits or 3 channels
-    'tqdm>=4.66',
+    'tqdm>=4.66.3',
   ],
   extras_require={
     'cuda': ['jax[cuda13]'],  # NVIDIA driver 580 or newer

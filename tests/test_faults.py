@@ -102,6 +102,14 @@ class Job:
       assert time.monotonic() < deadline, self.log(i)[-3000:]
       time.sleep(0.1)
 
+  def wait_for_step(self, workdir, step, timeout=180):
+    """Waits until a run has recorded a step; the log has a line every five seconds only."""
+    deadline = time.monotonic() + timeout
+    while not any(r['step'] >= step for r in records(workdir)):
+      assert all(p.poll() is None for p in self.processes), self.log(0)[-3000:]
+      assert time.monotonic() < deadline, self.log(0)[-3000:]
+      time.sleep(0.01)
+
 
 def finish(folder, workdir, processes, devices, **changes):
   """Runs to the end of the training; returns the `Job`."""
@@ -194,7 +202,7 @@ def test_a_signal_to_one_process_saves_in_all(signal_number, two_processes, tmp_
   one bit.
   """
   job = Job(tmp_path / 'a', command(tmp_path / 'run'), 2, 2)
-  job.wait_for_line(r'step 5/')
+  job.wait_for_step(tmp_path / 'run', 5)
   job.processes[1].send_signal(signal_number)
   assert job.wait(60) == [75, 75], job.log(0)[-2000:] + job.log(1)[-2000:]
   saved_step = saved_steps(tmp_path / 'run')[-1]
@@ -222,7 +230,7 @@ def test_sigterm_while_evaluating(tmp_path):
 def test_a_dead_or_frozen_process_ends_the_job(signal_number, tmp_path):
   """Breaks if the remaining process waits for ever, or does not print the index of the dead one."""
   job = Job(tmp_path / 'a', command(tmp_path / 'run', steps='2000'), 2, 1)
-  job.wait_for_line(r'step 5/')
+  job.wait_for_step(tmp_path / 'run', 5)
   start = time.monotonic()
   os.killpg(job.processes[1].pid, signal_number)
   code = job.processes[0].wait(HEARTBEAT + 50)
@@ -361,7 +369,7 @@ def test_a_full_disk_is_an_error_and_older_checkpoints_stay(tmp_path):
   """Breaks if a run that cannot save exits with 0, or damages an older checkpoint."""
   run = tmp_path / 'run'
   job = Job(tmp_path / 'a', command(run), 1, 2)
-  job.wait_for_line(r'step 6/')
+  job.wait_for_step(run, 6)
   job.processes[0].send_signal(signal.SIGTERM)
   assert job.wait(60) == [75]
   steps = saved_steps(run)
@@ -391,7 +399,7 @@ def test_sigterm_twice(tmp_path):
   """Breaks if a second SIGTERM interrupts the save that the first one started."""
   run = tmp_path / 'run'
   job = Job(tmp_path / 'a', command(run), 1, 2)
-  job.wait_for_line(r'step 5/')
+  job.wait_for_step(run, 5)
   for _ in range(2):
     job.processes[0].send_signal(signal.SIGTERM)
     time.sleep(0.05)

@@ -166,6 +166,17 @@ def test_lines_that_are_no_records(tmp_path, caplog):
   assert '13 lines are no records' in caplog.text
 
 
+def test_some_of_many_records(tmp_path):
+  """Breaks if events, evaluations or the ends of an attempt are left out when records are thinned out."""
+  lines = [f'{{"step": {i}, "loss": 1}}' for i in range(1000)]
+  lines[500] = '{"step": 500, "knn_acc": 0.5}'
+  lines[700] = '{"step": 700, "event": "start"}'
+  (tmp_path / 'metrics.jsonl').write_text('\n'.join(lines) + '\n')
+  steps = [r['step'] for r in logs.read(tmp_path, 10)]
+  assert steps == sorted({*range(0, 1000, 100), 500, 699, 700, 701, 999})
+  assert [r['step'] for r in logs.read(tmp_path, 5000)] == list(range(1000))
+
+
 def test_a_workdir_that_vanished_is_an_error(tmp_path):
   """Breaks if a run trains on although its folder was moved or deleted."""
   workdir = tmp_path / 'run'

@@ -21,7 +21,7 @@ def per_class(text: str, examples: int, classes: int) -> int:
   Raises:
     ConfigError: the text is neither, or is less than one label per class.
   """
-  match = re.fullmatch(r'(\d+)|(\d+\.?\d*|\.\d+) ?%', text)
+  match = re.fullmatch(r'(\d{1,18})|(\d{1,18}\.?\d{0,18}|\.\d{1,18}) ?%', text)
   if not match:
     raise ConfigError(
       f'data.labels={text!r} is neither a number of labels per class, such as 25, nor a fraction, such as 10%'

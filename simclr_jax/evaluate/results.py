@@ -180,7 +180,8 @@ def save(
   """
   result = _finite({**result, 'name': name, **about})
   result['checksum'] = _checksum(result)
-  print('\n' + table(result), flush=True)
+  with contextlib.suppress(OSError, ValueError):  # a broken stdout must not lose the result
+    print('\n' + table(result), flush=True)
   path, failure = file or workdir / FILE, ''
   if distributed.is_main_process():
     try:

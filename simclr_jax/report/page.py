@@ -29,6 +29,7 @@ from simclr_jax.report import embeddings, evaluations, figures
 from simclr_jax.report.markup import banner, details, figure, row, table, text
 from simclr_jax.runtime import files, goodput, logs, paths
 
+MAX_RECORDS = 20_000  # of steps, that are read for the curves
 VIEW_SIDE = 96  # smallest side of a view on the page, in pixels
 
 START = (
@@ -95,7 +96,7 @@ def write(
   step, total = encoder.provenance['step'], optim.train_steps(config, config.data.examples)
   name, missing = paths.absolute(workdir).name, _unfinished(workdir, config, step, total)
   pictures, class_names = _pictures(encoder, config, images, missing)
-  records = logs.read(workdir)
+  records = logs.read(workdir, MAX_RECORDS)
   metrics = [r for r in records if 'event' not in r]
   network = config.model.encoder or f'ResNet-{config.model.depth}'
   parts = [

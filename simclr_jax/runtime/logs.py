@@ -1,10 +1,12 @@
 """Logs the metrics of a run: metrics.jsonl, TensorBoard, and a progress line."""
 
 import importlib.util
+import itertools
 import json
 import math
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -191,11 +193,16 @@ def _place(folder):
   return found and (found.st_dev, found.st_ino)
 
 
-def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
+def read(workdir: pathlib.Path, most: int = 0) -> list[dict[str, Any]]:
   """The records of `metrics.jsonl` of a run, in order; empty if there is no such file.
 
   A record has `step`, finite numbers or null, and perhaps the name of an `event`. Lines that are no records are left
   out, with a warning unless it is the last one, which a killed process may have truncated.
+
+  Args:
+    workdir: directory of the run.
+    most: if above 0, about as many records of steps are read, at equal distances; events, evaluations and the first and
+      last record of each attempt are always read.
 
   Raises:
     ConfigError: the file cannot be read.
@@ -203,13 +210,19 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
   path = workdir / 'metrics.jsonl'
   records, damaged = [], 0
   try:
-    with files.open_to_read(path) as file:
-      while line := file.readline(LONGEST_LINE):
-        record = _record(line)
-        if record:
-          records.append(record)
-        else:
-          damaged += line.endswith(b'\n')
+    every = -(-sum(1 for _ in _lines(path)) // most) if most else 1
+    following = itertools.chain(itertools.islice(_lines(path), 1, None), [b'"event"'])
+    before = b'"event"'
+    for i, (line, after) in enumerate(zip(_lines(path), following)):
+      ends = b'"event"' in before or b'"event"' in line or b'"event"' in after
+      before = line
+      if i % every and not ends and b'"knn_acc"' not in line:
+        continue
+      record = _record(line)
+      if record:
+        records.append(record)
+      else:
+        damaged += line.endswith(b'\n')
   except FileNotFoundError:
     return []
   except OSError as error:
@@ -219,17 +232,28 @@ def read(workdir: pathlib.Path) -> list[dict[str, Any]]:
   return records
 
 
+def _lines(path) -> Iterator[bytes]:
+  """The lines of a file; a longer line than a record can be is several."""
+  with files.open_to_read(path) as file:
+    while line := file.readline(LONGEST_LINE):
+      yield line
+
+
 def _record(line) -> dict[str, Any] | None:
   """The record in a line; None if it is none."""
   try:
     record = json.loads(line)
   except (ValueError, RecursionError):
     return None
-  if not isinstance(record, dict) or type(record.get('step')) is not int:
+  if not isinstance(record, dict) or type(record.get('step')) is not int or record['step'] < 0:
     return None
-  others = [v for k, v in record.items() if k != 'event' or not isinstance(v, str)]
-  valid = all(v is None or (type(v) in (int, float) and -1e300 < v < 1e300) for v in others)
-  return record if valid and record['step'] >= 0 else None
+  for name, value in record.items():
+    if type(value) in (int, float):
+      if not -1e300 < value < 1e300:
+        return None
+    elif value is not None and (name != 'event' or type(value) is not str):
+      return None
+  return record
 
 
 def _up_to(records, last_step):
