@@ -129,10 +129,16 @@ class _Parts:
       )
 
   def prepare(self, inputs: dict[str, str | int]) -> None:
-    """Creates the folder; deletes finished parts if they were computed with another encoder or other images."""
-    if self._about() != inputs:
-      self.delete()
-      self._folder.mkdir(exist_ok=True)
+    """Creates the folder; deletes finished parts if they were computed with another encoder or other images.
+
+    The folder has `about.json` as long as it is not empty, so that a killed process leaves none that seems foreign.
+    """
+    about = self._about()
+    if not about:
+      with files.new_folder(self._folder) as folder:
+        files.write_json(folder / ABOUT, inputs)
+    elif about != inputs:
+      self._delete_parts()
       files.write_json(self._folder / ABOUT, inputs)
 
   def _about(self) -> dict[str, str | int] | None:
@@ -158,11 +164,15 @@ class _Parts:
 
   def delete(self) -> None:
     """Deletes the parts and the folder; what is not of this command stays."""
-    for path in self._folder.glob('*'):
-      if path.name == ABOUT or (path.suffix == '.npz' and path.stem.isdecimal()):
-        path.unlink()
+    self._delete_parts()
+    (self._folder / ABOUT).unlink(missing_ok=True)
     if self._folder.exists() and not any(self._folder.iterdir()):
       self._folder.rmdir()
+
+  def _delete_parts(self):
+    for path in self._folder.glob('*.npz'):
+      if path.stem.isdecimal():
+        path.unlink(missing_ok=True)
 
 
 def _read_part(path, images) -> tuple[np.ndarray, np.ndarray] | None:
