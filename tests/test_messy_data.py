@@ -566,7 +566,7 @@ def test_too_large_images_are_refused_by_their_headers(tmp_path):
       f'{tmp_path}/{name} has {LARGE[name][1]} pixels, more than data.max_pixels=100,000,000'
     )
     assert source.find_problem([i]) == expected
-  assert scan.scan(source).bad == list(range(len(LARGE)))
+  assert list(scan.scan(source).bad) == list(range(len(LARGE)))
   text = sentence(lambda: read_epoch(source))
   assert 'pixels, more than data.max_pixels=100,000,000' in text
   c = settings(fill(tmp_path / 'one', {'a.png': encoded(RGB, 'PNG')}), max_pixels=45 * 67 - 1)
@@ -586,7 +586,7 @@ def test_every_corrupt_file_is_named(tmp_path):
     expected = BROKEN[name][1] if name in BROKEN else 'cannot be read: '
     assert problem.startswith(f'{tmp_path}/{name} {expected}'), problem
     assert '\n' not in problem and '{{' not in problem and len(problem) < 400
-  assert scan.scan(source).bad == list(range(len(source)))
+  assert list(scan.scan(source).bad) == list(range(len(source)))
   with pytest.raises(ConfigError, match='none|no image|cannot be decoded'):
     assert len(data.load(settings(tmp_path, skip_bad=100), 'train'))
 

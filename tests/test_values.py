@@ -176,7 +176,7 @@ def test_broken_images_of_pillow_are_named(tmp_path, name):
   source = data.load(settings(tmp_path), 'train')
   problem = source.find_problem([0])
   assert problem.startswith(f'{tmp_path}/{name} is a broken ') and '\n' not in problem
-  assert scan.scan(source).bad == [0]
+  assert list(scan.scan(source).bad) == [0]
 
 
 # Transparency.

@@ -10,6 +10,7 @@ images that show nothing, transparency and 16-bit values. Exit code 1 if any ima
 import argparse
 
 from simclr_jax.commands import options
+from simclr_jax.runtime.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
   if test is not None:
     _compare(train, test, scans['train'], scans['test'])
   if sheet:
-    _contact_sheet(train, sheet)
+    good = scans['train'].index  # a bad image may crash the decoder
+    _contact_sheet(train.subset(good) if scans['train'].bad else train, sheet)
     print(f'wrote {sheet}')
   return int(any(result.bad for result in scans.values()))
 
@@ -83,7 +85,7 @@ def _sizes_and_formats(dataset, result):
     ('largest', pixels.argmax()),
   ):
     h, w = result.shape[i]
-    _line(name, f'{w} x {h}, {dataset.name(int(result.index[i]))}')
+    _line(name, f'{w} x {h}, {printable(dataset.name(int(result.index[i])))}')
   _line('formats', ', '.join(f'{k} {n:,}' for k, n in result.kinds().items()))
   by_pillow = result.slow & ~((result.kind == headers.PNG) & result.deep)
   if by_pillow.any():
@@ -102,7 +104,7 @@ def _classes(dataset, result):
   text = f'{dataset.classes:,}, {counts.min():,}-{counts.max():,} images per class'
   missing = int((result.label < 0).sum())
   _line('classes', text + (f'; {missing:,} images have no label' if missing else ''))
-  shown = [f'{_clean(n)} {c:,}' for n, c in zip(dataset.class_names[:CLASSES], counts)]
+  shown = [f'{printable(n)} {c:,}' for n, c in zip(dataset.class_names[:CLASSES], counts)]
   if dataset.classes > CLASSES:
     shown.append(f'and {dataset.classes - CLASSES:,} more')
   _wrapped(', '.join(shown))
@@ -158,7 +160,7 @@ def _pairs(dataset, other, result, in_other, copies):
     text = f'{_name(dataset, result, i)} = {_name(other, in_other, first)}'
     a, b = int(result.label[i]), int(in_other.label[first])
     if a >= 0 and b >= 0 and a != b:
-      text += f', labels {_clean(dataset.class_names[a])} and {_clean(other.class_names[b])}'
+      text += f', labels {printable(dataset.class_names[a])} and {printable(other.class_names[b])}'
     lines.append(text)
   _list(lines, len(copies))
   different = sum(
@@ -171,8 +173,8 @@ def _pairs(dataset, other, result, in_other, copies):
 
 def _corrupt(dataset, result):
   _line('corrupt', f'{len(result.bad):,}')
-  for index in result.bad[:20]:
-    print(f'    {dataset.find_problem([index])}')
+  for problem in list(result.bad.values())[:20]:
+    print(f'    {printable(problem)}')
   if len(result.bad) > 20:
     print(f'    and {len(result.bad) - 20:,} more')
   if result.bad:
@@ -183,12 +185,7 @@ def _name(dataset, result, row):
   """The name of an image, or its number."""
   index = int(result.index[row])
   names = dataset.names()
-  return _clean(names[index]) if names else f'image {index:,}'
-
-
-def _clean(name):
-  """A name in one line of valid text."""
-  return ' '.join(str(name).encode(errors='replace').decode().split())
+  return printable(names[index]) if names else f'image {index:,}'
 
 
 def _list(lines, count):
@@ -216,7 +213,7 @@ def _contact_sheet(dataset, path, columns=8, rows=6, side=160):
   from simclr_jax.runtime import files
 
   page = PIL.Image.new('RGB', (columns * side, rows * side), 'white')
-  for i, image in enumerate(_images(dataset.sample(columns * rows))):
+  for i, image in enumerate(_images(dataset.sample(columns * rows), side)):
     picture = PIL.Image.fromarray(pixels.to_rgb(image))
     picture.thumbnail((side - 6, side - 6))
     left, top = (i % columns) * side, i // columns * side
@@ -225,14 +222,22 @@ def _contact_sheet(dataset, path, columns=8, rows=6, side=160):
     page.save(temporary)
 
 
-def _images(dataset):
-  """The images of a data set one after the other: uint8 `[h, w, channels]`; corrupt ones are skipped."""
+def _images(dataset, side):
+  """The images of a data set one after the other, at least `side` pixels: uint8 `[h, w, channels]`.
+
+  Only small copies are kept, because images may be large and a pipeline holds several. Corrupt images are skipped.
+  """
   from simclr_jax.data import Arrays
 
   if isinstance(dataset, Arrays):
     return iter(dataset.images)
   from simclr_jax.data import decode
+  from simclr_jax.data.stream import tf
+
+  def thumbnail(e):
+    image = decode.whole(e, dataset.settings)[0]
+    step = tf.maximum(tf.reduce_min(tf.shape(image)[:2]) // (4 * side), 1)
+    return image[::step, ::step]
 
   sized = decode.sized(dataset.iterate_once(), dataset.settings, skip=True)
-  whole = sized.map(lambda e: decode.whole(e, dataset.settings)[0])
-  return whole.ignore_errors().as_numpy_iterator()
+  return sized.map(thumbnail).ignore_errors().as_numpy_iterator()

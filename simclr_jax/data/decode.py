@@ -102,6 +102,11 @@ def _with_header(e):
   return {**e, 'head': head, 'shape': tf.ensure_shape(shape, [2]), 'rest': rest}
 
 
+def longest(config: ml_collections.ConfigDict) -> int:
+  """The largest size of an image file in bytes: 16 per pixel, four channels of 32 bits, and 1 MiB for the rest."""
+  return 16 * config.max_pixels + 2**20
+
+
 # Planning: which part of which file is decoded.
 
 

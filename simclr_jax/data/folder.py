@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import os
 import posixpath
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Self
 
 import ml_collections
 import numpy as np
@@ -69,9 +69,11 @@ class Files:
 
   def find_problem(self, suspects: Iterable[int] | None = None) -> str:
     """The path of the first of the suspects that cannot be decoded, and why; see `stream.Stream`."""
-    for index in scan.scan(self).bad if suspects is None else suspects:
+    if suspects is None:
+      return next(iter(scan.scan(self).bad.values()), '')
+    for index in suspects:
       try:
-        problem = decode.problem(self._contents(index), self.settings)
+        problem = self._too_long(index) or decode.problem(self._contents(index), self.settings)
       except tf.errors.OpError as error:
         problem = f'cannot be read: {error.message.split(";")[-1].strip()}'
       if problem:
@@ -79,7 +81,41 @@ class Files:
     return ''
 
   def _contents(self, index):
+    if self._too_long(index):
+      return b''
     return tf.io.read_file(self._table[0][int(index)]).numpy()
+
+  def _too_long(self, index):
+    size, longest = int(self.sizes[index]), decode.longest(self.settings)
+    if size <= longest:
+      return ''
+    return (
+      f'has {size:,} bytes, more than an image of data.max_pixels pixels can have ({longest:,})'
+    )
+
+  @functools.cached_property
+  def _stats(self) -> tuple[np.ndarray, np.ndarray]:
+    """Size in bytes and time of the last change in seconds of each file, int64 `[N]`; 0 in buckets or without the file."""
+    stats = np.zeros((2, len(self)), np.int64)
+    for i in range(0 if '://' in self.root else len(self)):
+      with contextlib.suppress(OSError):  # reported when the image is read
+        found = os.stat(self.name(i))
+        stats[:, i] = found.st_size, int(found.st_mtime)
+    return stats[0], stats[1]
+
+  @property
+  def sizes(self) -> np.ndarray:
+    """Size of each file in bytes, int64 `[N]`; 0 in buckets."""
+    return self._stats[0]
+
+  def modified(self) -> tuple[int, int]:
+    """CRC-32 of the times of the last change of all files, and the newest time: whole seconds since 1970."""
+    times = self._stats[1]
+    return crc32(times), int(times.max(initial=0))
+
+  def newer_than(self, mtime: int) -> list[str]:
+    """The paths below the folder of the files that were changed after a time in seconds since 1970."""
+    return [self.paths[i] for i in np.flatnonzero(self._stats[1] > mtime)]
 
   def fingerprint(self) -> int:
     """CRC-32 of the paths below the folder, the labels, the sizes, and the bytes of up to `CONTENTS` files.
@@ -91,7 +127,7 @@ class Files:
     parts: list[str | np.ndarray] = ['\n'.join(self.paths), self.labels]
     with contextlib.suppress(OSError, tf.errors.OpError):  # reported when the image is read
       if not remote:
-        parts.append(np.array([os.stat(self.name(i)).st_size for i in range(len(self))]))
+        parts.append(self.sizes)
       parts += [np.frombuffer(self._contents(i), np.uint8) for i in sample]
     return crc32(*parts)
 
@@ -113,8 +149,10 @@ class Files:
   def _table(self):
     # Names need not be valid UTF-8.
     root = os.fsencode(posixpath.join(self.root, ''))
+    readable = self.sizes <= decode.longest(self.settings)
     with tf.init_scope():  # the first use may be inside a tf.data function
-      return tf.constant([root + os.fsencode(p) for p in self.paths]), tf.constant(self.labels)
+      paths = tf.constant([root + os.fsencode(p) for p in self.paths])
+      return paths, tf.constant(self.labels), tf.constant(readable)
 
   def train_iterator(
     self, seed: int, batch_size: int, first: int, local: np.ndarray
@@ -128,12 +166,13 @@ class Files:
     return stream.rows_once(len(self), part, parts).map(self._read, tf.data.AUTOTUNE)
 
   def _read(self, row):
-    paths, labels = self._table
-    return {
-      **row,
-      'bytes': tf.io.read_file(tf.gather(paths, row['index'])),
-      'label': tf.gather(labels, row['index']),
-    }
+    paths, labels, readable = self._table
+    index = row['index']
+    # Without its bytes, a file that is too long is one that cannot be decoded.
+    contents = tf.cond(
+      readable[index], lambda: tf.io.read_file(paths[index]), lambda: tf.constant(b'')
+    )
+    return {**row, 'bytes': contents, 'label': labels[index]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,8 +270,9 @@ def _list_folder(base, split) -> Listing:
       f'{root} {_reason_not_a_folder(root)}: --data, or data.dir and the split, must name a folder of images'
       + _existing(base, folder)
     )
-  paths, other_files, ignored = list_images(root)
-  remarks = _ignored(root, other_files, ignored)
+  found = list_images(root)
+  paths, other_files = found.paths, found.other_files
+  remarks = _ignored(root, other_files, found.ignored, found.irregular)
   if folder != split:
     inside = split.removeprefix('*/') + '/'
     paths = [p for p in paths if p.partition('/')[2].startswith(inside)]
@@ -257,7 +297,7 @@ def _existing(base, split):
   return f'; {base} has the folders {shown}{did_you_mean(split, names)}' if names else ''
 
 
-def _ignored(root, other_files, folders) -> tuple[str, ...]:
+def _ignored(root, other_files, folders, irregular) -> tuple[str, ...]:
   """One sentence on the files and folders that are not used."""
   parts = [f'{n:,} {suffix or "without suffix"}' for suffix, n in other_files.most_common(5)]
   if len(other_files) > 5:
@@ -268,6 +308,10 @@ def _ignored(root, other_files, folders) -> tuple[str, ...]:
     names = sorted(folders, key=natural)
     more = f' and {len(names) - 3} more' if len(names) > 3 else ''
     parts.append(f'{len(names)} system or empty folders ({", ".join(names[:3])}{more})')
+  if irregular:
+    parts.append(
+      f'{len(irregular):,} that are no regular files, such as pipes or devices ({irregular[0]})'
+    )
   return (f'ignored in {root}: {", ".join(parts)}',) if parts else ()
 
 
@@ -291,46 +335,78 @@ def _reason_not_a_folder(root):
     return f'cannot be reached ({error.message.splitlines()[0]})'
 
 
-def list_images(root: str) -> tuple[list[str], collections.Counter[str], list[str]]:
+class Found(NamedTuple):
+  """The files below a folder.
+
+  Attributes:
+    paths: of the images, relative to the folder, sorted.
+    other_files: number of other files by suffix.
+    ignored: sub-folders directly below the folder that are system folders or empty.
+    irregular: images that are no regular files, as `paths`.
+  """
+
+  paths: list[str]
+  other_files: collections.Counter[str]
+  ignored: list[str]
+  irregular: list[str]
+
+
+def list_images(root: str) -> Found:
   """Lists the images below `root`.
 
-  Symbolic links are followed; cycles of links are detected. Hidden and system files and folders are ignored.
+  Symbolic links are followed; cycles of links are detected. Hidden and system files and folders are ignored, and what
+  is no regular file after links, because reading a pipe or a device may never end.
 
-  Returns:
-    Paths relative to `root`, sorted; number of other files by suffix; sub-folders directly below `root` that are
-    system folders or empty.
+  Raises:
+    ConfigError: a folder cannot be listed.
   """
-  images: list[str] = []
-  other_files: collections.Counter[str] = collections.Counter()
-  ignored: list[str] = []
-  visited: set[str] = set()
-
-  def raise_error(error):
-    raise ConfigError(f'{error.filename} cannot be listed: {error.strerror}')
-
-  remote = '://' in root
-  walk = tf.io.gfile.walk(root) if remote else os.walk(root, onerror=raise_error, followlinks=True)
-  for folder, folders, files in walk:
-    if not remote:
-      real = os.path.realpath(folder)
-      if real in visited:
-        folders.clear()
-        continue
-      visited.add(real)
-    relative = posixpath.relpath(folder, root)
-    ignored += [f for f in folders if relative == '.' and layout.is_system(f)]
+  found = Found([], collections.Counter(), [], [])
+  for relative, folders, files, irregular in _walk(root):
+    found.ignored.extend(f for f in folders if relative == '.' and layout.is_system(f))
     folders[:] = sorted(f for f in folders if not layout.is_system(f))
     if not folders and not files and '/' not in relative:
-      ignored.append(relative)
-    for name in files:
-      suffix = posixpath.splitext(name)[1].lower()
-      if layout.is_system(name):
-        continue
-      if suffix in SUFFIXES:
-        images.append(name if relative == '.' else posixpath.join(relative, name))
-      else:
-        other_files[suffix] += 1
-  return sorted(images, key=os.fsencode), other_files, ignored
+      found.ignored.append(relative)
+    for names, images in ((files, found.paths), (irregular, found.irregular)):
+      for name in names:
+        suffix = posixpath.splitext(name)[1].lower()
+        if layout.is_system(name):
+          continue
+        if suffix in SUFFIXES:
+          images.append(name if relative == '.' else posixpath.join(relative, name))
+        elif names is files:
+          found.other_files[suffix] += 1
+  found.paths.sort(key=os.fsencode)
+  return found
+
+
+def _walk(root) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
+  """Of each folder: its path below `root`, names of sub-folders, of regular files, and of what is neither.
+
+  The caller may remove sub-folders from the list.
+  """
+  if '://' in root:
+    for folder, folders, files in tf.io.gfile.walk(root):
+      yield posixpath.relpath(folder, root), folders, files, []
+    return
+  waiting, visited = ['.'], set()
+  while waiting:
+    relative = waiting.pop()
+    place = os.path.normpath(os.path.join(root, relative))
+    real = os.path.realpath(place)
+    if real in visited:
+      continue
+    visited.add(real)
+    names: tuple[list[str], list[str], list[str]] = ([], [], [])
+    try:
+      with os.scandir(place) as entries:
+        for entry in entries:
+          # A broken link is reported when the image is read.
+          regular = entry.is_file() or not os.path.exists(entry.path)
+          names[0 if entry.is_dir() else 1 if regular else 2].append(entry.name)
+    except OSError as error:
+      raise ConfigError(f'{place} cannot be listed: {error.strerror}') from None
+    yield relative, *names
+    waiting += [name if relative == '.' else f'{relative}/{name}' for name in reversed(names[0])]
 
 
 def tree(folder: str) -> layout.Node:
@@ -339,9 +415,9 @@ def tree(folder: str) -> layout.Node:
   Raises:
     ConfigError: a folder cannot be listed.
   """
-  paths, _, ignored = list_images(folder)
-  root = layout.Node(folders={n: layout.Node() for n in ignored if not layout.is_system(n)})
-  for path in paths:
+  found = list_images(folder)
+  root = layout.Node(folders={n: layout.Node() for n in found.ignored if not layout.is_system(n)})
+  for path in found.paths:
     node = root
     for name in path.split('/')[:-1]:
       node = node.folders.setdefault(name, layout.Node())

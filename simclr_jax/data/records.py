@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import os
+import pathlib
 import posixpath
 from collections.abc import Callable, Iterable
 from typing import Any, Self, cast
@@ -15,9 +17,11 @@ from simclr_jax.data.shards import Shard, Shards
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime.checksum import crc32
+from simclr_jax.runtime.files import open_to_read
 
 OPEN_SHARDS = 16  # files that are interleaved
 BLOCK_LENGTH = 8  # consecutive records of a file before the next file
+LONGEST = 2**31  # bytes of a record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,9 @@ class Records(_EncodedRecords):
       problem = _damage(shard)
       if problem:
         return problem
-    suspects = set(scan.scan(self).bad if suspects is None else suspects)
+    if suspects is None:
+      return next(iter(scan.scan(self).bad.values()), '')
+    suspects = set(suspects)
     for e in self.iterate_once().as_numpy_iterator() if suspects else ():
       if e['index'] in suspects:
         problem = decode.problem(e['bytes'], self.settings)
@@ -186,6 +192,7 @@ class Records(_EncodedRecords):
     """Elements (index, serialized record) of the spans (path, skip, take, first), interleaved."""
 
     def of_file(path, skip, take, first):
+      path = tf.ensure_shape(tf.numpy_function(_checked, [path], tf.string), [])
       records = tf.data.TFRecordDataset(path, buffer_size=2**20).skip(skip).take(take)
       # A file that was cut off between two records ends early without an error.
       records = records.apply(tf.data.experimental.assert_cardinality(take))
@@ -204,8 +211,50 @@ class Records(_EncodedRecords):
     )
 
 
+@functools.lru_cache(maxsize=100_000)
+def _checked(path: bytes) -> bytes:
+  """The same path; raises if TensorFlow must not read the file. Each file is checked once in a process."""
+  problem = _bad_length(os.fsdecode(path))
+  if problem:
+    raise ValueError(problem)
+  return path
+
+
+def _bad_length(path: str, total: int = 0) -> str:
+  """What is wrong with the lengths of the records of a TFRecord file, a phrase that follows its name; '' if nothing is.
+
+  TensorFlow takes memory for a record before it reads it, and a length that is too large ends the process. Only the
+  12 bytes before each record are read. A file in a bucket, or one that does not exist, is left to TensorFlow.
+
+  Args:
+    path: the file.
+    total: number of its records, for the message.
+  """
+  if '://' in path:
+    return ''
+  try:
+    with open_to_read(pathlib.Path(path)) as file:
+      size, end, count = os.fstat(file.fileno()).st_size, 0, 0
+      while len(header := file.read(12)) == 12:
+        length = int.from_bytes(header[:8], 'little')
+        end += 12 + length + 4
+        if end > size or length > LONGEST:
+          of = f' of its {total:,}' if total else ''
+          return f'is damaged after {count:,}{of} records: truncated record of {length:,} bytes'
+        file.seek(end)
+        count += 1
+  except FileNotFoundError:
+    return ''
+  except ConfigError as error:
+    return str(error).removeprefix(f'{path} ')
+  return ''
+
+
 def _damage(shard: Shard) -> str:
   """The path of a TFRecord file that is damaged or incomplete, and why; empty if it is neither."""
+  problem = _bad_length(shard.path, shard.total)
+  if problem:
+    return f'{shard.path} {problem}'
   count = 0
   try:
     for _ in tf.data.TFRecordDataset(shard.path):
@@ -245,7 +294,9 @@ class IndexedRecords(_EncodedRecords):
 
   def find_problem(self, suspects: Iterable[int] | None = None) -> str:
     """The name of the first of the suspects that cannot be decoded, and why; see `stream.Stream`."""
-    for index in scan.scan(self).bad if suspects is None else suspects:
+    if suspects is None:
+      return next(iter(scan.scan(self).bad.values()), '')
+    for index in suspects:
       try:
         image, _ = self.parse(self._fetch(np.array([index]))[0])
       except Exception as error:  # whatever the reader raises

@@ -9,16 +9,24 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from simclr_jax.data import decode, headers, stream
+from simclr_jax.data import examine, headers
 from simclr_jax.data.dataset import Arrays
-from simclr_jax.data.stream import Stream, tf
+from simclr_jax.data.stream import Stream
 from simclr_jax.errors import ConfigError
-from simclr_jax.runtime import preemption
 
 StreamT = TypeVar('StreamT', bound=Stream)
 FAINT = (
   32  # an image whose values, from 0 to 255, differ by less uses less than an eighth of its range
 )
+
+
+# Shape without images, and dtype, of the columns of a scan.
+COLUMNS: dict[str, tuple[tuple[int, ...], type]] = {
+  'index': ((0,), np.int32), 'shape': ((0, 2), np.int32), 'kind': ((0,), np.int32), 'rotated': ((0,), bool),
+  'slow': ((0,), bool), 'deep': ((0,), bool), 'digest': ((0,), np.int64), 'label': ((0,), np.int32),
+  'one_colour': ((0,), bool), 'used': ((0,), np.int32), 'transparent': ((0,), bool), 'hides': ((0,), bool),
+  'clipped': ((0,), np.int32),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +47,7 @@ class Scan:
     transparent: bool `[m]`, whether a pixel is not opaque.
     hides: bool `[m]`, whether transparency makes an image of one colour out of one that is not.
     clipped: int32 `[m]`, number of values outside `data.range`.
-    bad: indices of the images that cannot be decoded, ascending.
+    bad: index -> name and reason of each image that cannot be decoded, ascending.
   """
 
   index: np.ndarray
@@ -55,7 +63,7 @@ class Scan:
   transparent: np.ndarray
   hides: np.ndarray
   clipped: np.ndarray
-  bad: list[int]
+  bad: dict[int, str]
 
   def duplicates(self) -> int:
     """Number of images whose bytes are equal to those of an earlier image."""
@@ -85,43 +93,11 @@ class Scan:
 
 
 def scan(source: Stream) -> Scan:
-  """Decodes all images of a stream, on all cores, with a progress bar."""
-
-  def examine(e):
-    image, flags = decode.whole(e, source.settings)
-    return {
-      'index': tf.cast(e['index'], tf.int32),
-      'shape': tf.shape(image)[:2],
-      'kind': e['kind'],
-      'rotated': e['orientation'] > 1,
-      'slow': e['branch'] == decode.SPECIAL,
-      'deep': e['deep'],
-      'label': e['label'],
-      'digest': tf.strings.to_hash_bucket_strong(e['bytes'], 2**62, [1, 2]),
-      'one_colour': tf.reduce_all(image == image[:1, :1]),
-      'used': tf.cast(tf.reduce_max(image), tf.int32) - tf.cast(tf.reduce_min(image), tf.int32),
-      'transparent': flags[0] > 0,
-      'hides': flags[1] > 0,
-      'clipped': flags[2],
-    }
-
-  images = (
-    decode.sized(source.iterate_once(), source.settings, skip=True)
-    .map(examine, stream.threads(source.settings))
-    .ignore_errors()
-  )
-  # So that there is one block, even if no image can be decoded.
-  blocks = [
-    {k: np.zeros([0, *x.shape], x.dtype.as_numpy_dtype) for k, x in images.element_spec.items()}
-  ]
+  """Decodes all images of a stream, on all cores, in a process of its own (`examine`), with a progress bar."""
   with tqdm(total=len(source), unit='image', desc='checking') as bar:
-    for block in stream.with_threads(images.batch(256), source.settings).as_numpy_iterator():
-      blocks.append(block)
-      preemption.heartbeat()
-      bar.update(len(block['index']))
-  columns = {k: np.concatenate([b[k] for b in blocks]) for k in blocks[0]}
-  bad = np.setdiff1d(np.arange(len(source)), columns['index'])
-  return Scan(**columns, bad=bad.tolist())
+    blocks, bad = examine.run(source, lambda done: bar.update(done - bar.n))
+  columns = {k: np.concatenate([np.zeros(s, t), *(b[k] for b in blocks if k in b)]) for k, (s, t) in COLUMNS.items()}  # fmt: skip
+  return Scan(**columns, bad=bad)
 
 
 def scan_arrays(arrays: Arrays) -> Scan:
@@ -137,7 +113,7 @@ def scan_arrays(arrays: Arrays) -> Scan:
   return Scan(
     index=np.arange(n, dtype=np.int32), shape=shape, kind=np.full(n, headers.UNKNOWN),
     rotated=no, slow=no, deep=np.full(n, any(arrays.range)), digest=digest, label=arrays.labels,
-    one_colour=one_colour, used=used, transparent=no, hides=no, clipped=np.zeros(n, np.int32), bad=[],
+    one_colour=one_colour, used=used, transparent=no, hides=no, clipped=np.zeros(n, np.int32), bad={},
   )  # fmt: skip
 
 
@@ -158,12 +134,12 @@ def without_bad(source: StreamT) -> StreamT:
   if len(bad) > source.settings.skip_bad:
     raise ConfigError(
       f'{len(bad):,} of {len(source):,} images cannot be decoded, more than '
-      f'data.skip_bad={source.settings.skip_bad}; the first: {source.find_problem(bad)}'
+      f'data.skip_bad={source.settings.skip_bad}; the first: {next(iter(bad.values()))}'
     )
   if bad and len(bad) == len(source):
-    raise ConfigError(f'no image can be decoded; the first: {source.find_problem(bad)}')
-  for index in bad:
-    logging.warning('skipped: %s', source.find_problem([index]))
+    raise ConfigError(f'no image can be decoded; the first: {next(iter(bad.values()))}')
+  for problem in bad.values():
+    logging.warning('skipped: %s', problem)
   if bad:
     logging.warning('%d of %d images are skipped', len(bad), len(source))
-  return source.subset(np.setdiff1d(np.arange(len(source)), bad)) if bad else source
+  return source.subset(np.setdiff1d(np.arange(len(source)), list(bad))) if bad else source

@@ -1,5 +1,6 @@
 """TensorFlow Datasets, prepared as TFRecord or ArrayRecord, by name or as a folder."""
 
+import dataclasses
 import difflib
 import posixpath
 import shlex
@@ -69,7 +70,7 @@ def _records(config, builder, split) -> Records | IndexedRecords:
   label = dict(builder.info.features).get('label')
   class_names = label.names if isinstance(label, tfds.features.ClassLabel) else []
   common: dict[str, Any] = {
-    'parse': _parser(bool(class_names)),
+    'parse': _Parser(len(class_names)),
     'labelled': bool(class_names),
     'class_names': class_names,
     'settings': config,
@@ -211,14 +212,26 @@ def did_you_mean(name: str) -> str:
   return f', did you mean {" or ".join(close)}?' if close else ''
 
 
-def _parser(labelled):
-  """Serialized record -> (encoded image, label), as TFDS writes an `Image` and a `ClassLabel`."""
-  spec = {'image': tf.io.FixedLenFeature([], tf.string)}
-  if labelled:
-    spec['label'] = tf.io.FixedLenFeature([], tf.int64)
+@dataclasses.dataclass(frozen=True)
+class _Parser:
+  """Serialized record -> (encoded image, label), as TFDS writes an `Image` and a `ClassLabel`.
 
-  def parse(serialized):
-    e = tf.io.parse_single_example(serialized, spec)
-    return e['image'], tf.cast(e.get('label', -1), tf.int32)
+  Attributes:
+    classes: number of classes; 0: records without labels.
+  """
 
-  return parse
+  classes: int
+
+  def __call__(self, serialized: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    spec = {'image': tf.io.FixedLenFeature([], tf.string)}
+    if not self.classes:
+      return tf.io.parse_single_example(serialized, spec)['image'], tf.constant(-1, tf.int32)
+    e = tf.io.parse_single_example(
+      serialized, {**spec, 'label': tf.io.FixedLenFeature([], tf.int64)}
+    )
+    known = tf.debugging.Assert(
+      e['label'] < self.classes,
+      [f'a label is none of the {self.classes:,} classes:', e['label']],
+    )
+    with tf.control_dependencies([known]):
+      return e['image'], tf.cast(e['label'], tf.int32)
