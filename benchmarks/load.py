@@ -1,0 +1,98 @@
+"""Time and memory of large inputs: a folder of many files, and one of many classes.
+
+    python benchmarks/load.py files|classes [--count=N] [--folder=FOLDER]
+
+Each makes its input in a temporary folder, measures in a process of its own, and prints seconds and the peak of memory
+without those of the imports. The images are a few photographs of several sizes under many names, as hard links.
+"""
+
+import argparse
+import io
+import os
+import pathlib
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+  parser.add_argument('input', choices=LOADS)
+  parser.add_argument('--count', type=int, help='files, or classes')
+  parser.add_argument(
+    '--folder', type=pathlib.Path, help='for the inputs (default: a temporary one)'
+  )
+  parser.add_argument('--measure', action='store_true', help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  count, make, measure = LOADS[args.input]
+  if args.measure:
+    _report(measure, args.folder)
+    return
+  with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+    make(pathlib.Path(folder), args.count or count)
+    command = [sys.executable, __file__, args.input, '--measure', f'--folder={folder}']
+    subprocess.run(command, check=True)
+
+
+def _report(measure, folder):
+  """Prints what a measurement took, beyond the imports."""
+  from simclr_jax import api, data  # noqa: F401
+  from simclr_jax.data import folder as _  # noqa: F401
+
+  before, start = _peak(), time.perf_counter()
+  text = measure(folder)
+  seconds = time.perf_counter() - start
+  print(f'{text}: {seconds:.1f} s, {_peak():,.0f} MB ({_peak() - before:,.0f} MB beyond imports)')
+
+
+def _peak():
+  """The most memory that this process has had, in MB."""
+  unit = 1 if sys.platform == 'darwin' else 1024  # of ru_maxrss, in bytes
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def make_folder(folder, files, classes):
+  """Writes `files` images into `classes` sub-folders."""
+  import PIL.Image
+
+  originals = []
+  for i in range(8):
+    pixels = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8)
+    file = io.BytesIO()
+    PIL.Image.fromarray(pixels).resize((64 + 8 * i, 64)).save(file, 'JPEG')
+    originals.append(file.getvalue())
+  for c in range(classes):
+    place = folder / f'class{c:05d}'
+    place.mkdir()
+    paths = [place / f'{j:07d}.jpg' for j in range(c, files, classes)]
+    for j, path in enumerate(paths):
+      if j < len(originals):
+        path.write_bytes(originals[(c + j) % len(originals)])
+      else:
+        os.link(paths[j % len(originals)], path)
+
+
+def start(folder):
+  """Loads a folder as a command does before its first batch."""
+  from simclr_jax import data
+  from simclr_jax.commands import common
+
+  config = common.recipe_with_data('simclr_images', str(folder), {}).data
+  train, test = data.load_splits(config)
+  lines = data.summary(config, train, test)
+  train.fingerprint()
+  return f'{len(train) + len(test):,} images, {train.classes:,} classes, {len(lines)} lines'
+
+
+# Input -> default count, function that makes it in a folder, and what is measured.
+LOADS = {
+  'files': (200_000, lambda folder, n: make_folder(folder, n, 2), start),
+  'classes': (1_000, lambda folder, n: make_folder(folder, 20 * n, n), start),
+}
+
+if __name__ == '__main__':
+  main()
