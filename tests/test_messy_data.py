@@ -22,7 +22,7 @@ from simclr_jax.encoder import preprocess
 from simclr_jax.errors import ConfigError
 
 tf = pytest.importorskip('tensorflow')
-from simclr_jax.data import decode, scan  # noqa: E402  (needs TensorFlow)
+from simclr_jax.data import decode, examine, scan  # noqa: E402  (needs TensorFlow)
 
 SIZE = 24  # of views; the canvas has 64
 PIPELINES = ('simclr_crop(0.08, 1)', 'torch_crop(0.2, 1)')
@@ -746,3 +746,86 @@ def test_a_run_on_a_folder_with_one_corrupt_file(tmp_path, capfd):
   assert 'from step 2 of 6' in capfd.readouterr().out
   assert records(resumed) == records(run)
   assert checksums(resumed, 6) == checksums(run, 6) and len(checksums(run, 6)) > 60
+
+
+# Files that do harm.
+
+
+def gif_with_a_larger_frame(side):
+  """A GIF with a screen of 10 x 10 pixels and a frame of `side` x `side`."""
+  frame = struct.pack('<BHHHHB', 0x2C, 0, 0, side, side, 0)
+  head = b'GIF89a' + struct.pack('<HHBBB', 10, 10, 0x80, 0, 0) + b'\0\0\0\xff\xff\xff'
+  return head + frame + b'\x02\x02\x44\x01\x00\x3b'
+
+
+def test_what_is_decoded_is_what_was_measured(tmp_path):
+  """Breaks if an image of another size than its header says is padded, cropped, or fills the memory."""
+  scan_start = FORMATS['progressive.jpg'].rindex(b'\xff\xda')
+  scans = FORMATS['progressive.jpg'][:scan_start] + FORMATS['progressive.jpg'][scan_start:-2] * 200
+  files = {
+    'frame.gif': (gif_with_a_larger_frame(16000), '16,000 x 16,000 pixels, more than data.max_pixels'),
+    'scans.jpg': (scans, 'scans, more than 100'),
+  }  # fmt: skip
+  fill(tmp_path, {name: contents for name, (contents, _) in files.items()})
+  fill(tmp_path, {'good.png': encoded(RGB, 'PNG')})
+  source = data.load(settings(tmp_path), 'train')
+  bad = scan.scan(source).bad
+  assert [source.paths[i] for i in bad] == list(files)
+  for i, problem in bad.items():
+    assert files[source.paths[i]][1] in problem
+  with pytest.raises(ConfigError, match='frame.gif has|scans.jpg has'):
+    read_epoch(source)
+
+
+def test_only_regular_files_are_read(tmp_path):
+  """Breaks if a pipe or a device with the name of an image blocks the program or fills the memory."""
+  fill(tmp_path, {f'{i}.png': encoded(picture(20 + i, 20, i), 'PNG') for i in range(3)})
+  os.mkfifo(tmp_path / 'pipe.jpg')
+  (tmp_path / 'zero.jpg').symlink_to('/dev/zero')
+  source = data.load(settings(tmp_path), 'train')
+  assert source.paths == ['0.png', '1.png', '2.png']
+  assert '2 that are no regular files, such as pipes or devices (pipe.jpg)' in source.remarks[0]
+
+
+def test_files_that_are_too_long_are_not_read(tmp_path):
+  """Breaks if a file of many gigabytes is read into memory."""
+  fill(tmp_path, {f'{i}.png': encoded(picture(20 + i, 20, i), 'PNG') for i in range(3)})
+  with (tmp_path / 'long.jpg').open('wb') as file:
+    file.truncate(2**40)  # without blocks on the disk
+  source = data.load(settings(tmp_path), 'train')
+  assert list(scan.scan(source).bad.values()) == [
+    f'{tmp_path}/long.jpg has 1,099,511,627,776 bytes, more than an image of data.max_pixels pixels can have (1,601,048,576)'
+  ]
+  with pytest.raises(ConfigError, match='long.jpg has 1,099,511,627,776 bytes'):
+    read_epoch(source)
+
+
+CRASH = """
+import os, signal
+from simclr_jax.data import decode
+rgb = decode._rgb
+def crash(contents):
+  def look(text):
+    if b'crash' in text:
+      os.kill(os.getpid(), signal.SIGSEGV)
+    return text
+  return rgb(decode.tf.ensure_shape(decode.tf.numpy_function(look, [contents], decode.tf.string), []))
+decode._rgb = crash
+"""
+
+
+@pytest.mark.slow
+def test_a_decoder_that_crashes_costs_one_image(tmp_path, monkeypatch):
+  """Breaks if an image that crashes the decoder ends the program, is not named, or takes others with it."""
+  pictures = {f'{i:03d}.png': encoded(picture(20 + i % 5, 20, i), 'PNG') for i in range(40)}
+  at = pictures['030.png'].index(b'IEND') - 4
+  pictures['030.png'] = (
+    pictures['030.png'][:at] + chunk(b'crSh', b'crash') + pictures['030.png'][at:]
+  )
+  fill(tmp_path, pictures)
+  monkeypatch.setattr(examine, 'START', CRASH + examine.START)
+  examine._idle.clear()
+  result = scan.scan(data.load(settings(tmp_path), 'train'))
+  examine._idle.clear()
+  assert result.bad == {30: f'{tmp_path}/030.png crashes the decoder (SIGSEGV)'}
+  assert result.index.tolist() == [i for i in range(40) if i != 30]

@@ -26,6 +26,8 @@ StreamT = TypeVar('StreamT', bound=Stream)
 BLOCK = 64  # images planned at a time
 OTHER, SPECIAL, BAD = 4, 5, 6  # branches of `_decode`; 0-3: JPEG at 1/1, 1/2, 1/4, 1/8
 SAMPLE = 4096  # images whose values are measured
+SCAN = b'\xff\xda'  # starts a scan of a JPEG; it does not occur in compressed data
+MAX_SCANS = 100  # of a JPEG; usual are 1 to 12, and every one costs as much time as a whole image
 REMOTE_SAMPLE = 256  # the same in a bucket
 
 
@@ -94,9 +96,13 @@ def _with_header(e):
     tf.strings.substr(e['bytes'], 0, headers.HEAD), tf.uint8, fixed_length=headers.HEAD
   )
   is_jpeg = tf.reduce_all(head[:3] == [0xFF, 0xD8, 0xFF])
-  shape = tf.cond(
-    is_jpeg, lambda: tf.io.extract_jpeg_shape(e['bytes'])[:2], lambda: tf.zeros(2, tf.int32)
-  )
+
+  def jpeg_shape():
+    shape = tf.io.extract_jpeg_shape(e['bytes'])[:2]
+    scans = tf.size(tf.strings.split(e['bytes'], SCAN)) - 1
+    return tf.where(scans > MAX_SCANS, 0, shape)  # `problem` finds the reason
+
+  shape = tf.cond(is_jpeg, jpeg_shape, lambda: tf.zeros(2, tf.int32))
   # All bytes of what is no JPEG: `special` may need them.
   rest = tf.cond(is_jpeg, lambda: tf.constant(b''), lambda: e['bytes'])
   return {**e, 'head': head, 'shape': tf.ensure_shape(shape, [2]), 'rest': rest}
@@ -119,7 +125,9 @@ def _headers(head, jpeg_shape, rest, config):
   too_large = shape.prod(1) > config.max_pixels
   for i in np.flatnonzero(~plain & ~too_large & (kind != headers.UNKNOWN)):
     try:
-      height, width, deep[i] = special.header(rest[i] or head[i].tobytes(), int(kind[i]))
+      height, width, deep[i] = special.header(
+        rest[i] or head[i].tobytes(), int(kind[i]), longest(config)
+      )
       shown[i], orientation[i] = (height, width), 1
     except special.Unreadable:
       shown[i] = 0
@@ -247,11 +255,13 @@ def _special(contents, kind, config):
 
 
 def _cut(image, window):
-  """A part of an image, padded with black: an image may be smaller than its header says."""
+  """A part of an image. Fails if the image is smaller than its header says: `problem` then finds that out."""
   top, left, height, width = tf.unstack(window)
-  image = image[top : top + height, left : left + width]
-  missing = [height, width] - tf.shape(image)[:2]
-  return tf.pad(image, [[0, missing[0]], [0, missing[1]], [0, 0]])
+  fits = tf.reduce_all([top + height, left + width] <= tf.shape(image)[:2])
+  with tf.control_dependencies(
+    [tf.debugging.Assert(fits, ['the image is smaller than its header says'])]
+  ):
+    return tf.identity(image[top : top + height, left : left + width])
 
 
 def _turn(image, orientation):
@@ -322,7 +332,10 @@ def _resize(image, box, size, kernel):
 
 
 def sized(
-  encoded: tf.data.Dataset, config: ml_collections.ConfigDict, skip: bool = False
+  encoded: tf.data.Dataset,
+  config: ml_collections.ConfigDict,
+  skip: bool = False,
+  block: int = BLOCK,
 ) -> tf.data.Dataset:
   """Adds to encoded images what their headers say.
 
@@ -330,6 +343,7 @@ def sized(
     encoded: elements with `bytes`.
     config: the `data` part of the recipe.
     skip: whether images that cannot be read are skipped; otherwise reading them fails.
+    block: images whose headers are read together.
 
   Returns:
     Elements with `kind`, `shape` as displayed, `orientation`, `deep` (`special.Header`), and `branch`.
@@ -352,7 +366,7 @@ def sized(
   headed = encoded.map(_with_header, stream.threads(config))
   if skip:
     headed = headed.ignore_errors()
-  return headed.batch(BLOCK).map(add_headers).unbatch()
+  return headed.batch(block).map(add_headers).unbatch()
 
 
 def whole(
@@ -377,7 +391,10 @@ def whole(
       lambda: (_bad(config), none),
     ],
   )
-  return _cut(_turn(decoded, e['orientation']), tf.concat([[0, 0], e['shape']], 0)), flags
+  image = _turn(decoded, e['orientation'])
+  same = tf.reduce_all(tf.shape(image)[:2] == e['shape'])
+  with tf.control_dependencies([tf.debugging.Assert(same, ['the size is not that of the header'])]):
+    return tf.identity(image), flags
 
 
 def read_all(source: Stream, height: int, width: int) -> Arrays | None:
@@ -476,7 +493,8 @@ def header(contents: bytes, config: ml_collections.ConfigDict) -> tuple[int, np.
   shape = np.zeros((1, 2), np.int32)
   if contents[:3] == b'\xff\xd8\xff':
     with contextlib.suppress(tf.errors.InvalidArgumentError):
-      shape[0] = tf.io.extract_jpeg_shape(contents).numpy()[:2]
+      if contents.count(SCAN) <= MAX_SCANS:
+        shape[0] = tf.io.extract_jpeg_shape(contents).numpy()[:2]
   kind, shown, *_ = _headers(head, shape, [contents], config)
   return int(kind[0]), shown[0]
 
@@ -487,6 +505,8 @@ def problem(contents: bytes, config: ml_collections.ConfigDict) -> str:
     return 'is empty'
   kind, shape = header(contents, config)
   reason = headers.problems(np.array([kind]), shape[None], config.max_pixels)[0]
+  if kind == headers.JPEG and contents.count(SCAN) > MAX_SCANS:
+    return f'has {contents.count(SCAN):,} scans, more than {MAX_SCANS}, which would take very long'
   if kind == headers.UNKNOWN:
     return reason + (', but a page of HTML or XML' if contents.lstrip()[:1] == b'<' else '')
   head = np.frombuffer(contents[: headers.HEAD].ljust(headers.HEAD, b'\0'), np.uint8)[None]
@@ -495,10 +515,18 @@ def problem(contents: bytes, config: ml_collections.ConfigDict) -> str:
     if reason and shape.all():  # too large
       return reason
     if not plain or config.channels not in (1, 3):
-      special.header(contents, kind)
-      special.read(contents, kind, values.settings(config))
+      special.header(contents, kind, longest(config))
+      found = special.read(contents, kind, values.settings(config)).pixels.shape[:2]
     elif not reason:
-      _rgb(contents)
+      found = _rgb(contents).shape[:2]
+      shape = shape if found == tuple(shape) else shape[::-1]  # shown, not stored
+    else:
+      return reason
+    if tuple(found) != tuple(shape):
+      return (
+        f'is a broken {headers.KINDS[kind]}: it has {found[1]:,} x {found[0]:,} pixels, and its header says '
+        f'{shape[1]:,} x {shape[0]:,}'
+      )
   except special.Unreadable as error:
     return str(error)
   except tf.errors.OpError as error:

@@ -25,9 +25,12 @@ from simclr_jax.data.stream import Stream, tf
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import preemption
 
+BLOCK = 16  # images in a message
 SECONDS = 120  # for a block of images, or for a single image
 IDLE = 60  # seconds that the process waits for another stream
 MEMORY = 0.75  # largest part of the machine's memory that it takes
+
+START = 'import sys; from simclr_jax.data import examine; examine.serve(int(sys.argv[1]))'
 
 Columns = dict[str, np.ndarray]
 _idle: list['_Process'] = []  # the process of an earlier stream
@@ -55,10 +58,10 @@ def run(source: Stream, progress: Callable[[int], None]) -> tuple[list[Columns],
   bad: dict[int, str] = {}
   done = singly = 0  # finished images; how many of the next are examined one at a time
   while done < len(source):
-    end = done + singly or len(source)
+    end = min(done + singly, len(source)) if singly else len(source)
     current = None
     try:
-      for kind, *values in _messages(source, done, min(end, len(source)), singly > 0):
+      for kind, *values in _messages(source, done, end, singly > 0):
         preemption.heartbeat()
         if kind == 'start':
           (current,) = values
@@ -70,7 +73,7 @@ def run(source: Stream, progress: Callable[[int], None]) -> tuple[list[Columns],
       singly = 0
     except _Died as death:
       if current is None:
-        singly = 2 * decode.BLOCK + stream.threads(source.settings)  # as many may be in work
+        singly = 2 * BLOCK + stream.threads(source.settings)  # as many may be in work
       else:
         bad[current] = f'{source.name(current)} {death}'
         done, singly = current + 1, end - current - 1
@@ -111,11 +114,10 @@ class _Process:
   def __init__(self):
     """Raises ConfigError if it does not start."""
     self.connection, theirs = multiprocessing.connection.Pipe()
-    code = f'from simclr_jax.data import examine; examine.serve({theirs.fileno()})'
     paths = [str(pathlib.Path(__file__).parents[2]), os.environ.get('PYTHONPATH', '')]
     self._output = tempfile.TemporaryFile()  # noqa: SIM115  (closed by `end`)
     self._process = subprocess.Popen(
-      [sys.executable, '-c', code], pass_fds=[theirs.fileno()], start_new_session=True,
+      [sys.executable, '-c', START, str(theirs.fileno())], pass_fds=[theirs.fileno()], start_new_session=True,
       env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(filter(None, paths))},
       stdin=subprocess.PIPE, stdout=self._output, stderr=self._output,
     )  # fmt: skip
@@ -236,8 +238,8 @@ def blocks(source: Stream) -> Iterator[Columns]:
     }
 
   images = (
-    decode.sized(source.iterate_once(), source.settings, skip=True)
+    decode.sized(source.iterate_once(), source.settings, skip=True, block=BLOCK)
     .map(examine, stream.threads(source.settings))
     .ignore_errors()
   )
-  yield from stream.with_threads(images.batch(decode.BLOCK), source.settings).as_numpy_iterator()
+  yield from stream.with_threads(images.batch(BLOCK), source.settings).as_numpy_iterator()

@@ -151,7 +151,7 @@ class Files:
     root = os.fsencode(posixpath.join(self.root, ''))
     readable = self.sizes <= decode.longest(self.settings)
     with tf.init_scope():  # the first use may be inside a tf.data function
-      paths = tf.constant([root + os.fsencode(p) for p in self.paths])
+      paths = tf.constant([root + os.fsencode(p) for p in self.paths], tf.string)
       return paths, tf.constant(self.labels), tf.constant(readable)
 
   def train_iterator(

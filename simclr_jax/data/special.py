@@ -68,11 +68,11 @@ class Image(NamedTuple):
   clipped: int
 
 
-def header(contents: bytes, kind: int) -> Header:
-  """Reads the header of an image of a kind of `headers.KINDS`.
+def header(contents: bytes, kind: int, longest: int) -> Header:
+  """Reads the header of an image of a kind of `headers.KINDS`; `longest`: most bytes of its decoded values.
 
   Raises:
-    Unreadable: the header is broken, or a package that can read the format is missing.
+    Unreadable: the header is broken, the values take more bytes, or a package that can read the format is missing.
   """
   with _phrases(kind):
     if kind == headers.PNG and contents[24:25] == b'\x10':
@@ -80,6 +80,9 @@ def header(contents: bytes, kind: int) -> Header:
       return Header(height, width, True)
     page = _tiff_page(contents) if kind == headers.TIFF else None
     if page is not None:
+      size = page.size * page.dtype.itemsize
+      if size > longest:
+        raise Unreadable(f'takes {size:,} bytes of memory, more than {longest:,}')
       shape = page.imagelength, page.imagewidth
       turned = _tiff_orientation(page) >= 5
       return Header(*(shape[::-1] if turned else shape), page.dtype.itemsize > 1)
