@@ -437,6 +437,37 @@ def test_symbolic_links(tmp_path):
   assert scan.scan(source).duplicates() == 1
 
 
+def test_a_folder_is_listed_again_when_it_changes(tmp_path):
+  """Breaks if a large folder is listed many times, or a file that came or went is missed."""
+  fill(tmp_path, {'a/0.png': b'x', 'b/1.png': b'x'})
+  for age, name in enumerate(('a', 'b', '.')):
+    os.utime(tmp_path / name, (age, age))
+  first = folder.list_images(str(tmp_path))
+  assert folder.list_images(str(tmp_path)) is first
+  fill(tmp_path, {'b/2.png': b'x'})
+  assert folder.list_images(str(tmp_path)).paths == ['a/0.png', 'b/1.png', 'b/2.png']
+  (tmp_path / 'a' / '0.png').unlink()  # within the same second
+  assert folder.list_images(str(tmp_path)).paths == ['b/1.png', 'b/2.png']
+
+
+def test_sizes_and_times_of_files(tmp_path):
+  """Breaks if those of a subset are those of other files, or a file that changed is not named."""
+  fill(tmp_path, {f'{i}.png': bytes(i) for i in range(6)})
+  for i in range(6):
+    os.utime(tmp_path / f'{i}.png', (100 + i, 100 + i))
+  source = folder.Files(
+    str(tmp_path), folder.list_images(str(tmp_path)).paths, np.zeros(6, np.int32), [], settings('')
+  )
+  part = source.subset(np.array([1, 4])).with_labels(np.zeros(2, np.int32))
+  fresh = folder.Files(str(tmp_path), ['1.png', '4.png'], part.labels, [], settings(''))
+  for files in (part, fresh):
+    assert files.sizes.tolist() == [1, 4] and files.modified()[1] == 104
+    assert files.newer_than(103) == ['4.png'] and files.modified() == part.modified()
+  os.utime(tmp_path / '1.png', (50, 50))  # as a copy that keeps the time
+  again = folder.Files(str(tmp_path), ['1.png', '4.png'], part.labels, [], settings(''))
+  assert again.modified() != part.modified()
+
+
 def test_missing_and_empty_folders(tmp_path):
   """Breaks if an empty, missing or wrong folder causes a traceback, or the message lacks what it contains."""
   text = sentence(lambda: data.load(settings(tmp_path / 'none'), 'train'))

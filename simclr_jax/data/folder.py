@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 import posixpath
+import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Self
 
@@ -19,9 +20,14 @@ from simclr_jax.errors import ConfigError
 from simclr_jax.runtime.checksum import crc32
 from simclr_jax.validation import did_you_mean
 
-SUFFIXES = headers.SUFFIXES
+SUFFIXES = frozenset(headers.SUFFIXES)
 SAMPLE = 32  # files whose headers decide whether all images may have one size
 CONTENTS = 256  # files whose bytes are part of the fingerprint
+SETTLED = 2  # seconds after which a further change of a folder changes its time
+
+_listings: dict[
+  str, tuple[dict[str, int], 'Found']
+] = {}  # root -> times of its folders, and what is in them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,14 +100,12 @@ class Files:
     )
 
   @functools.cached_property
-  def _stats(self) -> tuple[np.ndarray, np.ndarray]:
-    """Size in bytes and time of the last change in seconds of each file, int64 `[N]`; 0 in buckets or without the file."""
-    stats = np.zeros((2, len(self)), np.int64)
-    for i in range(0 if '://' in self.root else len(self)):
-      with contextlib.suppress(OSError):  # reported when the image is read
-        found = os.stat(self.name(i))
-        stats[:, i] = found.st_size, int(found.st_mtime)
-    return stats[0], stats[1]
+  def _stats(self) -> np.ndarray:
+    """Size in bytes and time of the last change in seconds of each file, int64 `[2, N]`; 0 in buckets or without it."""
+    if '://' in self.root:
+      return np.zeros((2, len(self)), np.int64)
+    root = posixpath.join(self.root, '')
+    return np.array([_size_and_time(root + path) for path in self.paths], np.int64).reshape(-1, 2).T
 
   @property
   def sizes(self) -> np.ndarray:
@@ -133,13 +137,17 @@ class Files:
 
   def subset(self, indices: np.ndarray) -> Self:
     """The data set of the images with these indices."""
-    return dataclasses.replace(
+    part = dataclasses.replace(
       self, paths=[self.paths[i] for i in indices], labels=self.labels[indices]
     )
+    part.__dict__['_stats'] = self._stats[:, indices]  # so that it is not read again
+    return part
 
   def with_labels(self, labels: np.ndarray) -> Self:
     """The same images with other labels, int32 `[N]`."""
-    return dataclasses.replace(self, labels=labels)
+    same = dataclasses.replace(self, labels=labels)
+    same.__dict__['_stats'] = self._stats
+    return same
 
   def sample(self, count: int) -> Self:
     """`count` images, or all if there are fewer; always the same images."""
@@ -173,6 +181,15 @@ class Files:
       readable[index], lambda: tf.io.read_file(paths[index]), lambda: tf.constant(b'')
     )
     return {**row, 'bytes': contents, 'label': labels[index]}
+
+
+def _size_and_time(path) -> tuple[int, int]:
+  """Size in bytes and time of the last change in seconds; 0 without the file, which is reported when it is read."""
+  try:
+    found = os.stat(path)
+  except OSError:
+    return 0, 0
+  return found.st_size, int(found.st_mtime)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +298,7 @@ def _list_folder(base, split) -> Listing:
       f'{n:,} {suffix or "without suffix"}' for suffix, n in other_files.most_common(3)
     )
     raise ConfigError(
-      f'{root} has no images ({", ".join(SUFFIXES)}), also not in sub-folders'
+      f'{root} has no images ({", ".join(headers.SUFFIXES)}), also not in sub-folders'
       + (f', only other files: {counts}' if counts else '')
     )
   return Listing(root, paths, [p.split('/')[0] if '/' in p else None for p in paths], remarks)
@@ -352,7 +369,7 @@ class Found(NamedTuple):
 
 
 def list_images(root: str) -> Found:
-  """Lists the images below `root`.
+  """Lists the images below `root`, again only if a folder has changed.
 
   Symbolic links are followed; cycles of links are detected. Hidden and system files and folders are ignored, and what
   is no regular file after links, because reading a pipe or a device may never end.
@@ -360,29 +377,44 @@ def list_images(root: str) -> Found:
   Raises:
     ConfigError: a folder cannot be listed.
   """
-  found = Found([], collections.Counter(), [], [])
-  for relative, folders, files, irregular in _walk(root):
+  times, found = _listings.get(root, ({}, None))
+  if found is not None and all(_time_ns(place) == t for place, t in times.items()):
+    return found
+  times, found = {}, Found([], collections.Counter(), [], [])
+  settled = time.time_ns() - SETTLED * 10**9
+  for relative, folders, files, irregular in _walk(root, times):
     found.ignored.extend(f for f in folders if relative == '.' and layout.is_system(f))
     folders[:] = sorted(f for f in folders if not layout.is_system(f))
     if not folders and not files and '/' not in relative:
       found.ignored.append(relative)
+    folder = '' if relative == '.' else f'{relative}/'
     for names, images in ((files, found.paths), (irregular, found.irregular)):
       for name in names:
         suffix = posixpath.splitext(name)[1].lower()
         if layout.is_system(name):
           continue
         if suffix in SUFFIXES:
-          images.append(name if relative == '.' else posixpath.join(relative, name))
+          images.append(folder + name)
         elif names is files:
           found.other_files[suffix] += 1
   found.paths.sort(key=os.fsencode)
+  if max(times.values(), default=settled) < settled:
+    _listings[root] = times, found
   return found
 
 
-def _walk(root) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
+def _time_ns(place):
+  """When the names in a folder have changed; 0 without the folder."""
+  try:
+    return os.stat(place).st_mtime_ns
+  except OSError:
+    return 0
+
+
+def _walk(root, times) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
   """Of each folder: its path below `root`, names of sub-folders, of regular files, and of what is neither.
 
-  The caller may remove sub-folders from the list.
+  The caller may remove sub-folders from the list. The times of the folders are added to `times`, not of buckets.
   """
   if '://' in root:
     for folder, folders, files in tf.io.gfile.walk(root):
@@ -396,6 +428,7 @@ def _walk(root) -> Iterator[tuple[str, list[str], list[str], list[str]]]:
     if real in visited:
       continue
     visited.add(real)
+    times[place] = _time_ns(place)
     names: tuple[list[str], list[str], list[str]] = ([], [], [])
     try:
       with os.scandir(place) as entries:
@@ -417,11 +450,11 @@ def tree(folder: str) -> layout.Node:
   """
   found = list_images(folder)
   root = layout.Node(folders={n: layout.Node() for n in found.ignored if not layout.is_system(n)})
-  for path in found.paths:
+  for place, count in collections.Counter(posixpath.dirname(p) for p in found.paths).items():
     node = root
-    for name in path.split('/')[:-1]:
+    for name in place.split('/') if place else ():
       node = node.folders.setdefault(name, layout.Node())
-    node.images += 1
+    node.images = count
   return root
 
 
