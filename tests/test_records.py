@@ -452,6 +452,42 @@ def test_a_damaged_tfrecord_file_is_named(tmp_path, how, expected, size):
   assert text.startswith(f'{bad} {expected}'), text
 
 
+def masked_crc(data):
+  """The checksum that TFRecord files use: CRC-32C, rotated and shifted."""
+  crc = 0xFFFFFFFF
+  for byte in data:
+    crc ^= byte
+    for _ in range(8):
+      crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+  crc ^= 0xFFFFFFFF
+  return struct.pack('<I', ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+@pytest.mark.parametrize('length', [2**40, 2**63, 2**31 + 1])
+def test_a_length_beyond_the_file(tmp_path, length):
+  """Breaks if TensorFlow sees a record that says that it is huge, which ends the process."""
+  directory = write(tmp_path / 'mine', IMAGES[:8], (5, 3), labels=LABELS[:8])
+  bad = directory / 'mine-train.tfrecord-00001-of-00002'
+  header = struct.pack('<Q', length)
+  good = bad.read_bytes()
+  (first,) = struct.unpack('<Q', good[:8])
+  assert good[8:12] == masked_crc(good[:8])
+  bad.write_bytes(good[: 12 + first + 4] + header + masked_crc(header) + bytes(50))
+  text = sentence(lambda: read(data.load(settings(directory), 'train')))
+  expected = f'is damaged after 1 of its 3 records: truncated record of {length:,} bytes'
+  assert text.startswith(f'{bad} {expected}'), text
+
+
+def test_a_label_that_is_no_class(tmp_path):
+  """Breaks if a label beyond the classes becomes another class, memory, or a traceback."""
+  labels = [0, 1, 2, 3, 0, 1, 10**9, 2]
+  directory = write(tmp_path / 'mine', IMAGES[:8], (5, 3), labels=labels)
+  text = sentence(lambda: data.load(settings(directory), 'train').labels)
+  assert (
+    'record 1 of' in text and 'has the label 1,000,000,000, which is none of the 4 classes' in text
+  )
+
+
 ARRAY_RECORD = [
   ('flipped', 'cannot be read'),
   ('middle', 'has 0 of its 3 records'),

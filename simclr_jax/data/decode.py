@@ -430,6 +430,7 @@ def read_all(source: Stream, height: int, width: int) -> Arrays | None:
     done += len(block)
   if done != count:
     raise ConfigError(f'{done:,} images were read instead of {count:,}')
+  labels = stream.checked_labels(labels, source)
   return Arrays(images, labels, class_names=source.class_names, range=tuple(config.range))
 
 

@@ -56,7 +56,7 @@ class _EncodedRecords:
     if not self.labelled:
       return np.full(len(source), -1, np.int32)
     labels = source.iterate_once().map(lambda e: e['label']).batch(4096)
-    return np.concatenate(list(stream.read(labels, source)))
+    return stream.checked_labels(np.concatenate(list(stream.read(labels, source))), source)
 
   def names(self) -> None:
     """None: records have no names."""

@@ -136,6 +136,16 @@ def rows_once(examples: int, part: int, parts: int) -> tf.data.Dataset:
   return tf.data.Dataset.range(*ends).map(row)
 
 
+def checked_labels(labels: np.ndarray, source: Stream) -> np.ndarray:
+  """The same labels. Raises ConfigError if one is beyond the classes of the stream."""
+  wrong = np.flatnonzero((labels >= source.classes) & (source.classes > 0))
+  if len(wrong):
+    raise ConfigError(
+      f'{source.name(int(wrong[0]))} has the label {labels[wrong[0]]:,}, which is none of the {source.classes:,} classes'
+    )
+  return labels
+
+
 def read(
   dataset: tf.data.Dataset,
   source: Stream,

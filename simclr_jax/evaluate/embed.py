@@ -200,7 +200,7 @@ class _Rows(NamedTuple):
 
   @property
   def labelled(self) -> bool:
-    return len(self.class_names) > 0 and bool((self.labels >= 0).all())
+    return bool(((self.labels >= 0) & (self.labels < len(self.class_names))).all())
 
   def blocks(self) -> Iterator[tuple[np.ndarray, list[str], np.ndarray]]:
     """Features, names and labels, part by part."""
