@@ -4,13 +4,14 @@ An undisturbed run is the reference. Then, in rounds, the same command is starte
 times with SIGKILL, with all its processes, and at last runs to its end. An attempt is a forked process, because importing
 the program takes longer than such a tiny training.
 
-Kills are of three kinds. At a file operation: every place is equally likely, so that a file that is written once is hit as
-often as one that is written a hundred times; a record of metrics may be cut in the middle. Up to 0.3 s after such an
-operation, while C++ code writes. At any time.
+Kills are of three kinds. At a file operation, such that a file that is written once is hit as often as one that is written a
+hundred times; a record of metrics may be cut in the middle. Up to 0.3 s after such an operation, while C++ code writes.
+At any time.
 """
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import pathlib
@@ -42,9 +43,9 @@ def fields(**values: Any) -> list[str]:
 
 
 def pretrain(data: pathlib.Path) -> list[str]:
-  """8 steps, checkpoints after 3, 6 and 8, of which two are kept, the online kNN after 4 and 8."""
+  """8 steps, checkpoints after every second one, of which two are kept, the online kNN after 4 and 8."""
   values = {
-    **NETWORK, **TINY, 'batch_size': 16, 'steps': 8, 'checkpoint_every_steps': 3, 'keep_checkpoints': 2,
+    **NETWORK, **TINY, 'batch_size': 16, 'steps': 8, 'checkpoint_every_steps': 2, 'keep_checkpoints': 2,
     'knn_every_epochs': 1, 'learning_rate': 0.1, 'data.source': 'arrays', 'data.dir': data,
   }  # fmt: skip
   return ['pretrain', '--config=simclr_digits', '--workdir=run', *fields(**values)]
@@ -64,8 +65,8 @@ def simclrv2(data: pathlib.Path) -> list[str]:
 
 
 def transfer(data: pathlib.Path) -> list[str]:
-  """Sweeps of logistic regression and two trainings."""
-  options = [f'--to={data / "train.npz"}', '--finetune', '--baselines']
+  """A sweep of logistic regression and a training."""
+  options = [f'--to={data / "train.npz"}', '--finetune']
   return ['transfer', '--workdir=run', *options, *fields(**TINY)]
 
 
@@ -77,7 +78,13 @@ def embed(_data: pathlib.Path) -> list[str]:
 COMMANDS = {f.__name__: f for f in (pretrain, finetune, simclrv2, transfer, embed)}
 WITHOUT_RUN = ('pretrain', 'simclrv2')  # the others need one
 # What a user might have in these folders.
-USERS = ('notes.txt', 'run/notes.txt', 'run/mine/data.npy', 'run/.simclr-jax-notes', 'features.npz.new')
+USERS = (
+  'notes.txt',
+  'run/notes.txt',
+  'run/mine/data.npy',
+  'run/.simclr-jax-notes',
+  'features.npz.new',
+)
 
 
 # Kills.
@@ -146,6 +153,11 @@ def kind(path: str) -> str:
   return re.sub(r'\d+', 'N', re.sub(r'[0-9a-f]{8,}', 'R', path))
 
 
+def part_of_run(name: str) -> str:
+  """What an operation writes, in three parts, each of which gets as many kills."""
+  return next((part for part in ('checkpoints', 'metrics.jsonl') if part in name), 'other files')
+
+
 def observe_records(kill: Kill | None) -> None:
   """Makes the writing of a record to metrics.jsonl an operation; it is cut in the middle if `kill` says so."""
   from simclr_jax.runtime import logs
@@ -206,9 +218,8 @@ class Driver:
     self.attempts += 1
     log, operations = (self._folder / f'{self.attempts}.{s}' for s in ('log', 'operations'))
     start = time.monotonic()
-    child = os.fork()
+    child = fork(self._work, log)
     if not child:
-      enter(self._work, log)
       observe_records(kill)
       Observer(kill, operations)
       sys.argv = ['simclr-jax', *(arguments or self._arguments)]
@@ -249,10 +260,11 @@ class Driver:
     draw, counts = self._random, self.undisturbed.operations
     if draw.random() < 0.25:
       return None, draw.uniform(0, self.undisturbed.seconds)
-    places = collections.defaultdict(list)
-    for name in sorted(counts):
-      places[name.split(' ', 1)[1].partition('/checkpoints/')[0]].append(name)
-    name = draw.choice(places[draw.choice(sorted(places))])
+    names = sorted(counts)
+    for grouped_by in (part_of_run, os.path.basename):
+      group = draw.choice(sorted({grouped_by(name) for name in names}))
+      names = [name for name in names if grouped_by(name) == group]
+    name = draw.choice(names)
     number = draw.choice((1, draw.randint(1, counts[name])))
     delay = draw.choice((0.0, 0.0, draw.uniform(0, 0.3)))
     return Kill(name, number, delay, draw.random() < 0.5), LONGEST
@@ -260,22 +272,25 @@ class Driver:
   def _remains(self) -> dict[str, Any]:
     """`remains` in a forked process, because threads of JAX in this one would prevent further forks."""
     out, log = self._folder / 'remains.json', self._folder / 'remains.log'
-    child = os.fork()
+    child = fork(self._folder, log)
     if not child:
-      enter(self._folder, log)
       out.write_text(json.dumps(remains(self._work, self._template)))
       sys.exit(0)
     assert wait(child, LONGEST) == 0, log.read_text()
     return json.loads(out.read_text())
 
 
-def enter(folder: pathlib.Path, log: pathlib.Path) -> None:
-  """Makes this forked process the first of its own group, in `folder`, with its output in `log`."""
-  os.setpgid(0, 0)
-  with log.open('w') as file:
-    os.dup2(file.fileno(), 1)
-    os.dup2(file.fileno(), 2)
-  os.chdir(folder)
+def fork(folder: pathlib.Path, log: pathlib.Path) -> int:
+  """Forks this process; returns the child, 0 in the child, which is in `folder` and in its own group, and prints to `log`."""
+  child = os.fork()
+  with contextlib.suppress(PermissionError, ProcessLookupError):  # the child was faster
+    os.setpgid(child, child)
+  if not child:
+    with log.open('w') as file:
+      os.dup2(file.fileno(), 1)
+      os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+  return child
 
 
 def wait(child: int, limit: float) -> int | None:
