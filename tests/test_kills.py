@@ -14,9 +14,10 @@ import pytest
 from common import records
 
 from simclr_jax import runs
+from simclr_jax.errors import ConfigError
+from simclr_jax.evaluate import embed
 from simclr_jax.runtime import checkpoint
 
-pytestmark = pytest.mark.faults
 KILLS = int(os.environ.get('SIMCLR_JAX_KILLS', '60'))  # in `make test-faults`
 # Of 60; the others take several times as long.
 SHARES = {'simclrv2': 8, 'finetune': 9, 'transfer': 7, 'pretrain': 20, 'embed': 16}
@@ -43,6 +44,7 @@ def kill_loops(tmp_path_factory):
 
 
 @pytest.mark.parametrize('command', SHARES)
+@pytest.mark.faults
 def test_killed_at_random_moments(command, kill_loops):
   """Breaks if a command that was killed and rerun does not complete, or leaves anything else than an undisturbed one:
   parameters, metrics, results, features, files.
@@ -94,6 +96,7 @@ def succeed(folder, *commands):
   assert outcomes == [(0, '')] * len(commands)
 
 
+@pytest.mark.faults
 def test_evaluations_at_the_same_time(folder):
   """Breaks if commands that use one run at the same time lose a result, or fail."""
   evaluations = [
@@ -110,6 +113,7 @@ def test_evaluations_at_the_same_time(folder):
   assert json.loads((folder / 'alone.json').read_text())['knn'] == found['knn']
 
 
+@pytest.mark.faults
 def test_evaluation_during_the_training(folder, pretrained):
   """Breaks if an evaluation fails because the run deletes the checkpoint that it reads, or disturbs the run."""
   changes = {
@@ -136,6 +140,7 @@ def test_evaluation_during_the_training(folder, pretrained):
 
 
 @pytest.mark.parametrize('out', ['features.npz', 'features.csv'])
+@pytest.mark.faults
 def test_two_embed_to_the_same_file(out, folder):
   """Breaks if two commands that write one file fail with a traceback, or leave parts or a wrong file."""
   commands = [['embed', '--workdir=run', f'--out={name}'] for name in (out, out, f'alone-{out}')]
@@ -145,6 +150,26 @@ def test_two_embed_to_the_same_file(out, folder):
   assert sorted(p.name for p in folder.iterdir()) == sorted(['run', out, f'alone-{out}'])
 
 
+def test_commands_refuse_a_file_that_another_one_writes(tmp_path):
+  """Breaks if two `embed` compute and delete the same parts, or a killed one leaves a folder that seems foreign."""
+  parts, inputs = embed._Parts(tmp_path / 'f.npy', 3), {'program': 'simclr-jax embed'}
+  folder = tmp_path / 'f.npy.parts'
+  with parts.prepared(inputs):
+    embed.check(tmp_path / 'f.npy')
+    with (
+      pytest.raises(ConfigError, match='another process is writing .*f.npy: '),
+      parts.prepared(inputs),
+    ):
+      pass
+    (folder / embed.ABOUT).unlink()
+  (folder / '.simclr-jax-01234567.json').touch()  # killed while it wrote about.json
+  embed.check(tmp_path / 'f.npy')
+  with parts.prepared(inputs):
+    parts.delete()
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.faults
 def test_two_finetune_in_the_same_folder(folder, pretrained):
   """Breaks if two commands that train the same runs disturb each other."""
   arguments = kills.finetune(pretrained / 'data')
@@ -157,6 +182,7 @@ def test_two_finetune_in_the_same_folder(folder, pretrained):
   assert len(result['columns']) == 2
 
 
+@pytest.mark.faults
 def test_two_export_to_the_same_folder(folder):
   """Breaks if two exports to one folder mix, or one of them fails with more than a sentence."""
   arguments = ['export', '--workdir=run', '--out=exported']
@@ -175,6 +201,7 @@ for i in range(100):
 """
 
 
+@pytest.mark.faults
 def test_two_hundred_results(tmp_path):
   """Breaks if one of two processes that save results all the time loses one of the other's."""
   processes = [

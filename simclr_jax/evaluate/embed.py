@@ -1,9 +1,11 @@
 """Extracts features of a data set to a file, in parts: an interruption loses one part at most, and memory holds one."""
 
+import contextlib
 import csv
 import functools
 import importlib.util
 import io
+import os
 import pathlib
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from simclr_jax.runtime.progress import Bar
 SUFFIXES = ('.npz', '.npy', '.csv', '.parquet')
 PART = 16_384  # images per part; data sets without random access have at most 8 parts
 ABOUT = 'about.json'  # in the folder of the parts: what they are parts of
+LOCK = '.lock'  # in the folder of the parts: locked by the command that uses it
 
 
 def check(out: pathlib.Path) -> None:
@@ -57,23 +60,30 @@ def embed(encoder: Encoder, dataset: Dataset, out: pathlib.Path, raw_names: bool
       Spreadsheet programs execute these; otherwise they get an apostrophe in front.
 
   Raises:
-    ConfigError: an image cannot be read, or `out` cannot be written.
+    ConfigError: an image cannot be read, `out` cannot be written, or another process is writing it.
     Stopped: a signal arrived.
   """
   check(out)
   size = max(PART, -(-len(dataset) // 8)) if getattr(dataset, 'sequential', False) else PART
   parts = _Parts(out, len(dataset), size)
-  if distributed.is_main_process():
-    parts.prepare(
-      {
-        'program': 'simclr-jax embed',
-        'encoder': encoder.digest(),
-        'size': size,
-        'images': len(dataset),
-        'of': dataset.fingerprint(),
-        'in': str(getattr(getattr(dataset, 'settings', None), 'dir', '')),
-      }
-    )
+  inputs: dict[str, str | int] = {
+    'program': 'simclr-jax embed',
+    'encoder': encoder.digest(),
+    'size': size,
+    'images': len(dataset),
+    'of': dataset.fingerprint(),
+    'in': str(getattr(getattr(dataset, 'settings', None), 'dir', '')),
+  }
+  with contextlib.ExitStack() as stack:
+    main = distributed.is_main_process()
+    distributed.run_on_all(lambda: main and stack.enter_context(parts.prepared(inputs)))
+    _compute(encoder, dataset, parts)
+    if main:
+      _write(dataset, out, parts, raw_names)
+
+
+def _compute(encoder, dataset, parts):
+  """Computes the parts that are not finished."""
   finished = distributed.gather(parts.finished())[0]  # only process 0 writes parts
   with Bar(len(dataset), 'features') as bar:
     for start, end in parts.spans:
@@ -84,8 +94,10 @@ def embed(encoder: Encoder, dataset: Dataset, out: pathlib.Path, raw_names: bool
           with files.atomic(parts.file(start)) as file:
             np.savez(file, features=h, labels=labels)
       bar.to(end)
-  if not distributed.is_main_process():
-    return
+
+
+def _write(dataset, out, parts, raw_names):
+  """Writes the file from the parts, and deletes these."""
   names = dataset.names()
   if names is None:
     names = [str(i) for i in range(len(dataset))]
@@ -128,25 +140,35 @@ class _Parts:
         f'{self._folder} exists and is not a folder of this command: move it, or choose another --out'
       )
 
-  def prepare(self, inputs: dict[str, str | int]) -> None:
-    """Creates the folder; deletes finished parts if they were computed with another encoder or other images.
+  @contextlib.contextmanager
+  def prepared(self, inputs: dict[str, str | int]) -> Iterator[None]:
+    """A context manager that creates the folder and locks it.
 
-    The folder has `about.json` as long as it is not empty, so that a killed process leaves none that seems foreign.
+    Finished parts are deleted if they were computed with another encoder or other images.
+
+    Raises:
+      ConfigError: another process uses the folder.
+      OSError: it cannot be written; one sentence.
     """
-    about = self._about()
-    if not about:
-      with files.new_folder(self._folder) as folder:
-        files.write_json(folder / ABOUT, inputs)
-    elif about != inputs:
-      self._delete_parts()
-      files.write_json(self._folder / ABOUT, inputs)
+    self._folder.mkdir(exist_ok=True)
+    with files.locked(self._folder / LOCK, wait=False) as ours:
+      if not ours:
+        raise ConfigError(
+          f'another process is writing {self._folder.with_suffix("")}: wait for its end, or choose another --out'
+        )
+      if self._about() != inputs:
+        self._delete_parts()
+        files.write_json(self._folder / ABOUT, inputs)
+      yield
 
   def _about(self) -> dict[str, str | int] | None:
-    """What the parts were computed with; {} in an empty folder, None in the folder of somebody else."""
+    """What the parts were computed with; {} in a new folder, None in the folder of somebody else."""
     try:
       about = files.read_json(self._folder / ABOUT)
     except (FileNotFoundError, ConfigError):
-      return None if not self._folder.is_dir() or any(self._folder.iterdir()) else {}
+      # A process that was killed may have left a lock, or a file with a temporary name, which the next writer removes.
+      names = os.listdir(self._folder) if self._folder.is_dir() else [ABOUT]
+      return None if [n for n in names if n != LOCK and not n.startswith(files.PREFIX)] else {}
     return about if isinstance(about, dict) and about.get('program') == 'simclr-jax embed' else None
 
   def finished(self) -> list[int]:
@@ -165,8 +187,9 @@ class _Parts:
   def delete(self) -> None:
     """Deletes the parts and the folder; what is not of this command stays."""
     self._delete_parts()
-    (self._folder / ABOUT).unlink(missing_ok=True)
-    if self._folder.exists() and not any(self._folder.iterdir()):
+    for name in (ABOUT, LOCK):  # last, because a folder of parts without `about.json` seems foreign
+      (self._folder / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not empty
       self._folder.rmdir()
 
   def _delete_parts(self):
