@@ -4,8 +4,10 @@ import functools
 import gc
 import hashlib
 import io
+import os
 import pathlib
 import struct
+import sys
 
 import jax
 import numpy as np
@@ -476,6 +478,62 @@ def test_a_length_beyond_the_file(tmp_path, length):
   text = sentence(lambda: read(data.load(settings(directory), 'train')))
   expected = f'is damaged after 1 of its 3 records: truncated record of {length:,} bytes'
   assert text.startswith(f'{bad} {expected}'), text
+
+
+# In the file, replace the first by the second: the expected sentence.
+METADATA = {
+  'huge shard': ('dataset_info.json', '"5",', f'"{2**50}",', 'has 5 of its 1,125,899,906,842,624 records'),
+  'negative shard': ('dataset_info.json', '"5",', '"-5",', 'is damaged'),
+  'shard of words': ('dataset_info.json', '"5",', '"five",', 'is damaged'),
+  'no splits': ('dataset_info.json', '"splits"', '"spits"', ''),
+  'a list': ('dataset_info.json', '{', '[{', 'is damaged'),
+  'many classes': ('features.json', '"numClasses": "4"', f'"numClasses": "{2**40}"', '1,099,511,627,776 classes'),
+  'a module': ('features.json', 'tensorflow_datasets.core.features.image_feature', 'antigravity', "'antigravity.Image'"),
+  'a broken class': ('features.json', 'image_feature', 'no_feature', 'is damaged'),
+  'a wrong kind': ('features.json', '"image": {\n                "image"', '"image": {\n                "text"', 'is damaged'),
+  'no image': ('features.json', '            "image": {', '            "imago": {', 'has no images'),
+  'other bytes': ('features.json', '{', '{\udcff', 'is damaged'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
+@pytest.mark.parametrize('how', METADATA)
+def test_metadata_that_do_harm(tmp_path, how, kind):
+  """Breaks if metadata end in a traceback, take all memory, or import a module that they name."""
+  directory = write(tmp_path / 'mine', IMAGES[:8], (5, 3), kind, labels=LABELS[:8])
+  name, old, new, expected = METADATA[how]
+  path = directory / name
+  text = path.read_text()
+  assert old in text
+  path.write_bytes(text.replace(old, new, 1).encode('utf-8', 'surrogateescape'))
+  text = sentence(lambda: data.load(settings(directory), 'train'))
+  assert expected in text or 'of its' in expected and 'array_record' in text, text
+  assert 'antigravity' not in sys.modules
+
+
+def test_metadata_that_are_no_regular_files(tmp_path):
+  """Breaks if a pipe or a device blocks the program or fills the memory."""
+  for name in ('dataset_info.json', 'features.json', 'label.labels.txt'):
+    directory = write(tmp_path / name / 'mine', IMAGES[:8], (5, 3), labels=LABELS[:8])
+    (directory / name).unlink(missing_ok=True)
+    os.mkfifo(directory / name)
+    text = sentence(lambda w=directory: data.load(settings(w), 'train'))
+    assert text == f'{directory}/{name} is no regular file'
+
+
+@pytest.mark.parametrize('kind', ['tfrecord', 'array_record'])
+def test_records_with_other_features(tmp_path, kind, monkeypatch):
+  """Breaks if a record of another type ends in a traceback, or others are skipped with it."""
+  int64_list = tf.train.Int64List
+  twice = {99: [99, 99]}
+  monkeypatch.setattr(tf.train, 'Int64List', lambda value: int64_list(value=twice.get(value[0], value)))  # fmt: skip
+  labels = [0, 1, 99, 3, 0, 1, 2, 3]
+  directory = write(tmp_path / 'mine', IMAGES[:8], (5, 3), kind, labels=labels)
+  name = f'record 2 of {"the split in" if kind == "array_record" else directory}'
+  text = sentence(lambda: read(data.load(settings(directory), 'train')))
+  assert text.startswith(name) and 'has other features than features.json says' in text, text
+  kept = data.load(settings(directory, skip_bad=1), 'train')
+  assert kept.labels.tolist() == [0, 1, 3, 0, 1, 2, 3]
 
 
 def test_a_label_that_is_no_class(tmp_path):

@@ -80,6 +80,14 @@ class _EncodedRecords:
       label = self._label_table[e['index']]
     return {**e, 'bytes': image, 'label': label}
 
+  def _problem(self, record):
+    """Why the image of a serialized record cannot be decoded; empty if it can be."""
+    try:
+      image, _ = self.parse(record)
+    except tf.errors.OpError as error:
+      return f'has other features than features.json says: {reason(error)}'
+    return decode.problem(image.numpy(), self.settings)
+
   def _checksum(self, files: list[Shard], numbers: np.ndarray) -> int:
     names = [f'{posixpath.basename(s.path)} {s.skip} {s.take}' for s in files]
     overrides = np.zeros(0) if self.overrides is None else self.overrides
@@ -119,11 +127,16 @@ class Records(_EncodedRecords):
     if suspects is None:
       return next(iter(scan.scan(self).bad.values()), '')
     suspects = set(suspects)
-    for e in self.iterate_once().as_numpy_iterator() if suspects else ():
-      if e['index'] in suspects:
-        problem = decode.problem(e['bytes'], self.settings)
+    spans = self.shards.spans(np.arange(len(self.shards.files)), 0, 1)
+    records = self._read(spans[:-1], 1).as_numpy_iterator() if suspects else ()
+    for index, record in records:
+      if index in suspects:
+        problem = self._problem(record)
         if problem:
-          return f'{self.name(e["index"])} {problem}'
+          return f'{self.name(index)} {problem}'
+        suspects.remove(index)
+        if not suspects:
+          break
     return ''
 
   def fingerprint(self) -> int:
@@ -250,8 +263,33 @@ def _bad_length(path: str, total: int = 0) -> str:
   return ''
 
 
+def check(shard: Shard) -> None:
+  """Raises ConfigError if TensorFlow must not read a TFRecord file."""
+  problem = _bad_length(shard.path, shard.total)
+  if problem:
+    raise ConfigError(f'{shard.path} {problem}')
+
+
+def check_total(shard: Shard) -> None:
+  """Raises ConfigError if a local TFRecord file cannot have so many records, since each has 16 bytes or more."""
+  if '://' not in shard.path and not 0 <= 16 * shard.total <= os.path.getsize(shard.path):
+    raise ConfigError(_damage(shard))
+
+
 def _damage(shard: Shard) -> str:
   """The path of a TFRecord file that is damaged or incomplete, and why; empty if it is neither."""
+  if '://' in shard.path or not os.path.exists(shard.path):
+    return _damage_of(shard)
+  found = os.stat(shard.path)
+  return _damage_of_state(shard, found.st_size, found.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=100_000)
+def _damage_of_state(shard, size, mtime):  # so that a file is read again only if it has changed
+  return _damage_of(shard)
+
+
+def _damage_of(shard):
   problem = _bad_length(shard.path, shard.total)
   if problem:
     return f'{shard.path} {problem}'
@@ -260,11 +298,18 @@ def _damage(shard: Shard) -> str:
     for _ in tf.data.TFRecordDataset(shard.path):
       count += 1
   except tf.errors.OpError as error:
-    reason = error.message.split('}} ')[-1].split(' [Op:')[0].split(';')[0]
-    return f'{shard.path} is damaged after {count:,} of its {shard.total:,} records: {reason}'
+    return (
+      f'{shard.path} is damaged after {count:,} of its {shard.total:,} records: {reason(error)}'
+    )
   return (
     '' if count == shard.total else f'{shard.path} has {count:,} of its {shard.total:,} records'
   )
+
+
+def reason(error: Exception) -> str:
+  """One line of an error of TensorFlow or of a reader of records."""
+  text = getattr(error, 'message', str(error)).split('}} ')[-1].split(' [Op:')[0].split(';')[0]
+  return (text.strip().splitlines() or [type(error).__name__])[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,12 +343,10 @@ class IndexedRecords(_EncodedRecords):
       return next(iter(scan.scan(self).bad.values()), '')
     for index in suspects:
       try:
-        image, _ = self.parse(self._fetch(np.array([index]))[0])
+        record = self._fetch(np.array([index]))[0]
       except Exception as error:  # whatever the reader raises
-        raise ConfigError(
-          f'{self.name(index)} cannot be read: {str(error).splitlines()[0]}'
-        ) from None
-      problem = decode.problem(image.numpy(), self.settings)
+        raise ConfigError(f'{self.name(index)} cannot be read: {reason(error)}') from None
+      problem = self._problem(record)
       if problem:
         return f'{self.name(index)} {problem}'
     return ''

@@ -4,17 +4,19 @@ import dataclasses
 import difflib
 import posixpath
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 import ml_collections
 import numpy as np
 
-from simclr_jax.data import decode, scan, stream
-from simclr_jax.data.dataset import Arrays, fits_on_device
+from simclr_jax.data import decode, records, scan, stream
+from simclr_jax.data.dataset import MAX_CLASSES, Arrays, fits_on_device
 from simclr_jax.data.records import IndexedRecords, Records
 from simclr_jax.data.shards import Shard, Shards
 from simclr_jax.data.stream import tf
 from simclr_jax.errors import ConfigError
+from simclr_jax.runtime import files, paths
 
 try:
   import tensorflow_datasets as tfds
@@ -23,6 +25,7 @@ except ImportError as error:
     f'data.source=tfds needs TensorFlow Datasets ({error}): pip install tensorflow-datasets'
   ) from None
 FileFormat = tfds.core.FileFormat
+METADATA = 64 * 2**20  # most bytes of a file with metadata
 
 
 def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | IndexedRecords:
@@ -37,20 +40,17 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
     ConfigError: the data set, the split or a file is missing or damaged.
   """
   builder = _builder(config)
-  name, splits = config.name or str(builder.data_dir), builder.info.splits
-  try:
-    files = splits[split].file_instructions
-  except (KeyError, ValueError, AssertionError):
-    raise ConfigError(f'{name} has no split {split!r}, only {", ".join(splits)}') from None
+  name = config.name or str(builder.data_dir)
+  shards = _shards(builder, split, name)
   features = dict(builder.info.features)
   if not isinstance(features.get('image'), tfds.features.Image):
     raise ConfigError(f'{name} has no images, only {", ".join(features)}')
   file_format = builder.info.file_format
   if file_format not in (FileFormat.TFRECORD, FileFormat.ARRAY_RECORD):
     raise ConfigError(
-      f'{name} is stored as {file_format.value}, and only tfrecord and array_record can be read'
+      f'{name} is stored as {file_format and file_format.value}, and only tfrecord and array_record can be read'
     )
-  missing = next((f.filename for f in files if not tf.io.gfile.exists(f.filename)), None)
+  missing = next((s.path for s in shards if not tf.io.gfile.exists(s.path)), None)
   if missing:
     raise ConfigError(f'{missing} is missing: prepare {name} again')
   images = _records(config, builder, split)
@@ -60,46 +60,65 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
     images = decode.with_range(images, lambda: _records(config, builder, config.train_split))
   if config.skip_bad:
     images = scan.without_bad(images)
-  h, w, _ = features['image'].shape
-  if h and w and fits_on_device(config, len(images) * h * w * config.channels):
+  h, w = (features['image'].shape or ())[:2] or (None, None)
+  if h and w and h > 0 and w > 0 and fits_on_device(config, len(images) * h * w * config.channels):
     return decode.read_all(images, h, w) or images
   return images
 
 
+def _shards(builder, split, name) -> list[Shard]:
+  """The files of a split."""
+  try:
+    instructions = builder.info.splits[split].file_instructions
+    return [
+      Shard(str(f.filename), f.skip, f.take if f.take >= 0 else f.examples_in_shard - f.skip,
+            f.examples_in_shard)
+      for f in instructions
+    ]  # fmt: skip
+  except (KeyError, ValueError, AssertionError) as error:
+    if split in builder.info.splits:
+      raise ConfigError(
+        f'dataset_info.json of {name} is damaged: {records.reason(error)}'
+      ) from None
+    names = ', '.join(builder.info.splits)
+    raise ConfigError(f'{name} has no split {split!r}, only {names}') from None
+
+
 def _records(config, builder, split) -> Records | IndexedRecords:
+  name = config.name or str(builder.data_dir)
   label = dict(builder.info.features).get('label')
-  class_names = label.names if isinstance(label, tfds.features.ClassLabel) else []
+  classes = isinstance(label, tfds.features.ClassLabel) and label.num_classes or 0
+  if not 0 <= classes <= MAX_CLASSES:
+    raise ConfigError(f'{name} has {classes:,} classes, more than {MAX_CLASSES:,}')
+  shards = _shards(builder, split, name)
   common: dict[str, Any] = {
-    'parse': _Parser(bool(class_names)),
-    'labelled': bool(class_names),
-    'class_names': class_names,
+    'parse': _Parser(classes > 0),
+    'labelled': classes > 0,
+    'class_names': label.names if label and classes else [],
     'settings': config,
   }
-  files = [
-    Shard(str(f.filename), f.skip, f.take if f.take >= 0 else f.examples_in_shard - f.skip,
-          f.examples_in_shard)
-    for f in builder.info.splits[split].file_instructions
-  ]  # fmt: skip
   if builder.info.file_format == FileFormat.TFRECORD:
-    return Records(shards=Shards(files), **common)
-  _check_lengths(files)
+    for shard in shards:
+      records.check_total(shard)
+    return Records(shards=Shards(shards), **common)
+  _check_lengths(shards)
   source = builder.as_data_source(split).data_source
   numbers = np.arange(len(source), dtype=np.int64)
   return IndexedRecords(
-    source=source, numbers=numbers, files=files, folder=str(builder.data_dir), **common
+    source=source, numbers=numbers, files=shards, folder=str(builder.data_dir), **common
   )
 
 
-def _check_lengths(files):
+def _check_lengths(shards):
   """Raises ConfigError for a truncated ArrayRecord file: reading it gives empty records and no error."""
   # On some platforms TFDS has no array_record.
   from array_record.python import array_record_module
 
-  for file in files:
+  for file in shards:
     try:
       count = array_record_module.ArrayRecordReader(file.path).num_records()
     except Exception as error:  # whatever the reader raises
-      raise ConfigError(f'{file.path} cannot be read: {str(error).splitlines()[0]}') from None
+      raise ConfigError(f'{file.path} cannot be read: {records.reason(error)}') from None
     if count != file.total:
       raise ConfigError(f'{file.path} has {count:,} of its {file.total:,} records')
 
@@ -110,14 +129,16 @@ def _builder(config):
     return _from_directory(folder)
   try:
     builder = tfds.builder(config.name, data_dir=folder)
-  except (tfds.core.DatasetNotFoundError, FileNotFoundError, ValueError, AssertionError):
-    if exists(config.name):
+  except Exception as error:  # also of the metadata, if the data set is prepared
+    if not exists(config.name):
+      raise ConfigError(
+        f'data.name={config.name!r} is not a TFDS data set{did_you_mean(config.name)}'
+      ) from None
+    if isinstance(error, tfds.core.DatasetNotFoundError | FileNotFoundError | ValueError | AssertionError):  # fmt: skip
       raise ConfigError(
         f'data.name={config.name!r}: TFDS has no such version or config of it'
       ) from None
-    raise ConfigError(
-      f'data.name={config.name!r} is not a TFDS data set{did_you_mean(config.name)}'
-    ) from None
+    raise ConfigError(f'{config.name} cannot be opened: {records.reason(error)}') from None
   if not builder.is_prepared():
     prepare = f'tfds build {config.name}' + (f' --data_dir={shlex.quote(folder)}' if folder else '')
     raise ConfigError(f'{config.name} is not prepared in {builder.data_dir}; prepare it: {prepare}')
@@ -133,13 +154,39 @@ def _from_directory(folder):
     raise ConfigError(
       f'{folder} is not the folder of a prepared data set: it has no dataset_info.json'
     )
+  _check_metadata(paths.path(folder))
   try:
     return tfds.builder_from_directory(folder)
   except Exception as error:  # of JSON, protocol buffers and more
-    reason = str(error).splitlines()[0]
     raise ConfigError(
-      f'dataset_info.json or features.json in {folder} is damaged: {reason}'
+      f'dataset_info.json or features.json in {folder} is damaged: {records.reason(error)}'
     ) from None
+
+
+def _check_metadata(folder):
+  """Raises ConfigError if a file with metadata cannot be read, or names a class that TFDS would import.
+
+  The classes of features are named in features.json, and TFDS imports whatever module is named.
+  """
+  for path in sorted(folder.iterdir()):
+    if path.name.endswith('.labels.txt'):
+      files.read_text(path, METADATA)
+    elif path.name in ('dataset_info.json', 'features.json'):
+      for name in _class_names_in(files.read_json(path, METADATA)):
+        if not name.startswith('tensorflow_datasets.'):
+          raise ConfigError(f'{path} has features of {name!r}, and only those of TFDS are read')
+
+
+def _class_names_in(value) -> Iterator[str]:
+  """The names of Python classes in a value of features.json."""
+  if isinstance(value, list):
+    for item in value:
+      yield from _class_names_in(item)
+  elif isinstance(value, dict):
+    for key, item in value.items():
+      if key in ('pythonClassName', 'python_class_name', 'type') and isinstance(item, str):
+        yield item
+      yield from _class_names_in(item)
 
 
 def multilabels(config: ml_collections.ConfigDict, split: str) -> np.ndarray | None:
@@ -179,6 +226,8 @@ def _classes_of(config, split, name) -> np.ndarray | None:
   classes = labels.feature
   if not isinstance(classes, tfds.features.ClassLabel):
     return None
+  for shard in _shards(builder, split, config.name or str(builder.data_dir)):
+    records.check(shard)
   examples = builder.as_dataset(
     split=split,
     decoders=tfds.decode.PartialDecoding({name: True}),
@@ -193,9 +242,7 @@ def split_names(name: str, folder: str) -> list[str]:
   """The splits of a prepared data set, by its name or folder; train and test if they are not known."""
   try:
     data_dir = stream.expand(folder) or None
-    builder = (
-      tfds.builder(name, data_dir=data_dir) if name else tfds.builder_from_directory(data_dir)
-    )
+    builder = tfds.builder(name, data_dir=data_dir) if name else _from_directory(data_dir)
     return list(builder.info.splits) or ['train', 'test']
   except Exception:  # `load` reports whatever is wrong
     return ['train', 'test']
