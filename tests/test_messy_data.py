@@ -1,5 +1,6 @@
 """Folders of real-world images: all formats, EXIF-rotated, tiny, huge, oddly named, corrupt; against Pillow."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -17,7 +18,7 @@ from conftest import TINY
 from PIL import Image, ImageOps
 
 from simclr_jax import cli, config, data, sharding
-from simclr_jax.data import augment, crop, folder, loader
+from simclr_jax.data import augment, crop, folder, headers, loader
 from simclr_jax.encoder import preprocess
 from simclr_jax.errors import ConfigError
 
@@ -794,6 +795,8 @@ def test_what_is_decoded_is_what_was_measured(tmp_path):
   scan_start = FORMATS['progressive.jpg'].rindex(b'\xff\xda')
   scans = FORMATS['progressive.jpg'][:scan_start] + FORMATS['progressive.jpg'][scan_start:-2] * 200
   files = {
+    'canvas.webp': (webp_on_a_larger_canvas(), 'is a broken WebP'),
+    'first.png': (png_with_two_headers(), 'is a broken PNG'),
     'frame.gif': (gif_with_a_larger_frame(16000), '16,000 x 16,000 pixels, more than data.max_pixels'),
     'scans.jpg': (scans, 'scans, more than 100'),
   }  # fmt: skip
@@ -804,8 +807,46 @@ def test_what_is_decoded_is_what_was_measured(tmp_path):
   assert [source.paths[i] for i in bad] == list(files)
   for i, problem in bad.items():
     assert files[source.paths[i]][1] in problem
-  with pytest.raises(ConfigError, match='frame.gif has|scans.jpg has'):
-    read_epoch(source)
+  for name in files:
+    one = dataclasses.replace(source, paths=[name] * 8, labels=np.full(8, -1, np.int32))
+    assert files[name][1] in sentence(lambda one=one: read_epoch(one))
+
+
+def webp_on_a_larger_canvas():
+  """A WebP whose header says 3,000 x 3,000 and whose frame has 67 x 45 pixels."""
+  frame = encoded(RGB, 'WEBP', quality=80)[12:]
+  canvas = b'VP8X' + struct.pack('<IBBBB', 10, 0, 0, 0, 0) + (2999).to_bytes(3, 'little') * 2
+  return b'RIFF' + struct.pack('<I', 4 + len(canvas) + len(frame)) + b'WEBP' + canvas + frame
+
+
+def png_with_two_headers():
+  """A PNG that starts with a small size, which is not the one of the image."""
+  contents = encoded(RGB, 'PNG')
+  return contents[:8] + chunk(b'iHDR', struct.pack('>IIBBBBB', 1, 1, 8, 2, 0, 0, 0)) + contents[8:]
+
+
+def test_markers_outside_a_jpeg_are_no_scans(tmp_path):
+  """Breaks if a photograph with a preview or a film in its file is refused."""
+  jpeg = FORMATS['baseline.jpg']
+  film = jpeg + b'\xff\xda\0\x0c' * 500
+  preview = jpeg[:2] + b'\xff\xe2' + struct.pack('>H', 802) + b'\xff\xda' * 400 + jpeg[2:]
+  fill(tmp_path, {'film.jpg': film, 'preview.jpg': preview})
+  c = settings(tmp_path, on_device='no')
+  source = data.load(c, 'train')
+  assert not source.find_problem([0, 1])
+  views, _ = preprocess(source, 'resize', 45)
+  np.testing.assert_array_equal(views[0], views[1])
+  progressive = FORMATS['progressive.jpg']
+  assert [headers.scans(x) for x in (jpeg, film, preview, progressive)] == [1, 1, 1, 10]
+
+
+def test_a_bmp_of_the_first_kind(tmp_path):
+  """Breaks if the size of a BMP with a header of 12 bytes is read at the wrong place."""
+  rows = np.pad(np.asarray(RGB)[::-1, :, ::-1].reshape(45, -1), ((0, 0), (0, 3))).tobytes()
+  contents = struct.pack('<2sIHHIIHHHH', b'BM', 26 + len(rows), 0, 0, 26, 12, 67, 45, 1, 24) + rows
+  fill(tmp_path, {'0.bmp': contents, '1.png': encoded(RGB, 'PNG')})
+  views, _ = preprocess(data.load(settings(tmp_path, on_device='no'), 'train'), 'resize', 45)
+  np.testing.assert_array_equal(views[0], views[1])
 
 
 def test_only_regular_files_are_read(tmp_path):

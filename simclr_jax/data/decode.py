@@ -26,7 +26,7 @@ StreamT = TypeVar('StreamT', bound=Stream)
 BLOCK = 64  # images planned at a time
 OTHER, SPECIAL, BAD = 4, 5, 6  # branches of `_decode`; 0-3: JPEG at 1/1, 1/2, 1/4, 1/8
 SAMPLE = 4096  # images whose values are measured
-SCAN = b'\xff\xda'  # starts a scan of a JPEG; it does not occur in compressed data
+SCAN = b'\xff\xda'  # starts a scan of a JPEG
 MAX_SCANS = 100  # of a JPEG; usual are 1 to 12, and every one costs as much time as a whole image
 REMOTE_SAMPLE = 256  # the same in a bucket
 
@@ -67,6 +67,7 @@ def canvases(
       'branch': (tf.int32, []),
       'kind': (tf.int32, []),
       'orientation': (tf.int32, []),
+      'size': (tf.int32, [2]),
       'window': (tf.int32, [4]),
       'crops': (tf.float32, [len(pipelines), 2, 4]),
     }
@@ -74,7 +75,9 @@ def canvases(
     return {**e, **_call_numpy(plan, inputs, outputs)}
 
   def add_canvas(e):
-    window = _decode(e.pop('bytes'), e.pop('kind'), e.pop('branch'), e.pop('window'), config)
+    window = _decode(
+      e.pop('bytes'), e.pop('kind'), e.pop('branch'), e.pop('size'), e.pop('window'), config
+    )
     window = _turn(window, e.pop('orientation'))
     canvas, crops = _canvas(window, e.pop('crops'), shape, size, kernels, config.resize_on)
     return {**e, 'images': canvas, 'crops': crops}
@@ -99,13 +102,21 @@ def _with_header(e):
 
   def jpeg_shape():
     shape = tf.io.extract_jpeg_shape(e['bytes'])[:2]
-    scans = tf.size(tf.strings.split(e['bytes'], SCAN)) - 1
-    return tf.where(scans > MAX_SCANS, 0, shape)  # `problem` finds the reason
+    # These bytes may also be in a preview, or in what follows the image: then they are counted with care.
+    many = tf.size(tf.strings.split(e['bytes'], SCAN)) - 1 > MAX_SCANS
+    many = tf.cond(
+      many, lambda: tf.numpy_function(_many_scans, [e['bytes']], tf.bool), lambda: False
+    )
+    return tf.where(many, 0, shape)  # `problem` finds the reason
 
   shape = tf.cond(is_jpeg, jpeg_shape, lambda: tf.zeros(2, tf.int32))
   # All bytes of what is no JPEG: `special` may need them.
   rest = tf.cond(is_jpeg, lambda: tf.constant(b''), lambda: e['bytes'])
   return {**e, 'head': head, 'shape': tf.ensure_shape(shape, [2]), 'rest': rest}
+
+
+def _many_scans(contents):
+  return headers.scans(contents) > MAX_SCANS
 
 
 def longest(config: ml_collections.ConfigDict) -> int:
@@ -137,7 +148,7 @@ def _headers(head, jpeg_shape, rest, config):
 
 
 def _plan(head, jpeg_shape, rest, epoch, position, *, pipelines, size, seed, config):
-  """For a block of images: branch of `_decode`, kind, orientation, window, and crops relative to the window."""
+  """For a block of images: branch of `_decode`, kind, orientation, displayed size, window, and crops relative to it."""
   n = len(head)
   kind, shown, orientation, _, branch = _headers(head, jpeg_shape, rest, config)
   shown = np.where((branch == BAD)[:, None], 1, shown)
@@ -166,7 +177,8 @@ def _plan(head, jpeg_shape, rest, epoch, position, *, pipelines, size, seed, con
   window = _stored(low, high, limit, orientation)
   branch = np.where((kind == headers.JPEG) & (branch == OTHER), np.log2(ratio), branch)
   return (
-    branch.astype(np.int32), kind, orientation, window.astype(np.int32), crops.astype(np.float32)
+    branch.astype(np.int32), kind, orientation, shown.astype(np.int32), window.astype(np.int32),
+    crops.astype(np.float32),
   )  # fmt: skip
 
 
@@ -189,8 +201,8 @@ def _cpu():
 # Decoding and drawing.
 
 
-def _decode(contents, kind, branch, window, config):
-  """The window of an image as stored: uint8 `[h, w, channels]`."""
+def _decode(contents, kind, branch, size, window, config):
+  """The window of an image of this size as stored: uint8 `[h, w, channels]`."""
 
   def jpeg(ratio):
     def decode():
@@ -203,10 +215,10 @@ def _decode(contents, kind, branch, window, config):
     return decode
 
   def other():
-    return _cut(_with_channels(_rgb(contents), config), window)
+    return _cut(_of_size(_with_channels(_rgb(contents), config), size), window)
 
   def from_special():
-    return _cut(_special(contents, kind, config)[0], window)
+    return _cut(_of_size(_special(contents, kind, config)[0], size), window)
 
   branches = [*(jpeg(r) for r in (1, 2, 4, 8)), other, from_special, lambda: _bad(config)]
   return tf.ensure_shape(tf.switch_case(branch, branches), [None, None, config.channels])
@@ -254,14 +266,18 @@ def _special(contents, kind, config):
   return image, tf.ensure_shape(flags, [3])
 
 
+def _of_size(image, size):
+  """The same image. Fails if its size is not the one that its header says: `problem` then finds that out."""
+  same = tf.debugging.Assert(
+    tf.reduce_all(tf.shape(image)[:2] == size), ['the size is not that of the header']
+  )
+  with tf.control_dependencies([same]):
+    return tf.identity(image)
+
+
 def _cut(image, window):
-  """A part of an image. Fails if the image is smaller than its header says: `problem` then finds that out."""
   top, left, height, width = tf.unstack(window)
-  fits = tf.reduce_all([top + height, left + width] <= tf.shape(image)[:2])
-  with tf.control_dependencies(
-    [tf.debugging.Assert(fits, ['the image is smaller than its header says'])]
-  ):
-    return tf.identity(image[top : top + height, left : left + width])
+  return image[top : top + height, left : left + width]
 
 
 def _turn(image, orientation):
@@ -391,10 +407,7 @@ def whole(
       lambda: (_bad(config), none),
     ],
   )
-  image = _turn(decoded, e['orientation'])
-  same = tf.reduce_all(tf.shape(image)[:2] == e['shape'])
-  with tf.control_dependencies([tf.debugging.Assert(same, ['the size is not that of the header'])]):
-    return tf.identity(image), flags
+  return _of_size(_turn(decoded, e['orientation']), e['shape']), flags
 
 
 def read_all(source: Stream, height: int, width: int) -> Arrays | None:
@@ -494,7 +507,7 @@ def header(contents: bytes, config: ml_collections.ConfigDict) -> tuple[int, np.
   shape = np.zeros((1, 2), np.int32)
   if contents[:3] == b'\xff\xd8\xff':
     with contextlib.suppress(tf.errors.InvalidArgumentError):
-      if contents.count(SCAN) <= MAX_SCANS:
+      if not _many_scans(contents):
         shape[0] = tf.io.extract_jpeg_shape(contents).numpy()[:2]
   kind, shown, *_ = _headers(head, shape, [contents], config)
   return int(kind[0]), shown[0]
@@ -506,8 +519,10 @@ def problem(contents: bytes, config: ml_collections.ConfigDict) -> str:
     return 'is empty'
   kind, shape = header(contents, config)
   reason = headers.problems(np.array([kind]), shape[None], config.max_pixels)[0]
-  if kind == headers.JPEG and contents.count(SCAN) > MAX_SCANS:
-    return f'has {contents.count(SCAN):,} scans, more than {MAX_SCANS}, which would take very long'
+  if kind == headers.JPEG and _many_scans(contents):
+    return (
+      f'has {headers.scans(contents):,} scans, more than {MAX_SCANS}, which would take very long'
+    )
   if kind == headers.UNKNOWN:
     return reason + (', but a page of HTML or XML' if contents.lstrip()[:1] == b'<' else '')
   head = np.frombuffer(contents[: headers.HEAD].ljust(headers.HEAD, b'\0'), np.uint8)[None]

@@ -3,6 +3,7 @@
 For many files at a time, in numpy and without TensorFlow: no image is decoded before its size is known.
 """
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,9 @@ BRANDS = {
   AVIF: (b'avif', b'avis'),
   HEIC: (b'heic', b'heix', b'heim', b'heis', b'hevc', b'hevx', b'mif1', b'msf1'),
 }
+
+
+MARKER = re.compile(rb'\xff+([^\x00\xff])', re.DOTALL)  # in a JPEG
 
 
 class Headers(NamedTuple):
@@ -67,16 +71,21 @@ def read(head: np.ndarray, jpeg_shape: np.ndarray) -> Headers:
   rows = find(JPEG, b'\xff\xd8\xff')
   shape[rows], plain[rows] = jpeg_shape[rows], True
   rows = find(PNG, b'\x89PNG\r\n\x1a\n')
-  shape[rows] = np.stack([value(rows, 20, 4, True), value(rows, 16, 4, True)], 1)
+  size = np.stack([value(rows, 20, 4, True), value(rows, 16, 4, True)], 1)
+  starts = (head[rows, 8:16] == np.frombuffer(b'\0\0\0\x0dIHDR', np.uint8)).all(1)
+  shape[rows] = np.where(starts[:, None], size, 0)
   # 8 bits, no alpha, and neither a transparent colour nor an orientation before the pixels.
   plain[rows] = (head[rows, 24] <= 8) & (head[rows, 25] < 4) & _contains(head[rows], b'IDAT')
   plain[rows] &= ~_contains(head[rows], b'tRNS') & ~_contains(head[rows], b'eXIf')
+  plain[rows] |= ~starts  # broken
   for magic in (b'GIF87a', b'GIF89a'):
     rows = find(GIF, magic)
     shape[rows] = np.stack([value(rows, 8, 2), value(rows, 6, 2)], 1)
   rows = find(BMP, b'BM')
   height = value(rows, 22, 4)  # negative: rows from top to bottom
-  shape[rows] = np.stack([np.minimum(height, 2**32 - height), value(rows, 18, 4)], 1)
+  size = np.stack([np.minimum(height, 2**32 - height), value(rows, 18, 4)], 1)
+  old = np.stack([value(rows, 20, 2), value(rows, 18, 2)], 1)  # a header of 12 bytes
+  shape[rows] = np.where(value(rows, 14, 4)[:, None] == 12, old, size)
   plain[rows] = (value(rows, 14, 4) >= 40) & (value(rows, 28, 2) == 24) & (value(rows, 30, 4) == 0)
   rows = find(WEBP, b'WEBPVP8 ', 8)  # lossy
   shape[rows] = np.stack([value(rows, 28, 2), value(rows, 26, 2)], 1) & 0x3FFF
@@ -98,6 +107,20 @@ def read(head: np.ndarray, jpeg_shape: np.ndarray) -> Headers:
   kind[(kind == HEIC) & _contains(head[:, :64], b'avif')] = AVIF
   orientation = np.where(kind == JPEG, _orientation(head), 1).astype(np.int32)
   return Headers(kind, shape, orientation, plain)
+
+
+def scans(contents: bytes) -> int:
+  """Number of scans of a JPEG, without those of a preview in its header or of what follows the image."""
+  at, count = 2, 0
+  while marker := MARKER.search(contents, at):
+    at, code = marker.end(), marker[1][0]
+    if code == 0xD9:  # the end
+      break
+    if 0xD0 <= code <= 0xD8 or code == 1:  # nothing belongs to them
+      continue
+    count += code == 0xDA
+    at += int.from_bytes(contents[at : at + 2], 'big')
+  return count
 
 
 def _contains(head, text):
