@@ -2,8 +2,11 @@
 
 import importlib
 import io
+import lzma
 import struct
+import tracemalloc
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -177,6 +180,47 @@ def test_broken_images_of_pillow_are_named(tmp_path, name):
   problem = source.find_problem([0])
   assert problem.startswith(f'{tmp_path}/{name} is a broken ') and '\n' not in problem
   assert list(scan.scan(source).bad) == [0]
+
+
+def tiff(values, **tags):
+  """A TIFF of 10 x 10 values of 32 bits in one strip or tile; `tags` replace others: bits, samples, compression, ..."""
+  codes = {
+    'width': 256, 'height': 257, 'bits': 258, 'compression': 259, 'photometric': 262, 'start': 273,
+    'samples': 277, 'rows': 278, 'count': 279, 'tile_width': 322, 'tile_height': 323,
+    'tile_start': 324, 'tile_count': 325, 'depth': 32997,
+  }  # fmt: skip
+  tags = {'width': 10, 'height': 10, 'bits': 32, 'compression': 1, 'photometric': 1, 'samples': 1, **tags}  # fmt: skip
+  kind = 'tile_' if 'tile_width' in tags else ''
+  start = 8 + 2 + 12 * (len(tags) + 2) + 4
+  tags |= {kind + 'start': start, kind + 'count': len(values)}
+  entries = [struct.pack('<HHII', codes[k], 4, 1, v) for k, v in sorted(tags.items(), key=lambda t: codes[t[0]])]  # fmt: skip
+  return b'II*\0' + struct.pack('<IH', 8, len(tags)) + b''.join(entries) + bytes(4) + values
+
+
+ZEROS = bytes(3 * 10**7)
+EXPANDING = {
+  'deflate.tif': (tiff(zlib.compress(ZEROS), compression=8), 'more values than its header says'),
+  'lzma.tif': (tiff(lzma.compress(ZEROS), compression=34925), 'more values than its header says'),
+  'samples.tif': (tiff(ZEROS[:400], bits=8, samples=60000, width=5000, height=5000), 'bytes of memory'),
+  'depth.tif': (tiff(ZEROS[:400], depth=10**8), 'bytes of memory'),
+  'tile.tif': (tiff(ZEROS[:400], tile_width=65520, tile_height=65520), 'bytes of memory'),
+  'comment.ppm': (b'P6\n#' + bytes(10**6) + b'\n10 10\n255\n' + bytes(300), 'no size in its first'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', EXPANDING)
+def test_images_that_expand(tmp_path, name, capfd):
+  """Breaks if a small file takes more memory than its header says, or very long, or a decoder prints its own errors."""
+  if name.endswith('tif'):
+    pytest.importorskip('tifffile')
+  (tmp_path / name).write_bytes(EXPANDING[name][0])
+  source = data.load(settings(tmp_path, range=(0.0, 1.0)), 'train')
+  tracemalloc.start()
+  problem = source.find_problem([0])
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  assert EXPANDING[name][1] in problem and peak < len(ZEROS) / 2
+  assert not capfd.readouterr().err
 
 
 # Transparency.

@@ -7,9 +7,7 @@ block of headers at a time. Images that need more than TensorFlow's decoders are
 """
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -25,10 +23,8 @@ StreamT = TypeVar('StreamT', bound=Stream)
 
 BLOCK = 64  # images planned at a time
 OTHER, SPECIAL, BAD = 4, 5, 6  # branches of `_decode`; 0-3: JPEG at 1/1, 1/2, 1/4, 1/8
-SAMPLE = 4096  # images whose values are measured
 SCAN = b'\xff\xda'  # starts a scan of a JPEG
 MAX_SCANS = 100  # of a JPEG; usual are 1 to 12, and every one costs as much time as a whole image
-REMOTE_SAMPLE = 256  # the same in a bucket
 
 
 def canvases(
@@ -445,55 +441,6 @@ def read_all(source: Stream, height: int, width: int) -> Arrays | None:
     raise ConfigError(f'{done:,} images were read instead of {count:,}')
   labels = stream.checked_labels(labels, source)
   return Arrays(images, labels, class_names=source.class_names, range=tuple(config.range))
-
-
-# Values of more than 8 bits.
-
-
-def measure(source: Stream) -> tuple[float, float]:
-  """The range of the 16-bit and float images of a stream, of at most `SAMPLE` images; (0, 0) if all have 8 bits."""
-  config = source.settings
-  sample = source.sample(REMOTE_SAMPLE if '://' in config.dir else SAMPLE)
-
-  def extremes(contents, kind):
-    try:
-      x = special.decode(contents, int(kind), config.channels).colour
-    except special.Unreadable:
-      return np.zeros(0), np.zeros(0, bool)
-    finite = x[np.isfinite(x)]
-    ends = [finite.min(), finite.max()] if finite.size else []
-    return np.array(ends, np.float64), np.full(len(ends), x.dtype.kind == 'f')
-
-  deep = sized(sample.iterate_once(), config, skip=True).filter(lambda e: e['deep'])
-  found = deep.map(
-    lambda e: tf.numpy_function(extremes, [e['bytes'], e['kind']], [tf.float64, tf.bool]),
-    stream.threads(config),
-  ).ignore_errors()
-  columns = list(stream.with_threads(found, config).as_numpy_iterator())
-  ends = np.concatenate([np.zeros(0), *(c[0] for c in columns)])
-  if not len(ends):
-    return 0.0, 0.0
-  floats = all(c[1].all() for c in columns)
-  return values.limits(ends.min(), ends.max(), np.dtype(np.float32 if floats else np.uint16))
-
-
-def with_range(source: StreamT, train: Callable[[], Stream]) -> StreamT:
-  """The stream with the setting `range`, which is measured over the training images if the recipe has none.
-
-  Args:
-    source: a stream.
-    train: the training images.
-  """
-  config = source.settings
-  if any(config.range):
-    return source
-  limits = measure(train())
-  if not any(limits):
-    return source
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.range = limits
-  return dataclasses.replace(source, settings=config)  # type: ignore[type-var]
 
 
 # Error messages.

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from simclr_jax.data import decode, stream
+from simclr_jax.data import decode, special, stream
 from simclr_jax.data.stream import Stream, tf
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import preemption
@@ -40,15 +40,20 @@ class _Died(Exception):
   """The process ended or did not answer; the message says how."""
 
 
-def run(source: Stream, progress: Callable[[int], None]) -> tuple[list[Columns], dict[int, str]]:
+def run(
+  source: Stream,
+  progress: Callable[[int], None],
+  task: Callable[[Stream], Iterator[Columns]] | None = None,
+) -> tuple[list[Columns], dict[int, str]]:
   """Examines all images of a stream.
 
   Args:
     source: N images.
     progress: called with the number of images that are finished.
+    task: `properties`, the default, or `extremes`.
 
   Returns:
-    Blocks of properties of the images that can be decoded, in order, see `blocks`; and index -> name and reason of each
+    Blocks of properties of the images that can be decoded, in order, see `task`; and index -> name and reason of each
     of the others.
 
   Raises:
@@ -61,7 +66,7 @@ def run(source: Stream, progress: Callable[[int], None]) -> tuple[list[Columns],
     end = min(done + singly, len(source)) if singly else len(source)
     current = None
     try:
-      for kind, *values in _messages(source, done, end, singly > 0):
+      for kind, *values in _messages(source, task or properties, done, end, singly > 0):
         preemption.heartbeat()
         if kind == 'start':
           (current,) = values
@@ -80,7 +85,7 @@ def run(source: Stream, progress: Callable[[int], None]) -> tuple[list[Columns],
   return found, bad
 
 
-def _messages(source, first, end, singly) -> Iterator[tuple]:
+def _messages(source, task, first, end, singly) -> Iterator[tuple]:
   """What a process says about a part of a stream.
 
   Yields:
@@ -93,7 +98,7 @@ def _messages(source, first, end, singly) -> Iterator[tuple]:
   process = _idle.pop() if _idle else _Process()
   try:
     # Without what the stream has computed for this process.
-    process.connection.send((dataclasses.replace(source), first, end, singly))
+    process.connection.send((dataclasses.replace(source), task, first, end, singly))
     while (message := process.receive())[0] != 'end':
       if message[0] == 'error':
         raise ConfigError(message[1])
@@ -166,13 +171,13 @@ def serve(descriptor: int) -> None:
   connection = multiprocessing.connection.Connection(descriptor)
   connection.send(('ready',))
   while connection.poll(IDLE):
-    source, first, end, singly = connection.recv()
+    source, task, first, end, singly = connection.recv()
     try:
       for i in range(first, end) if singly else ():
         connection.send(('start', i))
-        _examine(connection, source, i, i + 1)
+        _examine(connection, source, task, i, i + 1)
       if not singly:
-        _examine(connection, source, first, end)
+        _examine(connection, source, task, first, end)
       connection.send(('end',))
     except ConfigError as error:
       connection.send(('error', str(error)))
@@ -188,11 +193,11 @@ def _limit_memory():
     pathlib.Path('/proc/self/oom_score_adj').write_text('1000')
 
 
-def _examine(connection, source, first, end):
+def _examine(connection, source, task, first, end):
   """Sends the properties of the images from `first` to `end`."""
   part = source if end - first == len(source) else source.subset(np.arange(first, end))
   done = 0
-  for block in itertools.chain(blocks(part), [None]):
+  for block in itertools.chain(task(part), [None]):
     last = len(part) - 1 if block is None else int(block['index'][-1])
     decoded = set() if block is None else set(block['index'].tolist())
     missing = sorted(set(range(done, last + 1)) - decoded)
@@ -212,7 +217,7 @@ def _problems(source, indices) -> dict[int, str]:
   return {i: part.find_problem([k]) for k, i in enumerate(indices)}
 
 
-def blocks(source: Stream) -> Iterator[Columns]:
+def properties(source: Stream) -> Iterator[Columns]:
   """Properties of the images that can be decoded, in order, in blocks.
 
   Yields:
@@ -242,4 +247,31 @@ def blocks(source: Stream) -> Iterator[Columns]:
     .map(examine, stream.threads(source.settings))
     .ignore_errors()
   )
+  yield from stream.with_threads(images.batch(BLOCK), source.settings).as_numpy_iterator()
+
+
+def extremes(source: Stream) -> Iterator[Columns]:
+  """The lowest and highest finite value of images of more than 8 bits, in order, in blocks.
+
+  Yields:
+    `index`, int32 `[n]`; `ends`, float64 `[n, 2]`, NaN without a finite value; `floats`, bool `[n]`.
+  """
+  channels = source.settings.channels
+
+  def of_values(contents, kind):
+    x = special.decode(contents, int(kind), channels).colour
+    finite = x[np.isfinite(x)]
+    ends = [finite.min(), finite.max()] if finite.size else [np.nan, np.nan]
+    return np.array(ends, np.float64), np.array(x.dtype.kind == 'f')
+
+  def measured(e):
+    ends, floats = tf.numpy_function(of_values, [e['bytes'], e['kind']], [tf.float64, tf.bool])
+    return {
+      'index': tf.cast(e['index'], tf.int32),
+      'ends': tf.ensure_shape(ends, [2]),
+      'floats': tf.ensure_shape(floats, []),
+    }
+
+  sized = decode.sized(source.iterate_once(), source.settings, skip=True, block=BLOCK)
+  images = sized.map(measured, stream.threads(source.settings)).ignore_errors()
   yield from stream.with_threads(images.batch(BLOCK), source.settings).as_numpy_iterator()

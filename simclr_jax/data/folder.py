@@ -223,7 +223,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Files | Arrays:
   images = listing(config, split)
   labels, class_names = _labels(images, _class_names(config, split, images))
   files = Files(images.root, images.paths, labels, class_names, config, images.remarks)
-  files = decode.with_range(files, lambda: _training_files(files, split))
+  files = scan.with_range(files, lambda: _training_files(files, split))
   if config.skip_bad:
     files = scan.without_bad(files)
   return _read_into_memory(files) or files
@@ -333,7 +333,7 @@ def _ignored(root, other_files, folders, irregular) -> tuple[str, ...]:
 
 
 def _training_files(files, split):
-  """The training images without labels, whose values `decode.with_range` measures."""
+  """The training images without labels, whose values `scan.with_range` measures."""
   name = files.settings.train_split
   if split == name or not name:
     return files

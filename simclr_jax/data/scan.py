@@ -1,20 +1,23 @@
-"""Decodes every image of a data set once: corrupt images, duplicates, and images that show nothing."""
+"""Decodes the images of a data set once: corrupt images, duplicates, images that show nothing, the range of values."""
 
 import collections
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from simclr_jax.data import examine, headers
+from simclr_jax.data import decode, examine, headers, stream, values
 from simclr_jax.data.dataset import Arrays
 from simclr_jax.data.stream import Stream
 from simclr_jax.errors import ConfigError
 
 StreamT = TypeVar('StreamT', bound=Stream)
+SAMPLE = 4096  # images whose values are measured
+REMOTE_SAMPLE = 256  # the same in a bucket
 FAINT = (
   32  # an image whose values, from 0 to 255, differ by less uses less than an eighth of its range
 )
@@ -143,3 +146,44 @@ def without_bad(source: StreamT) -> StreamT:
   if bad:
     logging.warning('%d of %d images are skipped', len(bad), len(source))
   return source.subset(np.setdiff1d(np.arange(len(source)), list(bad))) if bad else source
+
+
+# Values of more than 8 bits.
+
+
+def measure(source: Stream) -> tuple[float, float]:
+  """The range of the 16-bit and float images of a stream, of at most `SAMPLE` images; (0, 0) if all have 8 bits."""
+  config = source.settings
+  sample = source.sample(REMOTE_SAMPLE if '://' in config.dir else SAMPLE)
+  sized = decode.sized(sample.iterate_once(), config, skip=True).filter(lambda e: e['deep'])
+  deep = stream.with_threads(sized.map(lambda e: e['index']), config).as_numpy_iterator()
+  indices = np.array(list(deep), int)
+  if not len(indices):
+    return 0.0, 0.0
+  # Images that cannot be decoded are reported when they are read.
+  found, _ = examine.run(sample.subset(indices), lambda done: None, examine.extremes)
+  ends = np.concatenate([np.zeros((0, 2)), *(b['ends'] for b in found if 'ends' in b)])
+  ends = ends[np.isfinite(ends).all(1)]
+  if not len(ends):
+    return 0.0, 0.0
+  floats = all(b['floats'].all() for b in found if 'ends' in b)
+  return values.limits(ends.min(), ends.max(), np.dtype(np.float32 if floats else np.uint16))
+
+
+def with_range(source: StreamT, train: Callable[[], Stream]) -> StreamT:
+  """The stream with the setting `range`, which is measured over the training images if the recipe has none.
+
+  Args:
+    source: a stream.
+    train: the training images.
+  """
+  config = source.settings
+  if any(config.range):
+    return source
+  limits = measure(train())
+  if not any(limits):
+    return source
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.range = limits
+  return dataclasses.replace(source, settings=config)  # type: ignore[type-var]

@@ -9,7 +9,13 @@ import functools
 import importlib
 import importlib.util
 import io
+import logging
+import lzma
+import math
+import re
 import threading
+import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +37,24 @@ FORMATS = {  # in Pillow
   headers.JPEG2000: ('JPEG2000',),
   headers.AVIF: ('AVIF',),
   headers.HEIC: ('HEIF',),
+}
+HEADER = 2**16  # most bytes before the values of a PNM, which Pillow reads one by one
+SPACE = rb'(?:\s|#[^\r\n]*)+'  # white space and comments
+SIZE = SPACE + rb'\d+' + SPACE + rb'\d+'
+PNM_HEADER = re.compile(
+  rb'(P[14]'
+  + SIZE
+  + rb'|P[2356fF]'
+  + SIZE
+  + SPACE
+  + rb'[-+.\de]+)\s'  # most have the largest value
+)
+DECOMPRESSORS: dict[
+  int, Callable[[], Any]
+] = {  # of the compressions of TIFF that are not limited by the size of what they give
+  8: zlib.decompressobj,
+  32946: zlib.decompressobj,
+  34925: functools.partial(lzma.LZMADecompressor, memlimit=2**28),
 }
 _limit_lock = threading.Lock()
 
@@ -78,11 +102,10 @@ def header(contents: bytes, kind: int, longest: int) -> Header:
     if kind == headers.PNG and contents[24:25] == b'\x10':
       width, height = (int.from_bytes(contents[at : at + 4], 'big') for at in (16, 20))
       return Header(height, width, True)
-    page = _tiff_page(contents) if kind == headers.TIFF else None
+    if kind == headers.PNM and not PNM_HEADER.match(contents[:HEADER]):
+      raise Unreadable(f'is a broken PNM: it has no size in its first {HEADER:,} bytes')
+    page = _tiff_page(contents, longest=longest) if kind == headers.TIFF else None
     if page is not None:
-      size = page.size * page.dtype.itemsize
-      if size > longest:
-        raise Unreadable(f'takes {size:,} bytes of memory, more than {longest:,}')
       shape = page.imagelength, page.imagewidth
       turned = _tiff_orientation(page) >= 5
       return Header(*(shape[::-1] if turned else shape), page.dtype.itemsize > 1)
@@ -127,7 +150,7 @@ def decode(contents: bytes, kind: int, channels: int) -> Pixels:
       return _deep_png(contents)
     page = _tiff_page(contents, channels) if kind == headers.TIFF else None
     if page is not None:
-      return _tiff(page, channels)
+      return _tiff(page, channels, contents)
     with _open(contents, kind) as image:
       return _pillow(image)
 
@@ -229,14 +252,18 @@ def _deep_png(contents) -> Pixels:
   return Pixels(x[..., :-1], x[..., -1]) if count in (2, 4) else Pixels(x)
 
 
-def _tiff_page(contents, channels=None) -> Any:
+def _tiff_page(contents, channels=None, longest=None) -> Any:
   """The first page in tifffile, if Pillow reduces it to 8 bits or 3 channels or cannot read it; otherwise None."""
   try:
     tifffile = importlib.import_module('tifffile')
   except ImportError:
     return None
+  logging.getLogger('tifffile').disabled = True  # what is wrong is said here
   pages = tifffile.TiffFile(io.BytesIO(contents)).pages
   page = pages[0]
+  size = max(page.size, _part_size(page)) * page.dtype.itemsize
+  if longest is not None and size > longest:
+    raise Unreadable(f'takes {size:,} bytes of memory, more than {longest:,}')
   count, bits, dtype = page.samplesperpixel, page.bitspersample, page.dtype
   if channels and channels not in (1, 3) and count == 1 and len(pages) == channels:
     return pages[:]  # a page for each channel
@@ -247,8 +274,31 @@ def _tiff_page(contents, channels=None) -> Any:
   return None if simple else page
 
 
-def _tiff(page, channels) -> Pixels:
+def _part_size(page) -> int:
+  """Number of values in a tile or strip of a TIFF, which is decompressed as a whole."""
+  sides = (
+    page.chunks if page.is_tiled else (min(page.chunks[0], page.imagelength), *page.chunks[1:])
+  )
+  return math.prod(sides)
+
+
+def _check_parts(page, contents):
+  """Raises Unreadable if a compressed part of a TIFF has far more values than its header says."""
+  if page.compression not in DECOMPRESSORS:
+    return
+  limit = 2 * _part_size(page) * page.dtype.itemsize
+  for start, count in zip(page.dataoffsets, page.databytecounts):
+    part = DECOMPRESSORS[page.compression]().decompress(contents[start : start + count], limit + 1)
+    if len(part) > limit:
+      raise Unreadable('is a broken TIFF: it has more values than its header says')
+
+
+def _tiff(page, channels, contents) -> Pixels:
   first = page[0] if isinstance(page, list) else page
+  for one in page if isinstance(page, list) else [page]:
+    if one.shape != first.shape or one.chunks != first.chunks:
+      raise Unreadable('is a TIFF whose pages have different sizes')
+    _check_parts(one, contents)
   if isinstance(page, list):
     x = np.stack([p.asarray() for p in page], -1)
   else:

@@ -57,7 +57,7 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays | Records | In
   if not len(images):
     raise ConfigError(f'{name} has no images in {split!r}')
   if features['image'].dtype != np.uint8:
-    images = decode.with_range(images, lambda: _records(config, builder, config.train_split))
+    images = scan.with_range(images, lambda: _records(config, builder, config.train_split))
   if config.skip_bad:
     images = scan.without_bad(images)
   h, w = (features['image'].shape or ())[:2] or (None, None)
