@@ -1,6 +1,7 @@
 """Folders of images, tables and lists of folders: splits, classes, and the images that are held out."""
 
 import logging
+import os
 import pathlib
 
 import numpy as np
@@ -235,6 +236,23 @@ def test_wrong_tables_are_one_sentence(tmp_path, rows, message):
   write(tmp_path, '0.jpg', '1.jpg')
   with pytest.raises(ConfigError, match=message):
     load(table(tmp_path / 'labels.csv', rows))
+
+
+def test_tables_that_do_harm(tmp_path):
+  """Breaks if a pipe or a device as a table or in one blocks the program, or a cell of a million letters is a traceback."""
+  write(tmp_path, '0.jpg', '1.jpg')
+  os.mkfifo(tmp_path / 'pipe.csv')
+  (tmp_path / 'zero.csv').symlink_to('/dev/zero')
+  for name in ('pipe.csv', 'zero.csv'):
+    fields = {'data.table': str(tmp_path / name)}
+    with pytest.raises(ConfigError, match=f'{name} is no regular file'):
+      discover.fields(str(tmp_path), fields)
+  long = table(tmp_path / 'long.csv', [('path', 'label'), ('0.jpg', 'a'), ('1.jpg', 'b' * 10**6)])
+  with pytest.raises(ConfigError, match='long.csv is damaged in line 3: field larger'):
+    load(long)
+  os.mkfifo(tmp_path / 'pipe.jpg')
+  with pytest.raises(ConfigError, match="do not exist, the first: 'pipe.jpg'"):
+    load(table(tmp_path / 'labels.csv', [('0.jpg', 'a'), ('pipe.jpg', 'b')]))
 
 
 def test_splits_that_do_not_exist(tmp_path, capsys):

@@ -872,32 +872,39 @@ def test_files_that_are_too_long_are_not_read(tmp_path):
     read_epoch(source)
 
 
-CRASH = """
-import os, signal
+FAULT = """
+import os, signal, time
 from simclr_jax.data import decode
 rgb = decode._rgb
-def crash(contents):
+def faulty(contents):
   def look(text):
     if b'crash' in text:
       os.kill(os.getpid(), signal.SIGSEGV)
+    if b'sleep' in text:
+      time.sleep(600)
     return text
   return rgb(decode.tf.ensure_shape(decode.tf.numpy_function(look, [contents], decode.tf.string), []))
-decode._rgb = crash
+decode._rgb = faulty
 """
 
 
-@pytest.mark.slow
-def test_a_decoder_that_crashes_costs_one_image(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  'fault, expected',
+  [
+    ('crash', 'crashes the decoder (SIGSEGV)'),
+    pytest.param('sleep', 'cannot be decoded in 20 s', marks=pytest.mark.slow),
+  ],
+)
+def test_a_decoder_that_crashes_costs_one_image(tmp_path, monkeypatch, fault, expected):
   """Breaks if an image that crashes the decoder ends the program, is not named, or takes others with it."""
   pictures = {f'{i:03d}.png': encoded(picture(20 + i % 5, 20, i), 'PNG') for i in range(40)}
-  at = pictures['030.png'].index(b'IEND') - 4
-  pictures['030.png'] = (
-    pictures['030.png'][:at] + chunk(b'crSh', b'crash') + pictures['030.png'][at:]
-  )
+  good = pictures['030.png']
+  pictures['030.png'] = good[:-12] + chunk(b'faUl', fault.encode()) + good[-12:]
   fill(tmp_path, pictures)
-  monkeypatch.setattr(examine, 'START', CRASH + examine.START)
+  monkeypatch.setattr(examine, 'START', FAULT + examine.START)
+  monkeypatch.setattr(examine, 'SECONDS', 20)
   examine._idle.clear()
   result = scan.scan(data.load(settings(tmp_path), 'train'))
   examine._idle.clear()
-  assert result.bad == {30: f'{tmp_path}/030.png crashes the decoder (SIGSEGV)'}
+  assert result.bad == {30: f'{tmp_path}/030.png {expected}'}
   assert result.index.tolist() == [i for i in range(40) if i != 30]

@@ -11,6 +11,7 @@ from collections import Counter
 from simclr_jax.data import headers, layout
 from simclr_jax.data.dataset import natural
 from simclr_jax.errors import ConfigError
+from simclr_jax.runtime import files
 
 SUFFIXES = ('.csv', '.tsv', '.txt')
 # Names of the columns, without separators and in lower case; the first that a table has is used.
@@ -34,6 +35,7 @@ SPLIT = (
   'phase',
   'mode',
 )
+LIMIT = files.TEXT_LIMIT  # bytes of a table
 PROBE = 50  # rows by which the folder of the images is found
 
 
@@ -136,11 +138,16 @@ def read(file: str | os.PathLike, folder: str = '') -> Table:
 
 def _rows(path) -> list[list[str]]:
   try:
-    text = path.read_text(encoding='utf-8-sig')
-  except UnicodeDecodeError:
-    text = path.read_text(encoding='latin-1')
+    with files.open_to_read(path) as file:
+      data = file.read(LIMIT + 1)
   except OSError as error:
     raise ConfigError(f'{path} cannot be read: {error.strerror}') from None
+  if len(data) > LIMIT:
+    raise ConfigError(f'{path} is larger than {LIMIT // 2**20:,} MB')
+  try:
+    text = data.decode('utf-8-sig')
+  except UnicodeDecodeError:
+    text = data.decode('latin-1')
   lines = [line for line in text.splitlines() if line.strip()]
   if not lines:
     raise ConfigError(f'{path} is empty')
@@ -151,7 +158,11 @@ def _rows(path) -> list[list[str]]:
     ',;\t|', key=lambda d: (min(line.count(d) for line in sample), sample[0].count(d))
   )
   if all(delimiter in line for line in sample):
-    return [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True) if row]  # fmt: skip
+    rows = csv.reader(io.StringIO(text), delimiter=delimiter, skipinitialspace=True)
+    try:
+      return [[cell.strip() for cell in row] for row in rows if row]
+    except csv.Error as error:
+      raise ConfigError(f'{path} is damaged in line {rows.line_num:,}: {error}') from None
   if all(re.fullmatch(r'.*\S\s+-?\d+', line) for line in sample):  # PATH LABEL
     return [line.rsplit(None, 1) for line in lines]
   return [[line.strip()] for line in lines]
