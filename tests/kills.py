@@ -29,6 +29,7 @@ import numpy as np
 KILLS_PER_ROUND = 4
 LONGEST = 900  # seconds of one attempt; a longer one hangs
 PART = 8  # images per part of `embed`
+STRENGTHS = 15  # every so many of the L2 strengths of `transfer`
 
 NETWORK = {
   'model.depth': 8, 'model.width_multiplier': 0.125, 'model.head_dim': 16, 'model.stem': 'strided', 'image_size': 16,
@@ -66,7 +67,7 @@ def simclrv2(data: pathlib.Path) -> list[str]:
 
 def transfer(data: pathlib.Path) -> list[str]:
   """A sweep of logistic regression and a training."""
-  options = [f'--to={data / "train.npz"}', '--finetune']
+  options = [f'--to={data / "train.npz"}', '--finetune', '--no-baselines']
   return ['transfer', '--workdir=run', *options, *fields(**TINY)]
 
 
@@ -417,7 +418,7 @@ def main() -> int:
 
 if __name__ == '__main__':
   from simclr_jax import cli, commands
-  from simclr_jax.evaluate import embed as embedding
+  from simclr_jax.evaluate import embed as embedding, lbfgs
 
   for module in commands.NAMES:
     commands.module(module)
@@ -427,4 +428,5 @@ if __name__ == '__main__':
   from simclr_jax.runtime.checksum import crc32
 
   embedding.PART = PART
+  lbfgs.SWEEP = lbfgs.SWEEP[::STRENGTHS]
   sys.exit(main())

@@ -20,7 +20,7 @@ from simclr_jax.runtime import checkpoint
 
 KILLS = int(os.environ.get('SIMCLR_JAX_KILLS', '60'))  # in `make test-faults`
 # Of 60; the others take several times as long.
-SHARES = {'simclrv2': 8, 'finetune': 9, 'transfer': 7, 'pretrain': 20, 'embed': 16}
+SHARES = {'simclrv2': 8, 'finetune': 9, 'transfer': 9, 'pretrain': 18, 'embed': 16}
 ENVIRONMENT = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '1'}
 SECONDS = 900  # limit of a command
 
