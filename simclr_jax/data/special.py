@@ -227,18 +227,17 @@ def _register_heif():
 
 
 def _pillow(image) -> Pixels:
-  if image.mode.startswith(('I', 'F')):
-    _load(image)
-    colour = np.asarray(PIL.ImageOps.exif_transpose(image))
-    return Pixels(colour[..., None])
   _load(image)  # turns a TIFF
-  image = PIL.ImageOps.exif_transpose(image)
+  PIL.ImageOps.exif_transpose(image, in_place=True)  # a copy would take much memory
+  if image.mode.startswith(('I', 'F')):
+    return Pixels(np.asarray(image)[..., None])
   if image.has_transparency_data:
-    rgba = np.asarray(image.convert('RGBA'))
     gray = image.mode in ('L', 'LA', 'La')
+    rgba = np.asarray(image if image.mode == 'RGBA' else image.convert('RGBA'))
     return Pixels(rgba[..., : 1 if gray else 3], rgba[..., 3])
   gray = image.mode in ('1', 'L')
-  x = np.asarray(image.convert('L' if gray else 'RGB'))
+  mode = 'L' if gray else 'RGB'
+  x = np.asarray(image if image.mode == mode else image.convert(mode))
   return Pixels(x[..., None] if gray else x)
 
 
