@@ -16,6 +16,7 @@ from simclr_jax.data import labels
 from simclr_jax.data.dataset import Arrays, Dataset, channels, fits_on_device, value_range
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import distributed
+from simclr_jax.runtime.text import printable
 
 __all__ = [
   'Arrays',
@@ -141,7 +142,7 @@ def summary(config: ml_collections.ConfigDict, train: Dataset, test: Dataset | N
     counts += f'; {config.test_split} has no labels)' if unlabelled else ')'
   lines = [f'{place}: {counts}, {_classes(train, test)}']
   remarks = [*getattr(train, 'remarks', ()), *(getattr(test, 'remarks', ()) if test else ())]
-  return lines + list(dict.fromkeys(remarks))
+  return [printable(line) for line in lines + list(dict.fromkeys(remarks))]
 
 
 def _classes(train, test) -> str:

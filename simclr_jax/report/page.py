@@ -29,7 +29,7 @@ from simclr_jax.report import embeddings, evaluations, figures
 from simclr_jax.report.markup import banner, details, figure, row, table, text
 from simclr_jax.runtime import files, goodput, logs, paths
 
-MAX_RECORDS = 20_000  # of steps, that are read for the curves
+MAX_RECORDS = 4_000  # of steps, that are read for the curves
 VIEW_SIDE = 96  # smallest side of a view on the page, in pixels
 
 START = (
@@ -181,8 +181,8 @@ def _thinned(metrics: Records) -> Iterator[str]:
   """A sentence if there are more records than the curves show."""
   if len(metrics) > figures.POINTS:
     yield (
-      f'<p>The curves show means of groups of steps, at most {figures.POINTS:,} for each metric; the values of all '
-      f'{len(metrics):,} records are in metrics.jsonl.</p>'
+      f'<p>The curves show means of groups of steps, at most {figures.POINTS:,} for each metric, and of long runs only '
+      f'about {MAX_RECORDS:,} steps; metrics.jsonl has all values.</p>'
     )
 
 
