@@ -30,6 +30,7 @@ setup(
     'pillow>=10.4',
     'optax>=0.2.5',
     'orbax-checkpoint>=0.12.1,<1.0',
+    'safetensors>=0.4.5',
     'scikit-learn>=1.5',
     'scipy>=1.13',
     'tensorboard>=2.20',  # clu.metric_writers needs it and does not say so
