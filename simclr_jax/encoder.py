@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from simclr_jax import sharding
 from simclr_jax.data import Arrays, Dataset, augment, loader, objects
 from simclr_jax.errors import ConfigError
-from simclr_jax.models import classifier, encoders
+from simclr_jax.models import classifier, encoders, mlp
 from simclr_jax.runtime import preemption
 from simclr_jax.runtime.checksum import crc32
 
@@ -168,11 +168,25 @@ def shapes(architecture: dict[str, Any]) -> PyTree:
   return jax.eval_shape(_init(architecture), jax.random.key(0))
 
 
+def head_shapes(architecture: dict[str, Any]) -> PyTree:
+  """Shapes and dtypes of the variables of the projection head of an architecture; nothing is computed."""
+  net, head, x = encoders.build(architecture), mlp.head(architecture), _image(architecture)
+
+  def init(key):
+    h, _ = net.init_with_output(key, x, train=False)
+    return head.init(key, h, train=False)
+
+  return jax.eval_shape(init, jax.random.key(0))
+
+
 def _init(architecture):
+  net, x = encoders.build(architecture), _image(architecture)
+  return lambda key: net.init(key, x, train=False)
+
+
+def _image(architecture):
   size = architecture['image_size']
-  net = encoders.build(architecture)
-  shape = (1, size, size, architecture.get('channels', 3))
-  return lambda key: net.init(key, jnp.zeros(shape), train=False)
+  return jnp.zeros((1, size, size, architecture.get('channels', 3)))
 
 
 def raw_pixels(dataset: Dataset, size: int = 32) -> tuple[np.ndarray, np.ndarray]:

@@ -170,7 +170,10 @@ TABLE: dict[str, Field] = {
     'all_last_plain (the last without scale and offset)',
     Choices('all', 'hidden', 'none', 'all_last_plain'), inherited=True,
   ),
-  'init_from': Field('', 'a run or an exported encoder to start from; empty: random weights'),
+  'init_from': Field(
+    '', 'a run, an exported encoder or a file of weights of another program to start from; empty: random weights'
+  ),
+  'init_network': Field('', 'the network of init_from, if the file contains several, such as encoder_q'),
   'sharding': Field(
     'replicated', 'fsdp: parameters and optimizer state are sharded over the devices',
     Choices('replicated', 'fsdp'), resumable=True,

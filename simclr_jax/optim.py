@@ -132,6 +132,27 @@ def build(
   return optax.partition(transforms, label)
 
 
+def continued(opt_state: PyTree, momentum: PyTree, step: int) -> PyTree:
+  """The state of SGD with momentum after `step` steps of another program.
+
+  Args:
+    opt_state: the initial state of `build`.
+    momentum: top-level key of the parameters -> the sum of gradients of each parameter, like PyTorch's
+      `momentum_buffer`: buffer = momentum * buffer + gradient, without the learning rate.
+    step: number of finished steps.
+  """
+
+  def replace(part):
+    if isinstance(part, optax.TraceState):
+      return optax.TraceState({**part.trace, **momentum})
+    if isinstance(part, optax.ScaleByScheduleState):
+      return part._replace(count=np.int32(step))
+    return part
+
+  kinds = (optax.TraceState, optax.ScaleByScheduleState)
+  return jax.tree.map(replace, opt_state, is_leaf=lambda part: isinstance(part, kinds))
+
+
 def _group_schedule(config, rate, group):
   peak = peak_rate(config)
   return lambda step: group.rate_factor * (peak if group.constant_rate else rate(step))

@@ -17,6 +17,7 @@ from simclr_jax.runtime.checksum import crc32
 from simclr_jax.validation import check_json
 
 FILE = 'config.json'
+EXPORT = 'encoder.json'  # of an exported encoder
 VALUE = (str, int, float, bool, [(str, int, float, bool)])
 RECIPE = {'method': str, str: (*VALUE, {str: VALUE})}  # for `check_json`
 RECORD = {
@@ -53,7 +54,8 @@ def is_run(workdir: pathlib.Path) -> bool:
 def record(workdir: pathlib.Path) -> dict[str, Any]:
   """The contents of `config.json`: `config`, the recipe, `versions`, `images`, `command`, `extended`.
 
-  If the file is missing or damaged, what the newest checkpoint contains of these, with a warning.
+  If the file is missing or damaged, what the newest checkpoint contains of these, with a warning. For an exported
+  encoder, what `encoder.json` contains of these.
 
   Raises:
     ConfigError: `workdir` is not a run directory, or the file is damaged and there is no checkpoint.
@@ -65,6 +67,8 @@ def record(workdir: pathlib.Path) -> dict[str, Any]:
     return contents
   except FileNotFoundError:
     problem = f'{workdir} is not a run directory: it has no {FILE}'
+    if (workdir / EXPORT).is_file():
+      return _of_export(workdir / EXPORT)
   except ConfigError as error:
     problem = f'{error}; restore the file from a backup'
   saved = _of_checkpoint(workdir)
@@ -82,6 +86,17 @@ def _of_checkpoint(workdir) -> dict[str, Any] | None:
   check_json(metadata, RECORD, f'the checkpoints in {workdir} are damaged: the metadata')
   names = [name.removesuffix('?') for name in RECORD]
   return {name: metadata[name] for name in names if name in metadata}
+
+
+def _of_export(path) -> dict[str, Any]:
+  """The record of the run from which an encoder was exported, or for imported weights, of an equal recipe."""
+  contents = files.read_json(path)
+  check_json(contents, {'provenance': {'config?': object}}, f'{path} is damaged: it')
+  if 'config' not in contents['provenance']:
+    raise ConfigError(f'{path} has no recipe, because the encoder was not trained: name a run')
+  about = {k: v for k, v in contents['provenance'].items() if k != 'checksum'}  # of the checkpoint
+  check_json(about, RECORD, f'{path} is damaged: the provenance')
+  return about
 
 
 def read(workdir: pathlib.Path) -> dict:

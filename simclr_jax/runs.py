@@ -11,7 +11,7 @@ import ml_collections
 from simclr_jax import config as recipes, methods, optim, run_config, train_state
 from simclr_jax.encoder import Encoder
 from simclr_jax.errors import ConfigError
-from simclr_jax.interop import orbax
+from simclr_jax.interop import orbax, weights
 from simclr_jax.runtime import checkpoint, paths
 
 PyTree = Any
@@ -82,36 +82,61 @@ def load_classifier(workdir: str | os.PathLike) -> Encoder:
 
 
 def load_pretrained(config: ml_collections.ConfigDict) -> PyTree | None:
-  """The weights of the run or the exported encoder that `init_from` of a recipe names.
+  """The weights of the run, the exported encoder or the file of another program that `init_from` of a recipe names.
 
   Args:
     config: a recipe.
 
   Returns:
-    `params` and `batch_stats`, each with the keys 'encoder' and 'head', on the host; None without `init_from`.
+    `params` and `batch_stats`, each with the keys 'encoder' and 'head', on the host; with `init_state`, also `training`,
+    the state of the training of a MoCo checkpoint, see `layouts.moco_state`. None without `init_from`.
 
   Raises:
-    ConfigError: `init_from` is neither a run nor an exported encoder, or lacks the head that `head_layer` keeps.
+    ConfigError: `init_from` is none of these, or lacks the head that `head_layer` keeps, or the state of a training.
     CheckpointError: the weights are damaged.
   """
   if not config.get('init_from'):
     return None
   folder = paths.path(config.init_from)
+  if weights.is_foreign(folder):
+    return _foreign(config, folder)
+  if config.get('init_state'):
+    raise ConfigError(
+      f'init_state=true: {folder} is no checkpoint of MoCo in PyTorch; a run of simclr_jax is resumed by its --workdir'
+    )
   if run_config.is_run(folder) and not orbax.is_export(folder):
     _, _, state, _ = _restore(folder)
     params, stats = state.params, state.state['stats']
     frozen = state.state.get('frozen', {})
-    weights = {
+    pretrained = {
       'params': {'encoder': {**frozen, **params['encoder']}, 'head': params['head']},
       'batch_stats': {'encoder': stats['encoder'], 'head': stats['head']},
     }
-    return jax.device_get(weights)
-  if config.get('head_layer'):
-    raise ConfigError(
-      f'{folder} is not a run directory, and only runs contain the projection head: set head_layer=0'
-    )
-  variables = load_encoder(folder).variables
-  return {key: {'encoder': variables.get(key, {}), 'head': {}} for key in ('params', 'batch_stats')}
+    return jax.device_get(pretrained)
+  encoder = load_encoder(folder)
+  head = orbax.load_head(folder, encoder.architecture) if orbax.is_export(folder) else None
+  return _pretrained(config, folder, encoder.variables, head)
+
+
+def _foreign(config, path):
+  """`load_pretrained` from a file of another program; the recipe decides what its shapes do not."""
+  model = config.model.to_dict()
+  given = {name: model[name] for name in ('variant', 'stem')}
+  network = weights.load(path, given, config.get('init_network', ''))
+  pretrained = _pretrained(config, path, network.encoder, network.head)
+  if config.get('init_state'):
+    pretrained['training'] = weights.moco_state(path, given)
+  return pretrained
+
+
+def _pretrained(config, path, encoder, head):
+  if config.get('head_layer') and not head:
+    raise ConfigError(f'{path} contains no projection head: set head_layer=0')
+  parts = {'encoder': encoder, 'head': head or {}}
+  return {
+    key: {part: tree.get(key, {}) for part, tree in parts.items()}
+    for key in ('params', 'batch_stats')
+  }
 
 
 def load_teacher(config: ml_collections.ConfigDict) -> methods.Teacher | None:

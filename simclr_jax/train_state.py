@@ -1,6 +1,5 @@
 """The state of a training and the step that updates it."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -261,7 +260,7 @@ def build(
   with jax.set_mesh(mesh):
     ts = init(seed)
   if method.load_pretrained and not resuming:
-    ts = _with_pretrained(method, ts, pretrained)
+    ts = _with_pretrained(config, method, ts, pretrained)
   batches = loader.for_training(
     dataset,
     config.seed,
@@ -355,12 +354,18 @@ def _programs(key, mesh):
   return jax.jit(init, out_shardings=shardings), program
 
 
-def _with_pretrained(method, ts, pretrained):
-  """The initial state with pretrained weights, on the same devices."""
+def _with_pretrained(config, method, ts, pretrained):
+  """The initial state with pretrained weights, on the same devices; with those of a training, the state that it had."""
   params, state = method.load_pretrained(ts.params, ts.state, pretrained)
+  opt_state, step, training = ts.opt_state, ts.step, pretrained.get('training')
+  if training:
+    if config.optimizer != 'sgd' or not config.momentum:
+      raise ConfigError('init_state=true needs optimizer=sgd with momentum, as in MoCo')
+    step = np.int32(training['epoch'] * config.data.examples // config.batch_size)
+    opt_state = optim.continued(opt_state, training['momentum'], step)
   new, old = (
     {jax.tree_util.keystr(k[1:]): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
-    for tree in ((params, state), (ts.params, ts.state))
+    for tree in ((params, state, opt_state), (ts.params, ts.state, ts.opt_state))
   )
   for leaf in sorted(new.keys() | old.keys()):
     if new.get(leaf) != old.get(leaf):
@@ -375,5 +380,4 @@ def _with_pretrained(method, ts, pretrained):
     # A copy, because the step donates its buffers.
     return sharding.put(np.array(jax.device_get(x)), initial.sharding)
 
-  params, state = jax.tree.map(put, (params, state), (ts.params, ts.state))
-  return dataclasses.replace(ts, params=params, state=state)
+  return jax.tree.map(put, TrainState(step, params, state, opt_state), ts)

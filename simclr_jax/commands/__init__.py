@@ -14,10 +14,10 @@ from types import ModuleType
 
 NAMES = (
   'pretrain', 'check-data', 'probe', 'knn', 'finetune', 'distill', 'simclrv2', 'transfer', 'embed',
-  'export', 'report', 'recipes', 'fields', 'compile-check',
+  'export', 'import', 'report', 'recipes', 'fields', 'compile-check',
 )  # fmt: skip
 # Commands that always run in a single process.
-SINGLE_PROCESS = ('check-data', 'compile-check', 'export', 'fields', 'recipes', 'report')
+SINGLE_PROCESS = ('check-data', 'compile-check', 'export', 'fields', 'import', 'recipes', 'report')
 # Commands for which all fields of a recipe can be set with --config.FIELD=VALUE; for most others, only data.*.
 WITH_FIELDS = (
   'pretrain',
@@ -28,9 +28,10 @@ WITH_FIELDS = (
   'compile-check',
   'recipes',
 )
-WITHOUT_FIELDS = ('fields',)
+WITHOUT_FIELDS = ('fields', 'import')
 
 
 def module(name: str) -> ModuleType:
   """The module of a command, one of `NAMES`."""
-  return importlib.import_module(f'{__name__}.{name.replace("-", "_")}')
+  file = 'import_weights' if name == 'import' else name.replace('-', '_')  # `import` is a keyword
+  return importlib.import_module(f'{__name__}.{file}')

@@ -21,14 +21,32 @@ MAX_PIXELS = 4 * 2**30  # bytes of raw pixels, as features in memory
 TRAINING_ONLY = ('data.num_classes', 'data.examples', 'data.shuffle_buffer')
 
 
-def recipe_of_run(workdir: pathlib.Path, overrides: Mapping[str, Any]) -> ml_collections.ConfigDict:
-  """The recipe of a run with overridden `data.*` fields.
+def recipe_of_run(
+  workdir: pathlib.Path, overrides: Mapping[str, Any], dataset: str | None = None
+) -> ml_collections.ConfigDict:
+  """The recipe of a run or of an exported encoder with overridden `data.*` fields.
+
+  Args:
+    workdir: the run or the encoder.
+    overrides: fields that the user set; they have priority.
+    dataset: the value of --data; None: the images of the run.
 
   Raises:
-    ConfigError: `workdir` is not a run directory, or a field that has no effect is overridden.
+    ConfigError: `workdir` is neither, or a field that has no effect is overridden, or there are no images.
   """
   check_overrides(overrides)
-  return run_config.load(workdir, overrides)
+  return recipe_with_images(workdir, overrides, dataset)
+
+
+def recipe_with_images(
+  workdir: pathlib.Path, overrides: Mapping[str, Any], dataset: str | None
+) -> ml_collections.ConfigDict:
+  """`recipe_of_run` without the check of fields that have no effect."""
+  fields = {'data.labels': '', **discover.fields(dataset, overrides)} if dataset else {}
+  config = run_config.load(workdir, {**fields, **overrides})
+  if config.data.source == 'folder' and not config.data.dir:
+    raise ConfigError(f'{workdir} is of imported weights, which have no images: add --data=DATASET')
+  return config
 
 
 def check_overrides(overrides: Mapping[str, Any]) -> None:

@@ -36,7 +36,8 @@ RESERVED = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
-  options.workdir(parser, 'the pretrained run')
+  options.workdir(parser, 'the pretrained run, or an exported encoder')
+  options.other_data(parser)
   parser.add_argument(
     '--config', metavar='RECIPE', default='finetune_small', help='recipe of the fine-tuning'
   )
@@ -94,11 +95,11 @@ def data_fields(overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(args: argparse.Namespace) -> int:
   """Fine-tunes and evaluates."""
-  from simclr_jax import run_config
+  from simclr_jax.commands import common
 
   finetune(
     args.workdir,
-    run_config.load(args.workdir, data_fields(args.overrides)),
+    common.recipe_with_images(args.workdir, data_fields(args.overrides), args.data),
     args.config,
     args.overrides,
     labels=args.labels,

@@ -14,7 +14,8 @@ DETAILS = options.DATA_OVERRIDE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
-  options.workdir(parser)
+  options.workdir(parser, 'a run, or an exported encoder')
+  options.other_data(parser)
   parser.add_argument(
     '--k', type=options.positive, default=200, help='number of nearest neighbours'
   )
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
   from simclr_jax.commands import common
   from simclr_jax.evaluate import knn, results
 
-  config = common.recipe_of_run(args.workdir, args.overrides)
+  config = common.recipe_of_run(args.workdir, args.overrides, args.data)
   results.check(args.workdir, args.out)
   if args.features == 'z':
     encoders = {'pretrained': runs.load_projection(args.workdir)}

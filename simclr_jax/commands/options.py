@@ -40,6 +40,16 @@ def data(parser: argparse.ArgumentParser, required: bool) -> None:
   )
 
 
+def other_data(parser: argparse.ArgumentParser) -> None:
+  """Adds --data for commands that otherwise use the images of the run."""
+  parser.add_argument(
+    '--data',
+    type=dataset,
+    metavar='DATASET',
+    help='images, as for --data of pretrain (default: those of the run)',
+  )
+
+
 def baselines(parser: argparse.ArgumentParser, help: str, default: bool | None = True) -> None:
   """Adds --baselines, which is on, and --no-baselines."""
   parser.add_argument(

@@ -36,7 +36,8 @@ ONLY_WITH = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
-  options.workdir(parser)
+  options.workdir(parser, 'a run, or an exported encoder')
+  options.other_data(parser)
   parser.add_argument(
     '--protocol',
     choices=('sgd', 'simclr', 'moco', 'logistic'),
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
   from simclr_jax.commands import common
   from simclr_jax.evaluate import results
 
-  config = common.recipe_of_run(args.workdir, args.overrides)
+  config = common.recipe_of_run(args.workdir, args.overrides, args.data)
   results.check(args.workdir, args.out)
   encoders = common.encoders(args.workdir, args.baselines)
   train, test = common.labelled(config)

@@ -18,7 +18,8 @@ DETAILS = options.DATA_OVERRIDE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   """Declares the arguments."""
-  options.workdir(parser)
+  options.workdir(parser, 'a run, or an exported encoder')
+  options.other_data(parser)
   parser.add_argument(
     '--out', type=options.path, metavar='FILE', help='output file (default: RUN/report.html)'
   )
@@ -28,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
   """Writes the report."""
   from simclr_jax.commands import common
 
-  config = common.recipe_of_run(args.workdir, args.overrides)
+  config = common.recipe_of_run(args.workdir, args.overrides, args.data)
   write(args.workdir, config, args.out or args.workdir / 'report.html')
   return 0
 

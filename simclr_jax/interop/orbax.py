@@ -1,28 +1,31 @@
 """Exports encoders as Orbax checkpoints that can be read without this package, and loads them.
 
 An exported folder contains `variables/`, an Orbax checkpoint of `params` and `batch_stats`, and `encoder.json` with the
-architecture, the preprocessing and the provenance of the weights.
+architecture, the preprocessing and the provenance of the weights; `head/`, if the projection head goes along.
 """
 
 import json
 import os
 import pathlib
+from typing import Any
 
 import jax
 
 from simclr_jax import run_config
 from simclr_jax.data import augment
-from simclr_jax.encoder import Encoder, shapes
+from simclr_jax.encoder import Encoder, head_shapes, shapes
 from simclr_jax.errors import ConfigError
 from simclr_jax.models import resnet
 from simclr_jax.runtime import checkpoint, files, paths
 from simclr_jax.runtime.checksum import crc32
 from simclr_jax.validation import check_json
 
+PyTree = Any
+
 DESCRIPTION = {  # encoder.json, for `check_json`
   'architecture': {str: run_config.VALUE}, 'checksum?': int,
   'provenance': {
-    'workdir?': str, 'step?': int, 'checksum?': (str, int), 'config?': run_config.RECIPE, 'versions?': {str: str},
+    'workdir?': str, 'weights?': str, 'step?': int, 'checksum?': (str, int), 'config?': run_config.RECIPE, 'versions?': {str: str},
   },
 }  # fmt: skip
 
@@ -57,18 +60,31 @@ def load(folder: pathlib.Path) -> Encoder:
   return Encoder(architecture, variables, description['provenance'])
 
 
-def export(encoder: Encoder, out: str | os.PathLike) -> None:
+def load_head(folder: pathlib.Path, architecture: dict[str, Any]) -> PyTree | None:
+  """The flax variables of the projection head of an exported encoder of this architecture; None without one.
+
+  Raises:
+    CheckpointError: the weights are damaged.
+  """
+  if not (folder / 'head').is_dir():
+    return None
+  return checkpoint.load_tree(folder / 'head', head_shapes(architecture))[0]
+
+
+def export(encoder: Encoder, out: str | os.PathLike, head: PyTree | None = None) -> None:
   """Writes an encoder to the folder `out`, which must be new or empty; a failure leaves nothing behind.
+
+  Args:
+    encoder: the encoder.
+    out: the folder.
+    head: flax variables of its projection head, which goes along; None: it does not.
 
   Raises:
     ConfigError: `out` exists and is not an empty folder.
     OSError, CheckpointError: the folder cannot be written.
   """
   out = paths.path(out)
-  if (out.is_symlink() if not paths.is_remote(out) else False) or (
-    out.exists() and (not out.is_dir() or any(out.iterdir()))
-  ):
-    raise ConfigError(f'--out={out} exists already: choose a new or empty folder')
+  check_out(out)
   description = {
     'architecture': encoder.architecture,
     'preprocessing': _preprocessing(encoder.architecture),
@@ -77,9 +93,19 @@ def export(encoder: Encoder, out: str | os.PathLike) -> None:
   with files.new_folder(out) as folder:
     try:
       checkpoint.save_tree(folder / 'variables', jax.device_get(encoder.variables), {})
+      if head:
+        checkpoint.save_tree(folder / 'head', jax.device_get(head), {})
     except checkpoint.CheckpointError as error:
       raise checkpoint.CheckpointError(str(error).replace(str(folder), str(out))) from error
     files.write_json(folder / 'encoder.json', {**description, 'checksum': _checksum(description)})
+
+
+def check_out(out: pathlib.Path) -> None:
+  """Raises ConfigError if `out` exists and is not an empty folder."""
+  if (out.is_symlink() if not paths.is_remote(out) else False) or (
+    out.exists() and (not out.is_dir() or any(out.iterdir()))
+  ):
+    raise ConfigError(f'--out={out} exists already: choose a new or empty folder')
 
 
 def _checksum(description):

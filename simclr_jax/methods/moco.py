@@ -7,10 +7,12 @@ comparable and the number of negatives does not depend on the batch size.
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from simclr_jax import losses, sharding
+from simclr_jax.errors import ConfigError
 from simclr_jax.fields import Choices, Field, Range
-from simclr_jax.methods import Method
+from simclr_jax.methods import Method, warm_start
 from simclr_jax.models import network
 from simclr_jax.momentum import (
   draw_permutation,
@@ -35,6 +37,10 @@ FIELDS = {
   'shuffle': Field(
     'permute', 'how keys are shuffled over BatchNorm groups', Choices('permute', 'transpose', 'none')
   ),
+  'init_state': Field(
+    False, 'init_from is a checkpoint of MoCo in PyTorch, whose training goes on: key encoder, queue, momentum, epoch',
+    Choices(False, True),
+  ),
 }  # fmt: skip
 
 
@@ -54,6 +60,8 @@ def from_network(net: network.Network, config: ml_collections.ConfigDict) -> Met
     The method. For shuffle=permute, its `loss` uses `batch['permutation']`, int32 `[directions, n]`, instead of a
     random permutation if the batch has this key: row 0 permutes the second views, row 1, if symmetric, the first.
   """
+  if config.get('init_state') and not config.init_from:
+    raise ConfigError('init_state=true needs init_from, the checkpoint whose training goes on')
   groups = config.model.bn_groups
   directions = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]
 
@@ -103,4 +111,19 @@ def from_network(net: network.Network, config: ml_collections.ConfigDict) -> Met
   def encoder(params, state):
     return network.encoder(params, state['stats'])
 
-  return Method(init, loss, encoder, contrastive=True, ema_state=('key',), update=update)
+  return Method(
+    init, loss, encoder, contrastive=True, ema_state=('key',), update=update,
+    load_pretrained=_load_pretrained if config.init_from else None,
+  )  # fmt: skip
+
+
+def _load_pretrained(params, state, pretrained):
+  """`Method.load_pretrained`; with the state of a training, the key encoder and the queue are those of this training."""
+  params, state = warm_start(params, state, pretrained, ema=('key',))
+  training = pretrained.get('training')
+  if not training:
+    return params, state
+  key = {'params': training['key']['params'], 'stats': training['key']['batch_stats']}
+  size = np.int32(len(training['queue']))
+  queue = {'rows': training['queue'], 'pointer': np.int32(training['pointer']), 'filled': size}
+  return params, {**state, 'key': key, 'queue': queue}

@@ -93,16 +93,15 @@ def write(
   """
   check_out(out)
   encoder = runs.load_encoder(workdir)
-  step, total = encoder.provenance['step'], optim.train_steps(config, config.data.examples)
-  name, missing = paths.absolute(workdir).name, _unfinished(workdir, config, step, total)
+  step, lead = _training(encoder, config)
+  name, missing = paths.absolute(workdir).name, _unfinished(workdir, config, step)
   pictures, class_names = _pictures(encoder, config, images, missing)
   records = logs.read(workdir, MAX_RECORDS)
   metrics = [r for r in records if 'event' not in r]
   network = config.model.encoder or f'ResNet-{config.model.depth}'
   parts = [
     f'<h1>{text(name)}</h1>',
-    f'<p class="lead">{text(config.method)}, {text(network)}, {config.data.examples:,} training '
-    f'images, step {step:,} of {total:,}</p>',
+    f'<p class="lead">{text(network)}, {text(lead)}</p>',
     *map(banner, missing),
     *evaluations.sections(workdir, step, class_names),
     '<h2>Training</h2>',
@@ -161,8 +160,22 @@ def _images(config):
   return data.load_splits(config.data)
 
 
-def _unfinished(workdir, config, step, total) -> list[str]:
+def _training(encoder, config) -> tuple[int, str]:
+  """The step of the encoder, and how it was trained, in a few words."""
+  about = encoder.provenance
+  if 'weights' in about:
+    return 0, f'weights of {pathlib.Path(about["weights"]).name} {about.get("network", "")}'.strip()
+  total = optim.train_steps(config, config.data.examples)
+  return about['step'], (
+    f'{config.method}, {config.data.examples:,} training images, step {about["step"]:,} of {total:,}'
+  )
+
+
+def _unfinished(workdir, config, step) -> list[str]:
   """A sentence if the run has not reached its last step."""
+  if not run_config.is_run(workdir):  # an exported encoder
+    return []
+  total = optim.train_steps(config, config.data.examples)
   if step >= total:
     return []
   resume = f'simclr-jax pretrain --workdir={shlex.quote(str(workdir))}'
