@@ -1,6 +1,6 @@
-"""Time and memory of large inputs: a folder of many files, and one of many classes.
+"""Time and memory of large inputs: a folder of many files, one of many classes, many embeddings, a long run.
 
-    python benchmarks/load.py files|classes [--count=N] [--folder=FOLDER]
+    python benchmarks/load.py files|classes|embed|report [--count=N] [--folder=FOLDER]
 
 Each makes its input in a temporary folder, measures in a process of its own, and prints seconds and the peak of memory
 without those of the imports. The images are a few photographs of several sizes under many names, as hard links.
@@ -22,7 +22,7 @@ import numpy as np
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
   parser.add_argument('input', choices=LOADS)
-  parser.add_argument('--count', type=int, help='files, or classes')
+  parser.add_argument('--count', type=int, help='files, classes, images or records')
   parser.add_argument(
     '--folder', type=pathlib.Path, help='for the inputs (default: a temporary one)'
   )
@@ -67,7 +67,7 @@ def make_folder(folder, files, classes):
     originals.append(file.getvalue())
   for c in range(classes):
     place = folder / f'class{c:05d}'
-    place.mkdir()
+    place.mkdir(parents=True)
     paths = [place / f'{j:07d}.jpg' for j in range(c, files, classes)]
     for j, path in enumerate(paths):
       if j < len(originals):
@@ -88,9 +88,63 @@ def start(folder):
   return f'{len(train) + len(test):,} images, {train.classes:,} classes, {len(lines)} lines'
 
 
+def make_run(folder):
+  """Trains a small network for a few steps; the run is `folder`/run."""
+  from simclr_jax import cli
+
+  fields = {
+    'steps': 4, 'log_every_steps': 1, 'batch_size': 64, 'model.depth': 8, 'model.width_multiplier': 0.25,
+    'knn_every_epochs': 0, 'warmup_epochs': 0,
+  }  # fmt: skip
+  arguments = [f'--config.{name}={value}' for name, value in fields.items()]
+  data = ['--config=simclr_digits', '--data=digits', f'--workdir={folder / "run"}']
+  assert cli.main(['pretrain', *data, *arguments]) == 0
+
+
+def make_images_and_run(folder, images):
+  """Writes images, and a run whose encoder embeds them."""
+  make_folder(folder / 'images', images, 2)
+  make_run(folder)
+
+
+def embed(folder):
+  """Embeds all images."""
+  from simclr_jax import data, runs
+  from simclr_jax.commands import common
+  from simclr_jax.evaluate import embed
+
+  fields = {'data.train_split': '.', 'data.test_split': '', 'data.holdout': 0.0}
+  config = common.recipe_with_data('simclr_images', str(folder / 'images'), fields).data
+  images, _ = data.load_splits(config)
+  embed.embed(runs.load_encoder(folder / 'run'), images, folder / 'features.npy')
+  return f'{len(images):,} images embedded'
+
+
+def make_long_run(folder, records):
+  """A run with as many records of metrics as one of `records` logged steps."""
+  make_run(folder)
+  path = folder / 'run/metrics.jsonl'
+  lines = path.read_text().splitlines()
+  step = next(line for line in lines if '"loss"' in line)
+  long = [step.replace('"step": 1,', f'"step": {i},', 1) for i in range(1, records + 1)]
+  path.write_text('\n'.join([lines[0], *long, *lines[-1:], '']))
+
+
+def report(folder):
+  """Writes the report."""
+  from simclr_jax import run_config
+  from simclr_jax.report import page
+
+  page.write(folder / 'run', run_config.load(folder / 'run'), folder / 'report.html')
+  records = sum(1 for _ in (folder / 'run/metrics.jsonl').open())
+  return f'report of {records:,} records'
+
+
 # Input -> default count, function that makes it in a folder, and what is measured.
 LOADS = {
   'files': (200_000, lambda folder, n: make_folder(folder, n, 2), start),
+  'embed': (20_000, make_images_and_run, embed),
+  'report': (200_000, make_long_run, report),
   'classes': (1_000, lambda folder, n: make_folder(folder, 20 * n, n), start),
 }
 

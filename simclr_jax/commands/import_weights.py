@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 
 from simclr_jax.commands import options
+from simclr_jax.validation import Choices
 
 # Arguments that are fields `model.*`, which decide what the shapes of the weights do not.
 MODEL = {
@@ -39,8 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     '--ema', action='store_true', help='the EMA network of SimCLR v2: the same as --network=ema'
   )
   for name, text in MODEL.items():
-    choices = fields.TABLE[f'model.{name}'].allowed.values
-    parser.add_argument(f'--{name}', choices=choices, help=text)
+    allowed = fields.TABLE[f'model.{name}'].allowed
+    assert isinstance(allowed, Choices)
+    parser.add_argument(f'--{name}', choices=allowed.values, help=text)
   parser.add_argument(
     '--image-size',
     type=options.positive,
