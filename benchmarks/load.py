@@ -90,15 +90,14 @@ def start(folder):
 
 def make_run(folder):
   """Trains a small network for a few steps; the run is `folder`/run."""
-  from simclr_jax import cli
-
   fields = {
     'steps': 4, 'log_every_steps': 1, 'batch_size': 64, 'model.depth': 8, 'model.width_multiplier': 0.25,
     'knn_every_epochs': 0, 'warmup_epochs': 0,
   }  # fmt: skip
   arguments = [f'--config.{name}={value}' for name, value in fields.items()]
   data = ['--config=simclr_digits', '--data=digits', f'--workdir={folder / "run"}']
-  assert cli.main(['pretrain', *data, *arguments]) == 0
+  # In a process of its own: the peak of memory of a process includes that of its parent.
+  subprocess.run([sys.executable, '-m', 'simclr_jax', 'pretrain', *data, *arguments], check=True)
 
 
 def make_images_and_run(folder, images):
