@@ -138,8 +138,9 @@ TABLE: dict[str, Field] = {
     Choices('imagenet', 'strided', 'cifar'), inherited=True,
   ),
   'model.variant': Field(
-    'simclr', 'simclr, or torchvision as in MoCo: padding, projection shortcuts, initialisation, BatchNorm variance',
-    Choices('simclr', 'torchvision'), inherited=True,
+    'simclr', 'simclr, torchvision as in MoCo, or haiku as in BYOL: padding, projection shortcuts, initialisation, '
+    'BatchNorm variance',
+    Choices('simclr', 'torchvision', 'haiku'), inherited=True,
   ),
   'model.sk_ratio': Field(
     0.0, 'selective kernels and ResNet-D; SimCLR v2 has 0.0625', Range(0.0, 1.0), inherited=True

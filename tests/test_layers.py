@@ -11,9 +11,9 @@ import pytest
 from simclr_jax.models.layers import Conv, Dense, kernel_gradient
 
 
-def loop_kernel_gradient(x, dy, size, stride, padding):
-  """The gradient of a kernel as a sum over its positions, in float64."""
-  x = np.pad(np.float64(x), ((0, 0), (padding, size), (padding, size), (0, 0)))
+def loop_kernel_gradient(x, dy, size, stride, before):
+  """The gradient of a kernel as a sum over its positions, in float64; `before`: zeros above and on the left."""
+  x = np.pad(np.float64(x), ((0, 0), *((zeros, size) for zeros in before), (0, 0)))
   rows, columns = dy.shape[1:3]
   grad = np.zeros((size, size, x.shape[-1], dy.shape[-1]))
   for i in range(size):
@@ -24,22 +24,33 @@ def loop_kernel_gradient(x, dy, size, stride, padding):
 
 
 @pytest.mark.parametrize(
-  'size, stride, sides', [(3, 1, (8, 6)), (3, 2, (7, 8)), (1, 2, (6, 5)), (7, 2, (9, 10))]
+  'size, stride, sides, padding, before',
+  [
+    (3, 1, (8, 6), 'symmetric', (1, 1)),
+    (3, 2, (7, 8), 'symmetric', (1, 1)),
+    (1, 2, (6, 5), 'symmetric', (0, 0)),
+    (7, 2, (9, 10), 'symmetric', (3, 3)),
+    (3, 1, (8, 7), 'same', (1, 1)),
+    (3, 2, (7, 8), 'same', (1, 0)),
+    (1, 2, (6, 5), 'same', (0, 0)),
+    (7, 2, (9, 10), 'same', (3, 2)),
+  ],
 )
-def test_kernel_gradient(size, stride, sides):
-  """Breaks if the matrix product that TPUs use differs from the kernel gradient, or rounds to
-  bfloat16.
+def test_kernel_gradient(size, stride, sides, padding, before):
+  """Breaks if the matrix product that TPUs use differs from the kernel gradient, rounds to bfloat16, or ignores the
+  padding.
   """
   rng = np.random.default_rng(0)
-  layer = Conv(5, size, stride, dtype=jnp.bfloat16)
+  layer = Conv(5, size, stride, dtype=jnp.bfloat16, padding=padding)
   x = jnp.asarray(rng.normal(size=(4, *sides, 3)), jnp.bfloat16)
   variables = layer.init(jax.random.key(0), x)
   y, vjp = jax.vjp(lambda v: layer.apply(v, x), variables)
   dy = jnp.asarray(rng.normal(size=y.shape), jnp.bfloat16)
-  expected = loop_kernel_gradient(x, dy, size, stride, (size - 1) // 2)
-  grad = vjp(dy)[0]['params']['kernel']
-  assert grad.dtype == kernel_gradient(x, dy, size, stride).dtype == jnp.float32
-  np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-5)
+  expected = loop_kernel_gradient(x, dy, size, stride, before)
+  exact = kernel_gradient(x, dy, size, stride, padding)
+  for grad in (exact, vjp(dy)[0]['params']['kernel']):
+    assert grad.dtype == jnp.float32
+    np.testing.assert_allclose(grad, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('platform, dtype', [('tpu', 'f32'), ('cpu', 'f32'), ('cuda', 'bf16')])
@@ -80,6 +91,23 @@ def test_against_flax(ours, theirs, shape, dtype):
     assert x.dtype == y.dtype
     tolerance = 2**-7 if dtype == jnp.bfloat16 else 1e-6
     np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('sides', [(8, 10), (9, 7), (8, 7)])
+@pytest.mark.parametrize('size, stride', [(7, 2), (3, 2), (3, 1), (1, 2)])
+def test_same_padding_against_flax(size, stride, sides):
+  """Breaks if outputs or gradients differ from flax's SAME, for even or odd sizes."""
+  x = jax.random.normal(jax.random.key(1), (2, *sides, 4))
+  theirs = nn.Conv(6, (size, size), (stride, stride), padding='SAME', use_bias=False)
+  variables = theirs.init(jax.random.key(0), x)
+  ours = Conv(6, size, stride, padding='same')
+
+  def run(layer):
+    y, vjp = jax.vjp(layer.apply, variables, x)
+    return y, vjp(jnp.cos(y))
+
+  for a, b in zip(jax.tree.leaves(run(ours)), jax.tree.leaves(run(theirs)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_dense_kernel_gradient_is_float32():

@@ -125,7 +125,7 @@ def test_moco_parameters():
 
 @pytest.fixture(scope='module')
 def initial():
-  """Initial parameters of a small network in both variants."""
+  """Initial parameters of a small network in all variants."""
   x = jnp.zeros((1, 8, 8, 3))
 
   def init(variant):
@@ -137,8 +137,8 @@ def initial():
 
 
 def test_initial_gammas_and_shortcuts(initial):
-  """Breaks if the initial last gamma of a block, or the shortcut of the first group, is that of the
-  other variant.
+  """Breaks if the initial last gamma of a block, or the shortcut of the first group, is that of
+  another variant.
   """
   simclr, torch = initial['simclr'], initial['torchvision']
   assert 'proj_conv' in simclr['group1_block1'] and 'proj_conv' not in torch['group1_block1']
@@ -148,6 +148,7 @@ def test_initial_gammas_and_shortcuts(initial):
       assert (params[name]['bn2']['scale'] == last_gamma).all()
       assert (params[name]['bn1']['scale'] == 1).all()
       assert not params[name]['bn1']['bias'].any() and not params[name]['bn2']['bias'].any()
+  jax.tree.map(np.testing.assert_array_equal, initial['haiku'], simclr)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,9 @@ def test_initial_kernels(initial, layer, fan_in, fan_out):
   """Breaks if the initialiser of a variant uses another fan, gain or truncation (SimCLR: at 2
   sigma; torch: none).
   """
-  simclr, torch = (np.ravel(initial[d]['group3_block1'][layer]['kernel']) for d in resnet.VARIANTS)
+  simclr, torch = (
+    np.ravel(initial[d]['group3_block1'][layer]['kernel']) for d in ('simclr', 'torchvision')
+  )
   n = simclr.size
   for weights, std in ((simclr, (1 / fan_in) ** 0.5), (torch, (2 / fan_out) ** 0.5)):
     np.testing.assert_allclose(weights.std(), std, rtol=4 / (2 * n) ** 0.5)  # 4 standard errors

@@ -27,18 +27,23 @@ def sigmoid(x):
   return 1 / (1 + np.exp(-x))
 
 
-def conv(x, p, stride=1):
-  """A convolution with (k - 1) / 2 zeros of padding on every side."""
+def conv(x, p, stride=1, variant='simclr'):
+  """A convolution with (k - 1) / 2 zeros of padding on every side. 'haiku' pads as TensorFlow does: as few zeros as
+  the output of n / stride pixels needs, the odd one at the end.
+  """
   w = p['kernel']
-  pad = len(w) // 2
-  x = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  pads = [(len(w) // 2,) * 2] * 2
+  if variant == 'haiku':
+    zeros = [max((-(-n // stride) - 1) * stride + len(w) - n, 0) for n in x.shape[1:3]]
+    pads = [(n // 2, n - n // 2) for n in zeros]
+  x = np.pad(x, ((0, 0), *pads, (0, 0)))
   x = sliding_window_view(x, w.shape[:2], axis=(1, 2))[:, ::stride, ::stride]
   return np.einsum('nhwcij,ijcd->nhwd', x, w) + p.get('bias', 0)
 
 
 def max_pool(x, variant):
-  """3x3, stride 2. 'simclr' pads as TensorFlow does: for even sizes only at the end."""
-  first = 0 if variant == 'simclr' and x.shape[1] % 2 == 0 else 1
+  """3x3, stride 2. All but 'torchvision' pad as TensorFlow does: for even sizes only at the end."""
+  first = 0 if variant != 'torchvision' and x.shape[1] % 2 == 0 else 1
   x = np.pad(x, ((0, 0), (first, 1), (first, 1), (0, 0)), constant_values=-np.inf)
   return sliding_window_view(x, (3, 3), axis=(1, 2))[:, ::2, ::2].max((-2, -1))
 
@@ -69,7 +74,7 @@ class NumpyResNet:
     return (x - mean) / np.sqrt(var + 1e-5) * p['scale'] + p['bias']
 
   def conv_norm(self, x, p, s, i, stride=1):
-    return self.norm(conv(x, p[f'conv{i}'], stride), p[f'bn{i}'], s[f'bn{i}'])
+    return self.norm(conv(x, p[f'conv{i}'], stride, self.variant), p[f'bn{i}'], s[f'bn{i}'])
 
   def select(self, x, p, s):
     one, two = np.split(x, 2, axis=-1)
@@ -105,7 +110,8 @@ class NumpyResNet:
         x = conv(x, p[f'stem_conv{i}'], stride if i == 1 else 1)
         x = np.maximum(self.norm(x, p[f'stem_bn{i}'], s[f'stem_bn{i}']), 0)
       stride = 1
-    x = np.maximum(self.norm(conv(x, p['stem_conv'], stride), p['stem_bn'], s['stem_bn']), 0)
+    x = conv(x, p['stem_conv'], stride, self.variant)
+    x = np.maximum(self.norm(x, p['stem_bn'], s['stem_bn']), 0)
     if self.stem == 'imagenet':
       x = max_pool(x, self.variant)
     for group, count in enumerate(self.blocks, 1):
@@ -156,6 +162,9 @@ def apply_eval_and_train(net, variables, x):
     ('basic', 26, {'stem': 'imagenet', 'sk_ratio': 0.5}),
     ('bottleneck', 26, {'stem': 'imagenet'}),
     ('bottleneck', 32, {'stem': 'imagenet', 'variant': 'torchvision'}),
+    ('basic', 32, {'stem': 'imagenet', 'variant': 'haiku'}),
+    ('bottleneck', 26, {'stem': 'imagenet', 'variant': 'haiku'}),
+    ('bottleneck', 9, {'stem': 'strided', 'variant': 'haiku'}),
     ('bottleneck', 26, {'stem': 'imagenet', 'sk_ratio': 0.5}),
     ('bottleneck', 32, {'stem': 'imagenet', 'sk_ratio': 0.5}),
     ('bottleneck', 7, {'sk_ratio': 0.5, 'se_ratio': 0.5}),
@@ -194,7 +203,7 @@ def test_normalize(name, mean, std):
   assert not np.allclose(h, reference(variables, x), rtol=0.1)
 
 
-@pytest.mark.parametrize('variant, ddof', [('simclr', 0), ('torchvision', 1)])
+@pytest.mark.parametrize('variant, ddof', [('simclr', 0), ('torchvision', 1), ('haiku', 0)])
 def test_running_statistics_against_numpy(variant, ddof):
   """Breaks if the running variance is that of the other variant, or the layers ignore the BatchNorm groups
   and their layout.

@@ -16,7 +16,7 @@ from jax import lax
 
 
 class Conv(nn.Module):
-  """A convolution with a square kernel and symmetric padding by about half of its size.
+  """A convolution with a square kernel and zero padding by about half of its size.
 
   Attributes:
     features: number of output channels.
@@ -24,6 +24,8 @@ class Conv(nn.Module):
     use_bias: whether a bias is added.
     kernel_init: initialiser of the kernel, float32 `[size, size, channels, features]`.
     dtype: dtype of the input and of the product; kernel and bias are float32.
+    padding: 'symmetric': the same for every size of the images, as in PyTorch and in SimCLR; 'same': as little as
+      possible, which with a stride depends on the size of the images, as in TensorFlow and Haiku.
   """
 
   features: int
@@ -32,13 +34,15 @@ class Conv(nn.Module):
   use_bias: bool = False
   kernel_init: Any = nn.initializers.lecun_normal()
   dtype: Any = jnp.float32
+  padding: str = 'symmetric'
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """`x` `[n, height, width, channels]` -> `[n, height / stride, width / stride, features]`, rounded up."""
     shape = (self.size, self.size, x.shape[-1], self.features)
     kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
-    return _with_bias(self, _conv(x.astype(self.dtype), kernel, self.stride), nn.initializers.zeros)
+    y = _conv(x.astype(self.dtype), kernel, self.stride, self.padding)
+    return _with_bias(self, y, nn.initializers.zeros)
 
 
 class Dense(nn.Module):
@@ -71,41 +75,44 @@ def _with_bias(layer, y, init):
   return (y.astype(jnp.float32) + bias).astype(y.dtype)  # so that the gradient is summed in float32
 
 
-def _padding(size):
+def _pads(padding, size, stride, shape):
+  """(before, after) for height and width of images `[n, height, width, c]`; the other arguments as for `Conv`."""
+  if padding == 'same':
+    return lax.padtype_to_pads(shape[1:3], (size, size), (stride, stride), 'SAME')
   low = (size - 1) // 2
   return [(low, size - 1 - low)] * 2
 
 
-def _rounded_conv(x, kernel, stride):
+def _rounded_conv(x, kernel, stride, padding):
   return lax.conv_general_dilated(
     x,
     kernel.astype(x.dtype),
     (stride, stride),
-    _padding(len(kernel)),
+    _pads(padding, len(kernel), stride, x.shape),
     dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
   )
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv(x: jax.Array, kernel: jax.Array, stride: int, padding: str) -> jax.Array:
   """A convolution in the dtype of x; the gradient of the kernel is float32."""
-  return _rounded_conv(x, kernel, stride)
+  return _rounded_conv(x, kernel, stride, padding)
 
 
-def _conv_forward(x, kernel, stride):
-  return _conv(x, kernel, stride), (x, kernel)
+def _conv_forward(x, kernel, stride, padding):
+  return _conv(x, kernel, stride, padding), (x, kernel)
 
 
-def _conv_backward(stride, saved, dy):
+def _conv_backward(stride, padding, saved, dy):
   x, kernel = saved
-  (dx,) = jax.linear_transpose(lambda x: _rounded_conv(x, kernel, stride), x)(dy)
+  (dx,) = jax.linear_transpose(lambda x: _rounded_conv(x, kernel, stride, padding), x)(dy)
 
   def rounded(x, dy):
     shape = jax.ShapeDtypeStruct(kernel.shape, x.dtype)
-    (dkernel,) = jax.linear_transpose(lambda k: _rounded_conv(x, k, stride), shape)(dy)
+    (dkernel,) = jax.linear_transpose(lambda k: _rounded_conv(x, k, stride, padding), shape)(dy)
     return dkernel.astype(jnp.float32)
 
-  exact = partial(kernel_gradient, size=len(kernel), stride=stride)
+  exact = partial(kernel_gradient, size=len(kernel), stride=stride, padding=padding)
   # cuDNN has no convolution of bfloat16 numbers with a float32 result.
   return dx, lax.platform_dependent(x, dy, cuda=rounded, rocm=rounded, default=exact)
 
@@ -113,27 +120,30 @@ def _conv_backward(stride, saved, dy):
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
-def kernel_gradient(x: jax.Array, dy: jax.Array, size: int, stride: int) -> jax.Array:
+def kernel_gradient(
+  x: jax.Array, dy: jax.Array, size: int, stride: int, padding: str = 'symmetric'
+) -> jax.Array:
   """The gradient of the kernel of a convolution: a convolution of x with dy, in which the batch axis is contracted.
 
   Args:
     x: input, `[n, height, width, c]`.
     dy: gradient of the output, `[n, height / stride, width / stride, features]`, in the dtype of x.
     size, stride: size and stride of the kernel in pixels.
+    padding: as for `Conv`.
 
   Returns:
     float32 `[size, size, c, features]`.
   """
-  low = _padding(size)[0][0]
+  lows = [low for low, _ in _pads(padding, size, stride, x.shape)]
   ends = [
     (outputs - 1) * stride + size - low - inputs
-    for inputs, outputs in zip(x.shape[1:3], dy.shape[1:3], strict=True)
+    for low, inputs, outputs in zip(lows, x.shape[1:3], dy.shape[1:3], strict=True)
   ]
   return lax.conv_general_dilated(
     x,
     dy,
     (1, 1),
-    [(low, end) for end in ends],
+    list(zip(lows, ends, strict=True)),
     rhs_dilation=(stride, stride),
     dimension_numbers=('CHWN', 'IHWO', 'HWNC'),
     preferred_element_type=jnp.float32,

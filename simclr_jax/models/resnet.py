@@ -1,4 +1,4 @@
-"""ResNets in two variants: SimCLR's, and torchvision's as in MoCo."""
+"""ResNets in three variants: SimCLR's, torchvision's as in MoCo, and Haiku's as in BYOL."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +24,7 @@ DEPTHS = {
 }
 # stem -> (size of the kernel, stride, whether max-pooling follows)
 STEMS = {'imagenet': (7, 2, True), 'strided': (3, 2, False), 'cifar': (3, 1, False)}
-VARIANTS = ('simclr', 'torchvision')
+VARIANTS = ('simclr', 'torchvision', 'haiku')
 # name -> (mean, standard deviation) of red, green and blue in [0, 1]; 'none' is also allowed
 NORMALIZE = {
   'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -138,24 +138,27 @@ class Block(nn.Module):
 class ResNet(nn.Module):
   """ResNet v1.5 without a classifier: images -> pooled features h.
 
-  The two variants differ in five places:
+  The variants differ in six places:
 
-  =================  ================================  ====================================
-  .                  'simclr'                          'torchvision'
-  =================  ================================  ====================================
-  3x3/2 max-pool     pads bottom and right ('SAME')    pads one pixel on every side
-  projection         first block of every group        where the shape changes
-  convolution init   fan-in, truncated normal, gain 1  fan-out, normal, gain sqrt 2
-  last gamma         0                                 1
-  running variance   biased                            unbiased
-  =================  ================================  ====================================
+  ====================  ================================  ============================  =============
+  .                     'simclr'                          'torchvision'                 'haiku'
+  ====================  ================================  ============================  =============
+  strided convolutions  pad all sides ('symmetric')       as 'simclr'                   pad as 'same'
+  3x3/2 max-pool        pads as 'same'                    pads one pixel on every side  as 'simclr'
+  projection            first block of every group        where the shape changes       as 'simclr'
+  convolution init      fan-in, truncated normal, gain 1  fan-out, normal, gain sqrt 2  as 'simclr'
+  last gamma            0                                 1                             as 'simclr'
+  running variance      biased                            unbiased                      as 'simclr'
+  ====================  ================================  ============================  =============
+
+  'same' pads images of an even size more at the bottom and on the right than at the top and on the left, see `Conv`.
 
   Attributes:
     depth: a key of `DEPTHS`.
     width_multiplier: factor on all channel counts.
     stem: 'imagenet' (7x7, stride 2, max-pool), 'cifar' (3x3, stride 1), or for images of 64 pixels 'strided' (3x3,
       stride 2).
-    variant: 'simclr' or 'torchvision', see above.
+    variant: 'simclr', 'torchvision' or 'haiku', see above.
     groups, layout: as for `norm.BatchNorm`.
     sk_ratio: above 0: the SK networks of SimCLR v2, where it is 0.0625: selective kernels in bottleneck blocks,
       and as in ResNet-D, average pooling in projections and a stem of three 3x3 convolutions.
@@ -166,7 +169,8 @@ class ResNet(nn.Module):
     frozen: the stem and the groups up to this one use the running averages of BatchNorm in training, too, and do not
       update them; 0: the stem only; -1: nothing is frozen.
 
-  Source: He et al. 2016; Chen et al. 2020a, 2020b (SimCLR v1, v2) for 'simclr'; He et al. 2019 for ResNet-D.
+  Source: He et al. 2016; Chen et al. 2020a, 2020b (SimCLR v1, v2) for 'simclr'; dm-haiku and Grill et al.
+    2020 (BYOL) for 'haiku'; He et al. 2019 for ResNet-D.
   """
 
   depth: int = 50
@@ -193,17 +197,20 @@ class ResNet(nn.Module):
     ):
       if value not in allowed:
         raise ValueError(f'ResNet {name} {value!r} is not one of {allowed}')
-    simclr = self.variant == 'simclr'
+    torch, padding = (
+      self.variant == 'torchvision',
+      'same' if self.variant == 'haiku' else 'symmetric',
+    )
     blocks, bottleneck = DEPTHS[self.depth]
     norm = partial(
-      BatchNorm, groups=self.groups, layout=self.layout, unbiased=not simclr, dtype=self.dtype
+      BatchNorm, groups=self.groups, layout=self.layout, unbiased=torch, dtype=self.dtype
     )
     init = nn.initializers.lecun_normal()
-    if not simclr:
+    if torch:
       init = nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
 
     def conv(features: int, size: int, stride: int, name: str, use_bias: bool = False) -> nn.Module:
-      return Conv(features, size, stride, use_bias, init, self.dtype, name=name)
+      return Conv(features, size, stride, use_bias, init, self.dtype, padding, name=name)
 
     if self.normalize != 'none':
       mean, std = NORMALIZE[self.normalize]
@@ -221,7 +228,7 @@ class ResNet(nn.Module):
     x = conv(width, size, stride, name='stem_conv')(x)
     x = nn.relu(norm(name='stem_bn')(x, train_stem))
     if pool:
-      x = nn.max_pool(x, (3, 3), (2, 2), 'SAME' if simclr else [(1, 1), (1, 1)])
+      x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)] if torch else 'SAME')
 
     residual = nn.remat(Block, static_argnums=(2,)) if self.rematerialize else Block
     for group, count in enumerate(blocks):
@@ -233,8 +240,8 @@ class ResNet(nn.Module):
           filters,
           stride,
           bottleneck,
-          project=not block and (simclr or reshapes),
-          zero_init=simclr,
+          project=not block and (not torch or reshapes),
+          zero_init=not torch,
           sk_ratio=self.sk_ratio,
           se_ratio=self.se_ratio,
           conv=conv,
