@@ -211,7 +211,7 @@ def test_help(name, capsys):
     assert all(f'{int(code):<5}{code.meaning}' in text for code in ExitCode)
   if name == 'knn':
     assert 'number of nearest neighbours (default: 200)' in text
-  if name in commands.NAMES and name not in ('check-data', 'compile-check', 'fields', 'recipes'):
+  if name in commands.NAMES and name not in ('check-data', 'compile-check', 'fields', 'import', 'recipes'):
     assert '--workdir' in text
 
 

@@ -1,0 +1,171 @@
+"""`simclr-jax import`, `init_from` of files of other programs, and trainings of MoCo that go on."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import TINY, fails
+
+from simclr_jax import cli, config, encoder, runs
+from simclr_jax.interop import orbax, torch_names
+from simclr_jax.runtime import checkpoint
+
+MODEL = {'depth': 18, 'width_multiplier': 0.125, 'stem': 'cifar', 'variant': 'torchvision'}
+HEAD = {'head': 'mlp', 'head_layers': 2, 'head_dim': 16, 'head_norm': 'none'}
+FIELDS = {f'--config.model.{name}={value}' for name, value in (MODEL | HEAD).items()}
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+  """An npz file with 64 training images of 16 x 16 pixels and 32 test images, with labels."""
+  rng = np.random.default_rng(0)
+  folder = tmp_path_factory.mktemp('images')
+  for split, count in (('train', 64), ('test', 32)):
+    pixels = rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8)
+    np.savez(folder / f'{split}.npz', images=pixels, labels=np.arange(count) % 4)
+  return folder / 'train.npz'
+
+
+@pytest.fixture(scope='module')
+def network():
+  """An encoder and a head with random weights and running averages: (architecture, encoder, head)."""
+  recipe = config.load(
+    'simclr_images', {'image_size': 16, **{f'model.{k}': v for k, v in (MODEL | HEAD).items()}}
+  )
+  architecture = config.architecture(recipe)
+  rng = np.random.default_rng(1)
+
+  def random(shapes):
+    return jax.tree.map(
+      lambda x: rng.uniform(0.5, 1.5, x.shape).astype(np.float32) / x.shape[0] ** 0.5, shapes
+    )
+
+  return (
+    architecture,
+    random(encoder.shapes(architecture)),
+    random(encoder.head_shapes(architecture)),
+  )
+
+
+@pytest.fixture(scope='module')
+def weights(network, tmp_path_factory):
+  """A file with the names of MoCo, without its queue."""
+  architecture, variables, head = network
+  tensors = torch_names.to_torch(torch_names.encoder(architecture), variables, 'module.encoder_q.')
+  tensors |= torch_names.to_torch(torch_names.head(architecture, 64), head, 'module.encoder_q.fc.')
+  path = tmp_path_factory.mktemp('weights') / 'moco.safetensors'
+  safetensors.numpy.save_file(tensors, path)
+  return path
+
+
+@pytest.fixture(scope='module')
+def imported(weights, tmp_path_factory):
+  """The folder that `simclr-jax import` writes."""
+  out = tmp_path_factory.mktemp('imported') / 'encoder'
+  assert (
+    cli.main(
+      [
+        'import',
+        str(weights),
+        f'--out={out}',
+        '--stem=cifar',
+        '--image-size=16',
+        '--normalize=cifar10',
+      ]
+    )
+    == 0
+  )
+  return out
+
+
+def test_an_import_is_an_export(imported, network, images):
+  """Breaks if an imported encoder has other weights, another architecture or other features than its source."""
+  architecture, variables, head = network
+  loaded = runs.load_encoder(imported)
+  own = {**MODEL, **HEAD, 'normalize': 'cifar10', 'image_size': 16}
+  assert {name: loaded.architecture[name] for name in own} == own
+  for found, wanted in (
+    (loaded.variables, variables),
+    (orbax.load_head(imported, loaded.architecture), head),
+  ):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, found, wanted)))
+  views = np.random.default_rng(2).uniform(size=(4, 16, 16, 3)).astype(np.float32)
+  expected = encoder.Encoder({**architecture, 'normalize': 'cifar10'}, variables).forward(views)
+  np.testing.assert_array_equal(loaded.forward(views), expected)
+
+
+def test_commands_on_an_import(imported, images, capsys, tmp_path):
+  """Breaks if kNN, the probe, fine-tuning, embeddings or the report do not work on imported weights."""
+  for name, *arguments in (
+    ('knn', '--k=5'),
+    ('probe', '--protocol=logistic', '--labels=2', '--draws=1'),
+    (
+      'finetune',
+      '--labels=2',
+      '--config.steps=2',
+      '--config.batch_size=8',
+      '--no-baselines',
+      '--config.head_layer=1',
+    ),
+    ('report',),
+    ('embed', f'--out={tmp_path / "h.npy"}'),
+  ):
+    assert cli.main([name, f'--workdir={imported}', f'--data={images}', *arguments]) == 0, name
+  results = json.loads((imported / 'evaluation.json').read_text())
+  assert {'knn', 'finetune'} <= {name.split('@')[0] for name in results}
+  page = (imported / 'report.html').read_text()
+  assert 'moco.safetensors' in page and 'Unfinished' not in page
+  assert np.load(tmp_path / 'h.npy').shape == (64, 64)
+  capsys.readouterr()
+  for name in ('knn', 'probe', 'finetune', 'report'):
+    assert '--data=DATASET' in fails(capsys, name, f'--workdir={imported}')
+
+
+def test_pretraining_from_a_file(weights, network, images, tmp_path, capsys):
+  """Breaks if init_from of a file of another program does not start from its encoder and head."""
+  arguments = [
+    'pretrain', '--config=simclr_digits', f'--data={images}', f'--workdir={tmp_path / "run"}', *FIELDS,
+    *(f'--config.{k}={v}' for k, v in {**TINY, 'steps': 1, 'learning_rate': 0, 'image_size': 16}.items()
+      if not k.startswith('model')),
+  ]  # fmt: skip
+  assert cli.main([*arguments, f'--config.init_from={weights}']) == 0
+  assert 'with its projection head' in capsys.readouterr().out
+  _, variables, head = network
+  state, _ = checkpoint.load_tree(next((tmp_path / 'run/checkpoints').iterdir()))
+  for part, wanted in (('encoder', variables), ('head', head)):
+    assert all(
+      jax.tree.leaves(jax.tree.map(np.array_equal, state['params'][part], wanted['params']))
+    )
+  other = [a for a in arguments if 'depth' not in a and 'workdir' not in a]
+  message = fails(
+    capsys,
+    *other,
+    f'--workdir={tmp_path / "x"}',
+    f'--config.init_from={weights}',
+    '--config.model.depth=8',
+  )
+  assert 'another network' in message
+
+
+@pytest.mark.parametrize('arguments, message', [
+  (['{weights}', '--out={imported}', '--stem=cifar'], 'exists already'),
+  (['{weights}', '--out=x'], 'stem'),
+  (['{weights}', '--out=x', '--stem=imagenet'], 'stem'),
+  (['{weights}', '--out=x', '--stem=cifar', '--network=encoder_k'], 'encoder_k'),
+  (['{weights}', '--out=x', '--stem=cifar', '--ema'], 'ema'),
+  (['{weights}', '--out=x', '--stem=cifar', '--ema', '--network=encoder_q'], 'choose one'),
+  (['{weights}x', '--out=x'], 'no such file'),
+  (['{folder}', '--out=x'], '{folder}'),
+  (['gs://bucket/weights.pth', '--out=x'], 'local folder'),
+  (['{weights}', '--out=x', '--stem=cifar', '--image-size=4'], 'image_size=4'),
+])  # fmt: skip
+def test_wrong_arguments(arguments, message, weights, imported, tmp_path, monkeypatch, capsys):
+  """Breaks if a wrong argument is a traceback, has no clear message or leaves a folder."""
+  monkeypatch.chdir(tmp_path)
+  places = {'weights': weights, 'imported': imported, 'folder': tmp_path}
+  stderr = fails(capsys, 'import', *(a.format(**places) for a in arguments))
+  assert message.format(**places) in stderr and stderr.count('\n') <= 1, stderr
+  assert not (tmp_path / 'x').exists()
