@@ -1,0 +1,74 @@
+"""Flax variables from the tensors of a file, which must be exactly those of a network."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from simclr_jax.errors import ConfigError
+from simclr_jax.runtime.text import printable
+
+PyTree = Any
+SHOWN = 4  # problems in an error
+
+
+class Tensor(NamedTuple):
+  """A tensor of a file.
+
+  Attributes:
+    name: in the file.
+    path: of the flax variable: collection, modules, leaf.
+    value: numbers of any dtype, in the shape and layout of flax.
+  """
+
+  name: str
+  path: tuple[str, ...]
+  value: np.ndarray
+
+
+def variables(
+  net: nn.Module, shape: tuple[int, ...], tensors: Iterable[Tensor], what: str
+) -> PyTree:
+  """The variables of a flax module, float32.
+
+  Args:
+    net: called as `net(x, train=False)`.
+    shape: of x.
+    tensors: of the file.
+    what: the file and the network, for errors.
+
+  Raises:
+    ConfigError: tensors are missing, left over, have another shape or no finite numbers.
+  """
+  wanted = jax.eval_shape(lambda k: net.init(k, jnp.zeros(shape), train=False), jax.random.key(0))
+  shapes = {
+    tuple(key.key for key in path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)
+  }
+  found = {tensor.path: tensor for tensor in tensors}
+  problems = [f'lacks {"/".join(path)}' for path in shapes if path not in found]
+  for path, (name, _, value) in found.items():
+    if path not in shapes:
+      problems.append(f'also has {printable(name)}')
+    elif value.shape != shapes[path]:
+      problems.append(f'{printable(name)} is {value.shape} instead of {shapes[path]}')
+    elif not np.isfinite(value.astype(np.float32)).all():
+      problems.append(f'{printable(name)} has values that are not finite')
+  if problems:
+    raise ConfigError(f'{what}: the file {listed(problems, "; ")}')
+  tree: dict[str, Any] = {}
+  for path in shapes:
+    place = tree
+    for key in path[:-1]:
+      place = place.setdefault(key, {})
+    place[path[-1]] = np.ascontiguousarray(found[path].value, np.float32)
+  return tree
+
+
+def listed(items: Sequence[str], separator: str = ', ') -> str:
+  """The first items, and the number of the others."""
+  more = f' and {len(items) - SHOWN:,} more' if len(items) > SHOWN else ''
+  return separator.join(items[:SHOWN]) + more
