@@ -451,6 +451,9 @@ WRONG = {  # name -> tensors, given, error
   ),
   'ViT': ({'blocks.0.attn.qkv.weight': np.ones(3), 'patch_embed.proj.weight': np.ones(3)}, {}, 'Vision Transformer'),
   'nothing': ({'w': np.ones(3)}, {}, 'no ResNet: its tensors are w'), 'empty': ({}, {}, 'there are no tensors'),
+  'long name': ({'a' * 2000: {'b': np.ones(3)}}, {}, '1,000 characters'),
+  'many': ({f'{i}.layer1.0.conv1.weight': np.ones(1) for i in range(40)}, {}, '40 ResNets'),
+  'escape': ({'\x1b.layer1.0.conv1.weight': np.ones(1), 'a.layer1.0.conv1.weight': np.ones(1)}, {}, 'x1b'),
   'twice': ({'a': {'b': np.ones(3)}, 'a.b': np.ones(3)}, {}, 'twice'),
 }  # fmt: skip
 
@@ -491,6 +494,7 @@ FOLDERS = {
   'stride': (transformers(T), {'config': {'model_type': 'resnet', 'downsample_in_bottleneck': True}}, 'downsample_in_bottleneck'),
   'mean': (T, {'config': {'architecture': 'resnet18', 'pretrained_cfg': {'mean': [0.5] * 3, 'std': [0.5] * 3}}}, 'mean'),
   'damaged': (T, {'config': [1]}, 'no object'),
+  'words': (T, {'config': {'pretrained_cfg': {'mean': ['a'] * 3, 'std': None}}}, 'mean'),
 }  # fmt: skip
 
 
@@ -773,6 +777,10 @@ def test_no_file_and_folders_without_weights(tmp_path):
   with pytest.raises(ConfigError, match='does not exist'):
     pickles.read(tmp_path / 'no.pth')
   with pytest.raises(ConfigError, match='has no model.safetensors'):
+    layouts.networks(tmp_path, {})
+  for name in ('a.pth', 'b.pth'):
+    pickles.write(tmp_path / name, T)
+  with pytest.raises(ConfigError, match='2 files of weights'):
     layouts.networks(tmp_path, {})
   with pytest.raises(ConfigError, match='regular file'):
     pickles.read(tmp_path)

@@ -41,6 +41,9 @@ ROLES = {'momentum', 'ema', 'target', 'teacher', 'student', 'online', 'q', 'k', 
 WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module')  # words in prefixes that say nothing
 LEAVES = {'weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked'}
 HEAD_LAYERS = 4  # most layers of a head
+NETWORKS = 32  # most networks of a file
+NAME = 1000  # most characters of a name
+SHOWN = 20  # modules in a note
 # What shapes do not say, and an export of this package does.
 SAID = {
   'variant': resnet.VARIANTS, 'stem': tuple(resnet.STEMS), 'normalize': ('none', *resnet.NORMALIZE), 'features': ('z',),
@@ -105,6 +108,8 @@ def networks(path: pathlib.Path, given: Mapping[str, Any]) -> list[Network]:
   prefixes = _prefixes(file.tensors)
   if not prefixes:
     raise ConfigError(f'{path} contains no ResNet: {_described(file.tensors)}')
+  if len(prefixes) > NETWORKS:
+    raise ConfigError(f'{path} contains {len(prefixes):,} ResNets, more than {NETWORKS}')
   return _networks(file, prefixes, given)
 
 
@@ -181,39 +186,47 @@ def _momentum(file, query) -> PyTree:
 
 def _read(path: pathlib.Path) -> _File:
   """Reads a file, or the weights of a folder and what its other files say."""
-  folder = path if path.is_dir() else path.parent
   if path.is_dir():
-    names = sorted(entry.name for entry in path.iterdir())
-    found = [name for name in WEIGHTS if name in names] or [
-      name for name in names if name.endswith(('.safetensors', '.bin', '.pth', '.pt'))
-    ]
-    if not found:
-      raise ConfigError(f'{path} has no {WEIGHTS[0]} and no other file of weights')
-    path = path / found[0]
+    path = _weights_of_folder(path)
   metadata: dict[str, str] = {}
   if path.suffix == '.safetensors':
     tree, metadata = pickles.read_safetensors(path)
   else:
     tree = pickles.read(path)
   tensors: Tensors = {}
-  for name, array in _flat(tree, ''):
+  for name, array in _flat(path, tree, ''):
     if name in tensors:
       raise ConfigError(f'{path} contains {printable(name)} twice')
     tensors[name] = array
   model = _of_export(metadata)
   if path.name in WEIGHTS:
-    model = {**_of_folder(folder), **model}
+    model = {**_of_folder(path.parent), **model}
   return _File(path, tensors, tree, model)
 
 
-def _flat(tree, prefix) -> Iterator[tuple[str, np.ndarray]]:
+def _weights_of_folder(folder) -> pathlib.Path:
+  names = sorted(entry.name for entry in folder.iterdir())
+  found = [name for name in WEIGHTS if name in names][:1] or [
+    name for name in names if name.endswith(('.safetensors', '.bin', '.pth', '.pt'))
+  ]
+  if len(found) != 1:
+    kinds = f'{len(found)} files of weights: name one of them' if found else f'no {WEIGHTS[0]}'
+    raise ConfigError(f'{folder} has {kinds}')
+  return folder / found[0]
+
+
+def _flat(path, tree, prefix) -> Iterator[tuple[str, np.ndarray]]:
   """(name, array) of every tensor in nested containers."""
+  if len(prefix) > NAME:
+    raise ConfigError(
+      f'{path} contains a name of more than {NAME:,} characters, {printable(prefix[:80])}...'
+    )
   if isinstance(tree, np.ndarray):
     yield prefix, tree
   elif isinstance(tree, (dict, list, tuple)):
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
     for key, value in items:
-      yield from _flat(value, f'{prefix}.{key}' if prefix else str(key))
+      yield from _flat(path, value, f'{prefix}.{key}' if prefix else str(key))
 
 
 def _of_export(metadata) -> dict[str, Any]:
@@ -276,14 +289,16 @@ def _json(path):
 def _normalization(folder, mean, std) -> str:
   """The value of `model.normalize` that means this mean and standard deviation."""
   known = {**resnet.NORMALIZE, 'none': ((0, 0, 0), (1, 1, 1))}
+  try:
+    found = np.array((mean, std), float)
+  except (ValueError, TypeError):
+    found = np.zeros(0)
   for name, values in known.items():
-    if np.shape(mean) == np.shape(std) == (3,) and np.allclose(
-      np.array((mean, std), float), values, atol=1e-3
-    ):
+    if found.shape == (2, 3) and np.allclose(found, values, atol=1e-3):
       return name
+  shown = printable(f'{mean} and standard deviation {std}')[:200]
   raise ConfigError(
-    f'{folder}: the images were normalised with mean {printable(mean)} and standard deviation {printable(std)}, '
-    f'which is none of {", ".join(known)}'
+    f'{folder}: the images were normalised with mean {shown}, which is none of {", ".join(known)}'
   )
 
 
@@ -363,7 +378,9 @@ def _labels(prefixes: Sequence[str]) -> list[str]:
   shortest = min(map(len, rest))
   end = next((i for i in range(shortest) if len({w[-1 - i] for w in rest}) > 1), shortest)
   labels = ['.'.join(r[: len(r) - end] or w[-1:]) or 'root' for r, w in zip(rest, words)]
-  return labels if len(set(labels)) == len(labels) else [p.rstrip('.') or 'root' for p in prefixes]
+  if len(set(labels)) < len(labels):
+    labels = [prefix.rstrip('.') or 'root' for prefix in prefixes]
+  return [printable(label) for label in labels]
 
 
 def _role(name: str) -> set[str]:
@@ -403,10 +420,10 @@ def _networks(file: _File, prefixes, given) -> list[Network]:
   for prefix, label, role in zip(prefixes, labels, roles):
     own = [_Module(name, x) for name, x in modules[prefix].items()]
     left = [_Module(p.rstrip('.') or 'root', x) for p, x in encoders.items() if p != prefix]
-    for name, x in modules[
-      None
-    ].items():  # a head beside the encoders is that of the one with the same role
-      (own if _role(name) == role and roles.count(role) == 1 else left).append(_Module(name, x))
+    for name, x in modules[None].items():
+      # A head beside the encoders belongs to the only one with the same role.
+      is_own = _role(name) == role and roles.count(role) == 1
+      (own if is_own else left).append(_Module(name, x))
     result.append(_network(file, label, encoders[prefix], own, left, given))
   return result
 
@@ -424,14 +441,15 @@ def _network(file: _File, label, tensors: Tensors, modules, left, given) -> Netw
   """A network of its tensors with torchvision's names; `modules` may be its head and classifier, `left` is left out."""
   what = f'{printable(file.path)}, {printable(label)}' if label else printable(file.path)
   _refuse_others(tensors, what)
-  for name in ('variant', 'stem'):
-    if file.model.get(name, given.get(name)) != given.get(name, file.model.get(name)):
-      raise ConfigError(f'{what}: {name} is {file.model[name]} as the file says, not {given[name]}')
-  model = _model(tensors, {**file.model, **given}, what)
+  said = {**given, **{name: x for name, x in file.model.items() if name != 'normalize'}}
+  model = _model(tensors, said, what)
   for name, value in model.items():
-    wanted = {**file.model, **given}.get(name, value)
-    if wanted != value:
-      raise ConfigError(f'{what}: {name} is {value} by names and shapes, not {wanted}')
+    for other in (file.model.get(name, value), given.get(name, value)):
+      if other != value:
+        source = 'as the file says' if name in file.model else 'by names and shapes'
+        raise ConfigError(
+          f'{what}: {name} is {value} {source}, not {other}: set model.{name}={value} (--{name})'
+        )
   encoder = torch_names.from_torch(_tensors(model), tensors, what)
   head, classifier = None, None
   changes: list[str] = []
@@ -473,7 +491,8 @@ def _notes(file, model, given, left) -> tuple[str | None, list[str]]:
     )
   if left:
     names = [f'{printable(module.name)} ({_count(module)})' for module in left]
-    notes.append(f'left out: {", ".join(names)}')
+    more = f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else ''
+    notes.append(f'left out: {", ".join(names[:SHOWN])}{more}')
   return normalize, notes
 
 
