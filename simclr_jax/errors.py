@@ -3,12 +3,19 @@
 import enum
 from typing import Self
 
+LONGEST = 1500  # characters of a message
+
 
 class ConfigError(ValueError):
   """An error that the user can fix: an invalid recipe, argument, data set or run directory.
 
-  The message is one sentence: what is wrong, where, and how to fix it.
+  The message is one sentence: what is wrong, where, and how to fix it. What a damaged file makes long is left out.
   """
+
+  def __str__(self) -> str:
+    text = super().__str__()
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f'{text[:half]} [...] {text[-half:]}'
 
 
 class NotFinite(RuntimeError):

@@ -180,8 +180,8 @@ class Recorder:
     self._saved = done
 
 
-def lacks_end(setup: Setup, workdir: pathlib.Path) -> bool:
-  """Whether what belongs to the end of a run is missing after its last step: its online kNN or the event 'complete'.
+def missing_at_end(setup: Setup, workdir: pathlib.Path) -> list[str]:
+  """What belongs to the end of a run and is missing after its last step: 'knn_acc', the event 'complete', 'config.json'.
 
   All processes must call this function.
   """
@@ -189,7 +189,8 @@ def lacks_end(setup: Setup, workdir: pathlib.Path) -> bool:
   has_knn = setup.test is None or any('knn_acc' in r for r in last)
   is_complete = any(r.get('event') == 'complete' for r in last)
   has_recipe = (workdir / 'config.json').is_file()
-  return not distributed.gather(has_knn and is_complete and has_recipe)[0]
+  there = {'knn_acc': has_knn, 'complete': is_complete, 'config.json': has_recipe}
+  return distributed.gather([name for name, present in there.items() if not present])[0]
 
 
 class _Callbacks:

@@ -82,7 +82,8 @@ def pretrain(
     watchdog.heartbeat(compiling=True)
     first = int(state.step)
     complete = first >= setup.steps
-    if complete and not recorder.lacks_end(setup, workdir):
+    missing = recorder.missing_at_end(setup, workdir) if complete else []
+    if complete and not missing:
       if progress:
         print(f'{workdir} is complete: {first} steps', flush=True)
       return stop.exit_code
@@ -109,7 +110,7 @@ def pretrain(
       if stopped:
         break
     if complete:
-      done, stopped = first, record.evaluate(first, state)
+      done, stopped = first, 'knn_acc' in missing and record.evaluate(first, state)
     record.finish(done, state, stop, stopped)
     return stop.exit_code
 
@@ -178,6 +179,8 @@ def _restore(
   restored = checkpoint.restore(folder, checkpoint.abstract(state), quarantine=True)
   if restored:
     state = restored[0]
+    if distributed.is_main_process():
+      checkpoint.remove_old(folder, config.keep_checkpoints)
     if progress:
       print(f'resuming {workdir} from step {int(state.step)} of {setup.steps}', flush=True)
   return state, step_fn

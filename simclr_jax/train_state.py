@@ -361,8 +361,8 @@ def _with_pretrained(config, method, ts, pretrained):
   if training:
     if config.optimizer != 'sgd' or not config.momentum:
       raise ConfigError('init_state=true needs optimizer=sgd with momentum, as in MoCo')
-    step = np.int32(training['epoch'] * config.data.examples // config.batch_size)
-    opt_state = optim.continued(opt_state, training['momentum'], step)
+    steps = training['epoch'] * config.data.examples // config.batch_size
+    step, opt_state = np.int32(steps), optim.continued(opt_state, training['momentum'], steps)
   new, old = (
     {jax.tree_util.keystr(k[1:]): x.shape for k, x in jax.tree_util.tree_leaves_with_path(tree)}
     for tree in ((params, state, opt_state), (ts.params, ts.state, ts.opt_state))

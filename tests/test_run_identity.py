@@ -290,13 +290,13 @@ def test_the_end_of_a_run_is_made_good(run, images, capsys):
 def test_a_missing_online_knn_is_made_good(run):
   """Breaks if the last online kNN of a run stays missing, or a run without test images is never complete."""
   setup = types.SimpleNamespace(steps=4, test=None)
-  assert not recorder.lacks_end(setup, run)
-  assert recorder.lacks_end(types.SimpleNamespace(steps=4, test='images'), run)
+  assert recorder.missing_at_end(setup, run) == []
+  assert recorder.missing_at_end(types.SimpleNamespace(steps=4, test='images'), run) == ['knn_acc']
   with (run / 'metrics.jsonl').open('a') as file:
     file.write('{"step": 4, "knn_acc": 0.5}\n')
-  assert not recorder.lacks_end(types.SimpleNamespace(steps=4, test='images'), run)
+  assert recorder.missing_at_end(types.SimpleNamespace(steps=4, test='images'), run) == []
   without_lines(run, '"complete"')
-  assert recorder.lacks_end(setup, run)
+  assert recorder.missing_at_end(setup, run) == ['complete']
 
 
 @pytest.mark.parametrize('content', [None, b'', b'{"config": 3}', b'{"config": {"method": "simclr", "a": {"b": {}}}}', b'\xff'])  # fmt: skip
@@ -328,6 +328,29 @@ def test_damaged_metadata_is_not_another_network(run, old, new, caplog):
   params = load_encoder(run).variables['params']
   jax.tree.map(np.testing.assert_array_equal, params, before)
   assert 'checkpoints/4' in caplog.text and len(caplog.text) < 1000
+
+
+def test_an_interrupted_removal_of_a_checkpoint_is_finished(run, images):
+  """Breaks if a part of an old checkpoint stays in a complete run, or if a checkpoint that is kept is removed."""
+  (run / 'checkpoints/1/state').mkdir(parents=True)
+  assert cli.main(pretrain(run, images)) == 0
+  assert checkpoint.steps(run / 'checkpoints') == [2, 4]
+
+
+def test_a_checkpoint_that_the_run_removes_meanwhile(run, monkeypatch, caplog):
+  """Breaks if an evaluation fails because the training replaces the checkpoint that is about to be read."""
+  steps, listed = checkpoint.steps, []
+
+  def old_list(folder):
+    if listed:
+      return steps(folder)
+    listed.append(folder)
+    shutil.rmtree(folder / '2')
+    return [2]
+
+  monkeypatch.setattr(checkpoint, 'steps', old_list)
+  assert load_encoder(run).provenance['step'] == 4
+  assert not caplog.text
 
 
 def test_a_renamed_checkpoint_is_not_used(run, caplog):

@@ -8,6 +8,7 @@ import contextlib
 import json
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -243,15 +244,21 @@ def restore(
     CheckpointError: there are checkpoints, but none is readable.
     ConfigError: the newest checkpoint is readable, but its shapes are not those of the target.
   """
-  damaged = []
+  damaged: list[pathlib.Path] = []
   saved = distributed.gather(steps(folder))[0]  # one process decides which checkpoints exist
-  for step in reversed(saved):
+  newest = saved[-1:]
+  while saved:
+    step = saved.pop()
     path = folder / str(step)
     try:
       _on_all(_check_shapes, path, _shapes(target))
       restored = _on_all(lambda path: (_load(path, target), _metadata(path)), path)
       _on_all(_check_digest, path, *restored)  # a collective operation: all processes take part
     except CheckpointError as error:
+      now = distributed.gather(steps(folder))[0]
+      if now[-1:] > newest:  # the run has gone on meanwhile, and has removed this checkpoint
+        saved, newest, damaged = now, now[-1:], []
+        continue
       logging.warning('%s', error)
       damaged.append(path)
       continue
@@ -260,12 +267,35 @@ def restore(
         _quarantine(path, step)
     distributed.barrier('restored')
     return restored
-  if saved or exists(folder):
+  if damaged or exists(folder):
     raise CheckpointError(
       f'no checkpoint in {folder} can be read ({len(damaged)} tried): restore the folder from a '
       'backup, or choose a new --workdir to start again'
     )
   return None
+
+
+def remove_old(folder: pathlib.Path, keep: int) -> None:
+  """Removes all checkpoints but the `keep` newest readable ones and newer ones, as each save does.
+
+  A kill may have interrupted that, and left a part of an old checkpoint. Only the run itself may do this.
+  """
+  found, readable = steps(folder), 0
+  for step in reversed(found):
+    if readable == keep:
+      logging.info('removing the old checkpoint %s', folder / str(step))
+      _remove(folder / str(step))
+      continue
+    with contextlib.suppress(CheckpointError):
+      _metadata(folder / str(step))
+      readable += 1
+
+
+def _remove(path: Any) -> None:
+  if paths.is_remote(path):
+    path.rmtree()
+  else:
+    shutil.rmtree(path)
 
 
 def _quarantine(path, resumed_step):

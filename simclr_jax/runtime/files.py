@@ -8,6 +8,7 @@ leftover of a process that was killed is removed by the next writer. Files that 
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import os
 import pathlib
@@ -219,7 +220,7 @@ def open_to_read(path: pathlib.Path) -> BinaryIO:
   """
   try:
     if paths.is_remote(path):
-      return path.open('rb')
+      return io.BufferedReader(path.open('rb'))  # type: ignore[arg-type]  # `readline` of fsspec has no limit
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
       return os.fdopen(descriptor, 'rb')
