@@ -31,11 +31,7 @@ def needs(model: Model) -> str:
 
 def write(model: Model, folder: pathlib.Path) -> bool:
   """Writes the files of a network into a folder; returns whether the network takes images of any size."""
-  tensors = {
-    _renamed(name): x
-    for name, x in model.tensors().items()
-    if not name.endswith('num_batches_tracked')
-  }
+  tensors = {_renamed(name): x for name, x in model.tensors().items()}
   content = {'model': tensors, '__author__': 'simclr_jax', 'matching_heuristics': True}
   with files.atomic(folder / FILE) as file:
     pickler = pickle.Pickler(file, protocol=5)

@@ -39,7 +39,7 @@ SIZES = {
   'strided': ((64, 64), (65, 33)),
   'cifar': ((32, 32), (33, 17)),
 }
-IMAGES = 2
+IMAGES = 4
 TOLERANCE = 1e-5  # relative difference of the outputs
 
 

@@ -1,7 +1,7 @@
 """A network that is exported: an encoder, with its projection head or classifier on request."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -94,6 +94,27 @@ class Model:
     classifier = self.variables['classifier']
     kernel = np.ascontiguousarray(np.asarray(classifier['kernel']).T)
     return found | {f'{place}weight': kernel, f'{place}bias': np.asarray(classifier['bias'])}
+
+
+def check_weights(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+  """Compares the weights in a file with those that were written: a comparison of outputs does not see unused ones.
+
+  Raises:
+    ValueError: they are not the same, to the last bit.
+  """
+  if found.keys() != wanted.keys():
+    raise ValueError(f'{sorted(found.keys() ^ wanted.keys())[:4]} are missing or left over')
+  for name, x in wanted.items():
+    if not np.array_equal(np.asarray(found[name]), np.asarray(x)):
+      raise ValueError(f'{name} differs from what was written')
+
+
+def flat(variables: PyTree) -> dict[str, np.ndarray]:
+  """Variables by their path, such as 'encoder/params/stem_conv/kernel'."""
+  return {
+    '/'.join(key.key for key in path): np.ascontiguousarray(x)
+    for path, x in jax.tree_util.tree_leaves_with_path(variables)
+  }
 
 
 def of(encoder: Encoder) -> Model:

@@ -13,7 +13,7 @@ import numpy as np
 
 from simclr_jax.errors import ConfigError
 from simclr_jax.interop import torch_files
-from simclr_jax.interop.model import Model, normalization
+from simclr_jax.interop.model import Model, check_weights, normalization
 from simclr_jax.models import resnet
 from simclr_jax.runtime import files
 
@@ -60,8 +60,14 @@ def write(model: Model, folder: pathlib.Path) -> bool:
 
 def read(model: Model, folder: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
   """A function from images `[n, h, w, c]` in [0, 1] to the outputs, computed from the files by another library."""
+  import onnx
   import onnxruntime
 
+  stored = onnx.load(str(folder / FILE)).graph.initializer
+  check_weights(
+    {x.name: onnx.numpy_helper.to_array(x) for x in stored},
+    {x.name: onnx.numpy_helper.to_array(x) for x in _model(model).graph.initializer},
+  )
   session = onnxruntime.InferenceSession(str(folder / FILE), providers=['CPUExecutionProvider'])
   names = [output.name for output in session.get_outputs()]
 

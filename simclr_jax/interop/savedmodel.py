@@ -9,7 +9,7 @@ import numpy as np
 
 from simclr_jax.errors import ConfigError
 from simclr_jax.interop import stablehlo
-from simclr_jax.interop.model import Model
+from simclr_jax.interop.model import Model, check_weights, flat
 
 READER = 'TensorFlow'
 
@@ -48,11 +48,11 @@ def write(model: Model, folder: pathlib.Path) -> bool:
       native_serialization_platforms=stablehlo.PLATFORMS,
     )
     module = tf.Module()
-    module.variables_of_jax = tf.nest.map_structure(
+    module.weights = tf.nest.map_structure(
       lambda x: tf.Variable(x, trainable=False), model.variables
     )
     images = tf.TensorSpec([None, size, size, a.get('channels', 3)], tf.float32, 'images')
-    module.f = tf.function(lambda images: f(module.variables_of_jax, images), autograph=False)
+    module.f = tf.function(lambda images: f(module.weights, images), autograph=False)
     signature = module.f.get_concrete_function(images)
   tf.saved_model.save(module, str(folder), signatures={'serving_default': signature})
   return any_size
@@ -63,7 +63,14 @@ def read(model: Model, folder: pathlib.Path) -> Callable[[np.ndarray], dict[str,
   import tensorflow as tf
 
   loaded: Any = tf.saved_model.load(str(folder))
+  weights = jax.tree.map(lambda x: x.numpy(), _plain(loaded.weights))
+  check_weights(flat(weights), flat(model.variables))
   return lambda x: {name: y.numpy() for name, y in loaded.f(tf.constant(x)).items()}
+
+
+def _plain(tree):
+  """A tree of dicts instead of TensorFlow's wrappers."""
+  return {k: _plain(v) for k, v in tree.items()} if hasattr(tree, 'items') else tree
 
 
 def usage(model: Model) -> str:

@@ -10,8 +10,10 @@ import numpy as np
 from jax import export
 from safetensors import numpy as safetensors
 
-from simclr_jax.interop.model import Model
+from simclr_jax.errors import ConfigError
+from simclr_jax.interop.model import Model, check_weights, flat
 from simclr_jax.runtime import files
+from simclr_jax.runtime.text import printable
 
 PyTree = Any
 READER = 'jax.export'
@@ -55,6 +57,9 @@ def program(model: Model) -> tuple[export.Exported, bool]:
   Returns:
     The program, `(variables, images [n, h, w, c]) -> outputs`, and whether it takes images of any size: an encoder of the
     user's own may need a fixed size, that of the recipe.
+
+  Raises:
+    ConfigError: an encoder of the user's own needs a fixed number of images.
   """
   a = model.architecture
   specs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), model.variables)
@@ -65,22 +70,23 @@ def program(model: Model) -> tuple[export.Exported, bool]:
     with jax.default_matmul_precision('highest'):
       return make(specs, jax.ShapeDtypeStruct(shape, jnp.float32))
 
-  try:
+  if not a['encoder']:
     return of_shape('h', 'w'), True
-  except Exception:  # the user's code may raise anything where a size is unknown
-    if not a['encoder']:
-      raise
-    return of_shape(a['image_size'], a['image_size']), False
+  for size, any_size in ((('h', 'w'), True), ((a['image_size'],) * 2, False)):
+    try:
+      return of_shape(*size), any_size
+    except Exception as failure:  # the user's code may raise anything where a size is unknown
+      reason = printable(f'{type(failure).__name__}: {failure}'.split('\n')[0])[:200]
+  raise ConfigError(
+    f'{a["encoder"]} cannot be exported for any number of images ({reason}): write x.shape[0] instead of len(x)'
+  )
 
 
 def write(model: Model, folder: pathlib.Path) -> bool:
   """Writes the files of a network into a folder; returns whether the network takes images of any size."""
   exported, any_size = program(model)
-  weights = {
-    '/'.join(key.key for key in path): np.ascontiguousarray(x)
-    for path, x in jax.tree_util.tree_leaves_with_path(model.variables)
-  }
-  for name, content in ((PROGRAM, exported.serialize()), (WEIGHTS, safetensors.save(weights))):
+  weights = safetensors.save(flat(model.variables))
+  for name, content in ((PROGRAM, exported.serialize()), (WEIGHTS, weights)):
     with files.atomic(folder / name) as file:
       file.write(content)
   files.write_text(folder / 'load.py', LOAD)
@@ -90,8 +96,10 @@ def write(model: Model, folder: pathlib.Path) -> bool:
 def read(model: Model, folder: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
   """A function from images `[n, h, w, c]` in [0, 1] to the outputs, computed from the files alone."""
   exported = export.deserialize(bytearray((folder / PROGRAM).read_bytes()))
+  weights = safetensors.load_file(folder / WEIGHTS)
   variables: dict[str, Any] = {}
-  for path, x in safetensors.load_file(folder / WEIGHTS).items():
+  check_weights(weights, flat(model.variables))
+  for path, x in weights.items():
     *keys, leaf = path.split('/')
     place = variables
     for key in keys:

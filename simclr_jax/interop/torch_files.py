@@ -10,7 +10,7 @@ from safetensors import numpy as safetensors
 
 from simclr_jax.errors import ConfigError
 from simclr_jax.interop import numpy_reader
-from simclr_jax.interop.model import Model, normalization, view
+from simclr_jax.interop.model import Model, check_weights, normalization, view
 from simclr_jax.interop.torch_loader import obstacle
 from simclr_jax.models import resnet
 from simclr_jax.runtime import files
@@ -57,7 +57,11 @@ def reader(model: Model, tensors: Tensors) -> Callable[[np.ndarray], dict[str, n
   """A function from images `[n, h, w, c]` in [0, 1] to the outputs, computed from tensors with torchvision's names.
 
   It computes what the class of the target or `load_torch.py` does.
+
+  Raises:
+    ValueError: the tensors are not those of the network.
   """
+  check_weights(tensors, model.tensors())
   a = model.architecture
   _, stride, pool = resnet.STEMS[a['stem']]
   mean, std = normalization(a)

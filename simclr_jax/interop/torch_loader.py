@@ -68,10 +68,10 @@ def obstacle(
     f'an encoder of your own, {a["encoder"]}': a['encoder'],
     'selective kernels': a['sk_ratio'] > 0,
     'squeeze and excitation': a['se_ratio'] > 0,
-    f'depth {a["depth"]}': a['depth'] not in depths,
-    f'width {a["width_multiplier"]:g}': a['width_multiplier'] != 1 and not wide,
     f'the {a["stem"]} stem': a['stem'] != 'imagenet',
     f'the variant {a["variant"]}, which pads like TensorFlow': a['variant'] != 'torchvision',
+    f'depth {a["depth"]}': a['depth'] not in depths,
+    f'width {a["width_multiplier"]:g}': a['width_multiplier'] != 1 and not wide,
     f'images of {a.get("channels", 3)} channels': a.get('channels', 3) != 3,
   }
   return next((reason for reason, holds in reasons.items() if holds), '')
