@@ -310,7 +310,7 @@ HEAD, CLASSIFIER = 'head_contrastive/nl_0/dense/kernel', 'head_supervised/linear
   (lambda a: a.pop(HEAD), 'layers of the projection head head_contrastive are missing'),
   (lambda a: a.update({HEAD: a[HEAD][1:]}), 'nl_0/dense/kernel is .31, 32. instead of .32, 32.'),
   (lambda a: a.update({'head_contrastive/nl_1/batch_normalization/beta': a[BN][:7]}), 'also has head_contrastive/nl_1'),
-  (lambda a: a.update({CLASSIFIER: a[CLASSIFIER][1:]}), 'head_supervised has other variables'),
+  (lambda a: a.update({CLASSIFIER: a[CLASSIFIER][1:]}), r'head_supervised has shapes \(31, 3\) and \(3,\), not of 32 features'),
   (lambda a: [a.pop(k) for k in list(a) if k.startswith('base_model')], 'kernels of its convolutions are missing'),
   (lambda a: [a.update({f'resnet50/{k}': a.pop(k)}) for k in list(a)], 'contains no network of SimCLR.*only resnet50/base'),
 ])  # fmt: skip
@@ -339,7 +339,7 @@ DATA, INDEX = 'model.ckpt-1.data-00000-of-00001', 'model.ckpt-1.index'
 @pytest.mark.parametrize('change, message', [
   (lambda d: truncate(d / DATA), 'is damaged: its data is shorter'),
   (lambda d: truncate(d / DATA, 0.8), 'is damaged: Read less bytes'),
-  (lambda d: flip(d / DATA, 0.5), 'is damaged: .*[Cc]hecksum'),
+  (lambda d: flip(d / DATA, 0.0), 'is damaged: .*[Cc]hecksum'),
   (lambda d: truncate(d / INDEX), 'is damaged'),
   (lambda d: flip(d / INDEX, 0.5), 'is damaged'),
   (lambda d: (d / INDEX).unlink(), 'model.ckpt-1.index does not exist'),

@@ -1,6 +1,6 @@
 """Flax variables from the tensors of a file, which must be exactly those of a network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from simclr_jax.errors import ConfigError
+from simclr_jax.models import resnet
 from simclr_jax.runtime.text import printable
 
 PyTree = Any
@@ -66,6 +67,41 @@ def variables(
       place = place.setdefault(key, {})
     place[path[-1]] = np.ascontiguousarray(found[path].value, np.float32)
   return tree
+
+
+def features(model: Mapping[str, Any]) -> int:
+  """The number of features of a ResNet, by its `model.*` fields."""
+  blocks, bottleneck = resnet.DEPTHS[model['depth']]
+  width = int(64 * model['width_multiplier']) * 2 ** (len(blocks) - 1)
+  return width * 4 if bottleneck else width
+
+
+def classifier(
+  tensors: Mapping[str, np.ndarray], names: tuple[str, str], sizes: set[int], what: str
+) -> PyTree:
+  """The linear classifier `{'kernel': [d, classes], 'bias': [classes]}`, float32.
+
+  Args:
+    tensors: all tensors of the classifier in the file, by their names.
+    names: of kernel and bias.
+    sizes: the values that d may have.
+    what: the classifier, for errors.
+
+  Raises:
+    ConfigError: tensors are missing, left over, have another shape or no finite numbers.
+  """
+  if tensors.keys() != set(names):
+    found = listed([*map(printable, tensors)])
+    raise ConfigError(f'{what} has the variables {found} instead of {" and ".join(names)}')
+  kernel, bias = (np.asarray(tensors[name], np.float32) for name in names)
+  if kernel.ndim != 2 or kernel.shape[0] not in sizes or bias.shape != kernel.shape[1:]:
+    wanted = ' or '.join(map(str, sorted(sizes)))
+    raise ConfigError(
+      f'{what} has shapes {kernel.shape} and {bias.shape}, not of {wanted} features'
+    )
+  if not (np.isfinite(kernel).all() and np.isfinite(bias).all()):
+    raise ConfigError(f'{what} has values that are not finite')
+  return {'kernel': kernel, 'bias': bias}
 
 
 def listed(items: Sequence[str], separator: str = ', ') -> str:

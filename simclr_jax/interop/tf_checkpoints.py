@@ -219,8 +219,7 @@ def _network(
 ) -> Network:
   """The network of the tensors of one network, by their names after `ema_model/`."""
   model, encoder = _encoder(tensors, what)
-  blocks, bottleneck = resnet.DEPTHS[model['depth']]
-  d = int(64 * model['width_multiplier']) * 2 ** (len(blocks) - 1) * (4 if bottleneck else 1)
+  d = assemble.features(model)
   fields, head = _head(tensors, d, what)
   classifier = _classifier(tensors, {d, fields.get('head_hidden') or d}, what)
   notes = list(notes)
@@ -374,18 +373,9 @@ def _head(tensors: Tensors, d: int, what: str) -> tuple[dict[str, Any], PyTree |
 
 def _classifier(tensors: Tensors, sizes: set[int], what: str) -> PyTree | None:
   """Kernel and bias of the classifier, whose input has one of the sizes; None without one."""
-  own = {name: x for name, x in tensors.items() if name.startswith('head_supervised/')}
+  scope = 'head_supervised/'
+  own = {name.removeprefix(scope): x for name, x in tensors.items() if name.startswith(scope)}
   if not own:
     return None
-  found = {name.split('/')[-1]: np.asarray(x, np.float32) for name, x in own.items()}
-  kernel, bias = found.get('kernel', np.zeros(0)), found.get('bias', np.zeros(0))
-  shapes = [(size, len(bias)) for size in sizes if bias.ndim == 1]
-  if (
-    len(own) != 2
-    or kernel.shape not in shapes
-    or not all(np.isfinite(x).all() for x in found.values())
-  ):
-    raise ConfigError(
-      f'{what}: head_supervised has other variables than a finite kernel and bias of a linear classifier'
-    )
-  return {'kernel': kernel, 'bias': bias}
+  names = ('linear_layer/dense/kernel', 'linear_layer/dense/bias')
+  return assemble.classifier(own, names, sizes, f'{what}: head_supervised')
