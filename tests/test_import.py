@@ -1,6 +1,7 @@
 """`simclr-jax import`, `init_from` of files of other programs, and trainings of MoCo that go on."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import safetensors.numpy
 from conftest import TINY, fails
 
 from simclr_jax import cli, config, encoder, runs
-from simclr_jax.interop import orbax, torch_names
+from simclr_jax.interop import orbax, pickles, torch_files, torch_names
 from simclr_jax.runtime import checkpoint
 
 MODEL = {'depth': 18, 'width_multiplier': 0.125, 'stem': 'cifar', 'variant': 'torchvision'}
@@ -169,3 +170,64 @@ def test_wrong_arguments(arguments, message, weights, imported, tmp_path, monkey
   stderr = fails(capsys, 'import', *(a.format(**places) for a in arguments))
   assert message.format(**places) in stderr and stderr.count('\n') <= 1, stderr
   assert not (tmp_path / 'x').exists()
+
+
+@pytest.fixture(scope='module')
+def moco(images, tmp_path_factory):
+  """The arguments of a MoCo run of two epochs, 9 steps."""
+  fields = {
+    **TINY, **{f'model.{k}': v for k, v in (MODEL | HEAD).items()},
+    'steps': 0, 'epochs': 2, 'batch_size': 16, 'image_size': 16, 'queue_size': 48, 'model.bn_groups': 2, 'learning_rate': 0.3,
+    'checkpoint_every_steps': 4, 'data.num_classes': 0, 'keep_checkpoints': 3,
+  }  # fmt: skip
+  return [
+    'pretrain', '--config=moco_cifar10', f'--data={images}', *(f'--config.{k}={v}' for k, v in fields.items())
+  ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_training_of_moco_goes_on(moco, tmp_path, monkeypatch):
+  """Breaks if a run that starts from an exported checkpoint of MoCo after one epoch is not the uninterrupted run."""
+  # MoCo's own classes are too large for a quick test.
+  monkeypatch.setattr(torch_files, 'check_class', lambda *args, **kwargs: None)
+  whole, first, rest = tmp_path / 'whole', tmp_path / 'first', tmp_path / 'rest'
+  assert cli.main([*moco, f'--workdir={whole}']) == 0
+  shutil.copytree(whole, first)
+  shutil.rmtree(first / 'checkpoints/8')
+  shutil.rmtree(first / 'checkpoints/9')
+  for path, out in ((first, 'after_1'), (whole, 'after_2')):
+    assert cli.main(['export', f'--workdir={path}', '--to=moco', f'--out={tmp_path / out}']) == 0
+  file = next((tmp_path / 'after_1').glob('*.pth.tar'))
+  start = [f'--config.init_from={file}', '--config.init_network=encoder_q']
+  assert cli.main([*moco, f'--workdir={rest}', *start, '--config.init_state=true']) == 0
+  a, b = (checkpoint.load_tree(run / 'checkpoints/9')[0] for run in (whole, rest))
+  found = dict(jax.tree_util.tree_leaves_with_path(b))
+  for path, x in jax.tree_util.tree_leaves_with_path(a):
+    if "['probe']" not in jax.tree_util.keystr(path):  # a MoCo checkpoint has no online probe
+      np.testing.assert_allclose(
+        np.float64(found[path]), x, rtol=1e-5, atol=1e-6, err_msg=str(path)
+      )
+  assert cli.main(['export', f'--workdir={rest}', '--to=moco', f'--out={tmp_path / "again"}']) == 0
+  again, wanted = (
+    pickles.read(next((tmp_path / n).glob('*.pth.tar'))) for n in ('again', 'after_2')
+  )
+  assert (
+    list(again['state_dict']) == list(wanted['state_dict'])
+    and again['epoch'] == wanted['epoch'] == 2
+  )
+  # Without the state, the queue and the schedule start anew.
+  assert cli.main([*moco, f'--workdir={tmp_path / "anew"}', *start]) == 0
+  other = checkpoint.load_tree(tmp_path / 'anew/checkpoints/9')[0]
+  assert not np.allclose(other['state']['queue']['rows'], a['state']['queue']['rows'])
+
+
+@pytest.mark.parametrize('changes, message', [
+  (['init_state=true'], 'init_from'),
+  (['init_state=true', 'init_from={weights}'], 'no queue'),
+  (['init_state=true', 'init_from={imported}'], 'no checkpoint of MoCo'),
+])  # fmt: skip
+def test_a_training_that_cannot_go_on(changes, message, moco, weights, imported, tmp_path, capsys):
+  """Breaks if init_state without the state of a training of MoCo is ignored or a traceback."""
+  places = {'weights': weights, 'imported': imported}
+  fields = [f'--config.{change.format(**places)}' for change in changes]
+  assert message in fails(capsys, *moco, f'--workdir={tmp_path / "run"}', *fields)
