@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-faults test-minimal test-browser lint lock bench bench-input mechanisms gpu-cifar10 tpu-table clean
+.PHONY: demo test test-all test-faults test-minimal test-interop test-browser lint lock bench bench-input mechanisms gpu-cifar10 tpu-table clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --labels=2 --student-width=0.25 --seeds=3 --scratch-steps=400 --scratch-learning-rate=0.01
@@ -29,6 +29,15 @@ test-minimal:
 	$(VENV)-minimal/bin/python -m pip install --quiet uv
 	$(VENV)-minimal/bin/uv pip install --quiet --python=$(VENV)-minimal/bin/python --resolution=lowest-direct --editable '.[dev]'
 	$(VENV)-minimal/bin/python -m pytest -m 'not slow and not faults' $(WORKERS)
+
+# Weights in and out against PyTorch, timm, transformers, TensorFlow and ONNX Runtime, in an environment of its own; then
+# a table of format, network, relative difference and seconds.
+INTEROP := $(VENV)-interop/bin/python
+test-interop:
+	$(PYTHON) -m venv $(VENV)-interop
+	$(INTEROP) -m pip install --quiet --editable '.[dev,interop]'
+	$(INTEROP) -m pytest -rs tests/test_weights_*.py tests/test_export.py tests/test_import.py tests/test_detection.py
+	$(INTEROP) benchmarks/interop_table.py
 
 # Opens the report of a small run in headless Chromium (`apt-get install chromium`).
 test-browser: $(VENV)/.installed

@@ -211,7 +211,8 @@ def test_help(name, capsys):
     assert all(f'{int(code):<5}{code.meaning}' in text for code in ExitCode)
   if name == 'knn':
     assert 'number of nearest neighbours (default: 200)' in text
-  if name in commands.NAMES and name not in ('check-data', 'compile-check', 'fields', 'import', 'recipes'):
+  without = ('check-data', 'compile-check', 'fields', 'import', 'recipes')
+  if name in commands.NAMES and name not in without:
     assert '--workdir' in text
 
 
