@@ -1,6 +1,7 @@
 """Pickles of BYOL, compared with its network written with SAME padding."""
 
 import collections
+import io
 import os
 import pickle
 import sys
@@ -30,17 +31,20 @@ class FlatMapping(collections.UserDict):
 @pytest.fixture
 def modules(monkeypatch):
   """The classes in the pickles of BYOL, in modules with the right names."""
+  named_tuple = collections.namedtuple
   found = types.SimpleNamespace()
-  for module, name, value in (
-    ('byol.byol_experiment', '_ByolExperimentState', collections.namedtuple('_ByolExperimentState', STATE)),
-    ('byol.utils.optimizers', 'ScaleByLarsState', collections.namedtuple('ScaleByLarsState', ['mu'])),
-    ('haiku._src.data_structures', 'FlatMapping', FlatMapping),
-  ):  # fmt: skip
-    monkeypatch.setattr(value, '__module__', module)
+  for module, values in {
+    'byol.byol_experiment': [named_tuple('_ByolExperimentState', STATE)],
+    'byol.utils.optimizers': [named_tuple('ScaleByLarsState', ['mu'])],
+    'dill._dill': [_create_namedtuple, _create_array],
+    'haiku._src.data_structures': [FlatMapping],
+  }.items():
     for i, _ in enumerate(parts := module.split('.'), 1):
       monkeypatch.setitem(sys.modules, '.'.join(parts[:i]), types.SimpleNamespace())
-    setattr(sys.modules[module], name, value)
-    setattr(found, name, value)
+    for value in values:
+      monkeypatch.setattr(value, '__module__', module)
+      setattr(sys.modules[module], value.__name__, value)
+      setattr(found, value.__name__, value)
   return found
 
 
@@ -121,7 +125,26 @@ def build(seed, size=32, blocks=(2, 2, 2, 2), bottleneck=False, width=4, root='r
   return net, x, np.asarray(h), np.asarray(z)
 
 
-def write(path, modules, online, target, numpy1=True, protocol=2):
+def _create_namedtuple(name, fields, module):
+  """dill's."""
+
+
+def _create_array(make, args, state, attributes):
+  """dill's."""
+
+
+class Dill(pickle.Pickler):
+  """Pickles classes of named tuples, and arrays, as dill does: by calls of its functions."""
+
+  def reducer_override(self, obj):
+    if isinstance(obj, type) and hasattr(obj, '_fields'):
+      return _create_namedtuple, (obj.__name__, obj._fields, obj.__module__)
+    if isinstance(obj, np.ndarray):
+      return _create_array, (*obj.__reduce__(), None)
+    return NotImplemented
+
+
+def write(path, modules, online, target, numpy1=True, protocol=2, pickler=Dill):
   """Writes a checkpoint of BYOL, with the names of numpy 1 or 2."""
   flat = modules.FlatMapping
   optimizer = (
@@ -132,7 +155,9 @@ def write(path, modules, online, target, numpy1=True, protocol=2):
   params = [flat({k: flat(v) for k, v in net.params.items()}) for net in (online, target)]
   state = modules._ByolExperimentState(*params, online.state, target.state, optimizer)
   tree = {'experiment_state': state, 'step': np.int64(9), 'rng': np.array([0, 1], np.uint32)}
-  data = pickle.dumps(tree, protocol=protocol)
+  buffer = io.BytesIO()
+  pickler(buffer, protocol=protocol).dump(tree)
+  data = buffer.getvalue()
   path.write_bytes(data.replace(b'numpy._core', b'numpy.core') if numpy1 else data)
   return path
 
@@ -176,11 +201,12 @@ def test_byol(tmp_path, modules, size, depth, settings):
   assert not np.allclose(online[2], target[2])
 
 
+@pytest.mark.parametrize('pickler', [Dill, pickle.Pickler])
 @pytest.mark.parametrize('numpy1, protocol', [(True, 2), (False, 2), (False, 4), (False, 5)])
-def test_versions_of_pickles(tmp_path, modules, numpy1, protocol):
-  """Breaks if the pickles of another version of Python or numpy are not read."""
+def test_versions_of_pickles(tmp_path, modules, numpy1, protocol, pickler):
+  """Breaks if the pickles of another version of Python or numpy, or of pickle instead of dill, are not read."""
   net, *_ = build(0)
-  path = write(tmp_path / 'byol.pkl', modules, net, net, numpy1, protocol)
+  path = write(tmp_path / 'byol.pkl', modules, net, net, numpy1, protocol, pickler)
   online, _ = weights.networks(path, {})
   np.testing.assert_array_equal(
     online.encoder['params']['stem_conv']['kernel'], net.params['res_net18/~/initial_conv']['w']

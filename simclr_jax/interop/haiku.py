@@ -24,7 +24,6 @@ Arrays = dict[str, np.ndarray]
 
 DTYPES = ('f8', 'f4', 'f2', 'i8', 'i4', 'i2', 'i1', 'u8', 'u4', 'u2', 'u1', 'b1')
 STEM = '/~/initial_conv/w'
-CORE = ('numpy.core', 'numpy._core')  # of numpy 1 and 2
 # Haiku's name of a variable of a layer -> collection and leaf
 CONV = {'w': ('params', 'kernel'), 'b': ('params', 'bias')}
 NORM = {
@@ -95,9 +94,15 @@ class _Array:
     self.value = np.frombuffer(data, dtype.code).reshape(shape, order='F' if fortran else 'C')
 
 
-def _from_buffer(data: bytes, dtype: _Dtype, shape: tuple, order: str) -> _Array:
+def _named_tuple() -> type:
+  """A new class of tuples, whose fields have no names."""
+  new: Callable[..., Any] = lambda cls, *values: tuple.__new__(cls, values)  # noqa: E731
+  return type('NamedTuple', (tuple,), {'__slots__': (), '__new__': new})
+
+
+def _array(state: tuple) -> _Array:
   array = _Array()
-  array.__setstate__((1, shape, dtype, order == 'F', data))
+  array.__setstate__(state)
   return array
 
 
@@ -122,29 +127,34 @@ class _Unpickler(pickle._Unpickler):
 
   def find_class(self, module: str, name: str) -> Any:
     """What stands for a global: a new object each time, because a pickle can change its attributes."""
-    full = f'{module}.{name}'
     if module.split('.')[0] in ('jax', 'jaxlib'):
-      raise _Refused(f'arrays of JAX ({full}): save jax.device_get(...) of the variables')
+      raise _Refused(f'arrays of JAX ({module}.{name}): save jax.device_get(...) of the variables')
     if name.endswith('State'):  # named tuples of BYOL and optax
-      new: Callable[..., Any] = lambda cls, *values: tuple.__new__(cls, values)  # noqa: E731
-      return type('State', (tuple,), {'__slots__': (), '__new__': new})
-    if full in [f'haiku._src.data_structures.{kind}' for kind in ('FlatMapping', 'frozendict')]:
-      return lambda mapping=(): dict(mapping)
-    if full in [f'{core}.multiarray._reconstruct' for core in CORE]:
-      return lambda *_: _Array()
-    if full in [f'{core}.multiarray.scalar' for core in CORE]:
-      return lambda dtype, data: np.frombuffer(data, dtype.code, 1)[0]
-    if full in [f'{core}.numeric._frombuffer' for core in CORE]:
-      return lambda *args: _from_buffer(*args)
-    allowed: dict[str, Callable[..., Any]] = {
-      'numpy.dtype': lambda *args: _Dtype(*args),
-      'numpy.ndarray': lambda: None,
-      '_codecs.encode': lambda text, encoding: _encode(text, encoding),
-      'collections.OrderedDict': lambda items=(): dict(items),
-    }
-    if full not in allowed:
-      raise _Refused(f'{full}, which is not called, because that might execute code')
-    return allowed[full]
+      return _named_tuple()
+    allowed: dict[str, dict[str, Callable[..., Any]]] = {
+      'numpy': {'dtype': lambda *args: _Dtype(*args), 'ndarray': lambda: None},
+      'numpy.core.multiarray': {
+        '_reconstruct': lambda *_: _Array(),
+        'scalar': lambda dtype, data: np.frombuffer(data, dtype.code, 1)[0],
+      },
+      'numpy.core.numeric': {
+        '_frombuffer': lambda data, dtype, shape, order: _array((1, shape, dtype, order == 'F', data))
+      },
+      'dill._dill': {  # how dill saves classes of named tuples, and arrays
+        '_create_namedtuple': lambda *_: _named_tuple(),
+        '_create_array': lambda make, args, state, *_: _array(state),
+      },
+      'haiku._src.data_structures': {
+        'FlatMapping': lambda items=(): dict(items),
+        'frozendict': lambda items=(): dict(items),
+      },
+      'collections': {'OrderedDict': lambda items=(): dict(items)},
+      '_codecs': {'encode': lambda text, encoding: _encode(text, encoding)},
+    }  # fmt: skip
+    place = module.replace('numpy._core', 'numpy.core').replace('dill.dill', 'dill._dill')
+    if name not in allowed.get(place, {}):
+      raise _Refused(f'{module}.{name}, which is not called, because that might execute code')
+    return allowed[place][name]
 
 
 def _unpickle(path: pathlib.Path) -> Any:
