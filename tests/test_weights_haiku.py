@@ -162,9 +162,9 @@ def write(path, modules, online, target, numpy1=True, protocol=2, pickler=Dill):
   return path
 
 
-def apply(network, x):
+def apply(network, x, normalize):
   fields = {k: v for k, v in network.model.items() if not k.startswith('head')}
-  net = ResNet(**fields, normalize=network.normalize)
+  net = ResNet(**fields, normalize=normalize)
   return np.asarray(jax.jit(lambda v, x: net.apply(v, x, train=False))(network.encoder, x))
 
 
@@ -191,7 +191,7 @@ def test_byol(tmp_path, modules, size, depth, settings):
     fields = {'depth': depth, 'width_multiplier': width, 'variant': 'haiku', 'stem': 'imagenet'}
     assert network.model.items() >= fields.items() and network.normalize == 'imagenet'
     assert np.std(h, axis=0).mean() > 1e-3 * abs(h).max()  # the features of the images differ
-    assert_close(apply(network, x), h)
+    assert_close(apply(network, x, network.normalize), h)
     model = network.model
     assert (model['head'], model['head_layers'], model['head_norm']) == ('mlp', 2, 'hidden')
     head = MLP(2, model['head_dim'], model['head_hidden'], model['head_norm'])
@@ -214,13 +214,15 @@ def test_versions_of_pickles(tmp_path, modules, numpy1, protocol, pickler):
 
 
 def test_params_and_state(tmp_path):
-  """Breaks if a plain dict of parameters and state is not read."""
+  """Breaks if a plain dict of parameters and state is not read, or its unknown normalisation is guessed."""
   net, x, h, _ = build(0)
+  net.params['res_net18/~/logits'] = net.params.pop('classifier')
   path = tmp_path / 'weights.pkl'
   path.write_bytes(pickle.dumps({'params': net.params, 'state': net.state}))
   [network] = weights.networks(path, {})
-  assert network.name == ''
-  assert_close(apply(network, x), h)
+  assert (network.name, network.normalize) == ('', None)
+  np.testing.assert_array_equal(network.classifier['kernel'], net.params['res_net18/~/logits']['w'])
+  assert_close(apply(network, x, 'imagenet'), h)
 
 
 STEM, BN = 'res_net18/~/initial_conv', 'res_net18/~/initial_batchnorm'
@@ -236,10 +238,12 @@ STEM, BN = 'res_net18/~/initial_conv', 'res_net18/~/initial_batchnorm'
   (lambda p, s: p[STEM].update(w=p[STEM]['w'] * np.nan), 'initial_conv/w has values that are not finite'),
   (lambda p, s: p[STEM].update(b=np.zeros(4)), 'also has initial_conv/b'),
   (lambda p, s: p[STEM].update(w=[1.0]), 'initial_conv/w is no array of numpy'),
+  (lambda p, s: p[STEM].update(w=np.zeros((7, 7, 0, 2**40))), 'initial_conv/w is no array of numpy with values'),
+  (lambda p, s: p['projector/linear'].update(b=np.zeros(1)), 'projector have different numbers of channels'),
   (lambda p, s: p.update(x=3), 'no dict of a dict for each module'),
-  (lambda p, s: p.update({'res_net18/~/final_batchnorm': p[BN]}), 'final_batchnorm/scale is no variable of a ResNet v1'),
-  (lambda p, s: p.update({'res_net18/~/block_group_3/~/block_2/~/conv_0': p[STEM]}), 'blocks are no ResNet of this package'),
-  (lambda p, s: p['projector/linear'].update(w=np.zeros((32, 23))), 'projector/.* is .* instead of'),
+  (lambda p, s: p.update({'res_net18/~/final_batchnorm': p[BN]}), 'final_batchnorm/scale is no variable'),
+  (lambda p, s: p.update({'res_net18/~/block_group_3/~/block_2/~/conv_0': p[STEM]}), 'blocks are no ResNet'),
+  (lambda p, s: p['projector/linear'].update(w=np.zeros((31, 24))), 'projector/linear/w is .31, 24. instead of .32, 24.'),
   (lambda p, s: p['projector/batch_norm'].pop('offset'), 'lacks params/bn1/bias'),
   (lambda p, s: p['classifier'].pop('b'), 'classifier has the variables w instead of w and b'),
 ])  # fmt: skip

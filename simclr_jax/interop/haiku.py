@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from simclr_jax.errors import ConfigError
-from simclr_jax.interop import assemble, pickles
-from simclr_jax.interop.weights import Network
+from simclr_jax.interop import assemble, pickles, weights
 from simclr_jax.models import mlp, resnet
 from simclr_jax.runtime.text import printable
 
@@ -32,7 +31,7 @@ NORM = {
 }  # fmt: skip
 
 
-def networks(path: pathlib.Path, given: Mapping[str, Any]) -> list[Network]:
+def networks(path: pathlib.Path, given: Mapping[str, Any]) -> list[weights.Network]:
   """The networks of a pickle: 'online' and 'target' of BYOL, or a single one, saved as a dict of `params` and `state`.
 
   Args:
@@ -181,8 +180,10 @@ def _arrays(tree: Any, path: pathlib.Path) -> Arrays:
     if not isinstance(module, str) or not isinstance(variables, dict):
       raise ConfigError(f'{path}: its variables are no dict of a dict for each module, as in Haiku')
     for name, x in variables.items():
-      if not isinstance(x, _Array) or x.value is None:
-        raise ConfigError(f'{path}: {printable(f"{module}/{name}")} is no array of numpy')
+      if not isinstance(x, _Array) or x.value is None or not x.value.size:
+        raise ConfigError(
+          f'{path}: {printable(f"{module}/{name}")} is no array of numpy with values'
+        )
       found[f'{module}/{name}'] = x.value
   return found
 
@@ -190,28 +191,33 @@ def _arrays(tree: Any, path: pathlib.Path) -> Arrays:
 # Networks.
 
 
-def _network(name: str, params: Arrays, state: Arrays, what: str) -> Network:
+def _network(name: str, params: Arrays, state: Arrays, what: str) -> weights.Network:
   """A network of Haiku's parameters and state."""
   roots = [key.removesuffix(STEM) for key in params if key.endswith(STEM)]
   if len(roots) != 1:
     raise ConfigError(
       f'{what}: {len(roots)} modules instead of one are ResNets of Haiku, with {STEM}'
     )
-  parts: dict[str, Arrays] = {f'{roots[0]}/~/': {}, 'projector/': {}, 'classifier/': {}, '': {}}
+  root = f'{roots[0]}/~/'
+  scopes = (f'{root}logits/', root, 'projector/', 'classifier/', '')
+  parts: dict[str, Arrays] = {scope: {} for scope in scopes}
   for key, x in (params | state).items():
     if not key.endswith(('/hidden', '/counter')):  # from both, Haiku computes `average`
       prefix = next(prefix for prefix in parts if key.startswith(prefix))
       parts[prefix][key.removeprefix(prefix)] = x
-  encoder, head, classifier, others = parts.values()
+  logits, encoder, head, classifier, others = parts.values()
   model, variables = _encoder(encoder, what)
   d = assemble.features(model)
   fields, head_variables, notes = _head(head, d, what)
   if modules := sorted({printable(key.split('/')[0]) for key in others}):
     notes.append(f'left out, because it is no part of encoder and head: {assemble.listed(modules)}')
+  normalize = 'imagenet' if name else None  # BYOL's own files
   linear = None
-  if classifier:
-    linear = assemble.classifier(classifier, ('w', 'b'), {d}, f'{what}: classifier')
-  return Network(name, model | fields, variables, head_variables, linear, 'imagenet', tuple(notes))
+  if classifier or logits:
+    linear = assemble.classifier(classifier or logits, ('w', 'b'), {d}, f'{what}: classifier')
+  return weights.Network(
+    name, model | fields, variables, head_variables, linear, normalize, tuple(notes)
+  )
 
 
 def _encoder(arrays: Arrays, what: str) -> tuple[dict[str, Any], PyTree]:
@@ -260,15 +266,16 @@ def _head(arrays: Arrays, d: int, what: str) -> tuple[dict[str, Any], PyTree | N
   """
   modules = {'linear': 'dense1', 'batch_norm': 'bn1', 'linear_1': 'dense2'}
   if {name.split('/')[0] for name in arrays} != modules.keys():
-    return (
-      {},
-      None,
-      ['left out: the projector, which is no MLP of two layers as in BYOL'] * bool(arrays),
-    )
-  arrays = dict(arrays)
-  arrays.setdefault('linear_1/b', np.zeros(arrays.get('linear_1/w', np.zeros(0)).shape[-1:]))
-  bias, mean = arrays.pop('linear/b', np.zeros(1)), 'batch_norm/~/mean_ema/average'
-  if mean in arrays and arrays[mean].shape[-1:] == bias.shape:
+    notes = ['left out: the projector, which is no MLP of two layers as in BYOL']
+    return {}, None, notes if arrays else []
+  hidden, dim = (
+    np.atleast_1d(arrays.get(f'{name}/w', np.zeros(1))).shape[-1] for name in ('linear', 'linear_1')
+  )
+  arrays = {'linear/b': np.zeros(hidden), 'linear_1/b': np.zeros(dim)} | arrays
+  bias, mean = arrays.pop('linear/b'), 'batch_norm/~/mean_ema/average'
+  if bias.shape != (hidden,) or arrays.get(mean, bias).size != hidden:
+    raise ConfigError(f'{what}: the layers of the projector have different numbers of channels')
+  if mean in arrays:
     arrays[mean] = arrays[mean] - bias
   found = []
   for name, x in arrays.items():
@@ -277,14 +284,12 @@ def _head(arrays: Arrays, d: int, what: str) -> tuple[dict[str, Any], PyTree | N
     if leaf not in leaves:
       raise ConfigError(f'{what}: projector/{printable(name)} is no variable of an MLP of BYOL')
     found.append(_tensor(f'projector/{name}', (modules[module],), leaves[leaf], x))
-  hidden, dim = (arrays.get(f'{name}/w', np.zeros(1)).shape[-1] for name in ('linear', 'linear_1'))
   fields = {
-    'head': 'mlp',
-    'head_layers': 2,
-    'head_hidden': hidden,
-    'head_dim': dim,
-    'head_norm': 'hidden',
-  }
+    'head': 'mlp', 'head_layers': 2, 'head_hidden': hidden, 'head_dim': dim, 'head_norm': 'hidden',
+  }  # fmt: skip
   net = mlp.MLP(2, dim, hidden, 'hidden')
-  note = 'the first bias of the projector was subtracted from the running mean of its BatchNorm: its outputs are the same'
+  note = (
+    'the first bias of the projector was subtracted from the running mean of its BatchNorm, '
+    'which gives the same outputs'
+  )
   return fields, assemble.variables(net, (1, d), found, what), [note]

@@ -1,7 +1,7 @@
 """Reads the weights of google-research/simclr: checkpoints of TensorFlow 1, and SavedModels without running them.
 
-The variables of the encoder are numbered in the order in which the layers were created, convolutions and BatchNorm layers
-separately: `base_model/conv2d/kernel`, `base_model/conv2d_1/kernel`, ... A training with an EMA also has
+The variables of the encoder are numbered in the order in which the layers were created, convolutions and BatchNorm
+layers separately: `base_model/conv2d/kernel`, `base_model/conv2d_1/kernel`, ... A training with an EMA also has
 `ema_model/base_model/...`. `head_contrastive` is the projection head, `head_supervised` a linear classifier.
 """
 
@@ -164,8 +164,8 @@ def _names(prefix: pathlib.Path, keys: list[str]) -> dict[str, str]:
   keys = [key for key in keys if key.endswith(ATTRIBUTE)]
   if prefix.name != 'variables' or not model.exists():
     raise ConfigError(
-      f'{prefix} is a checkpoint of TensorFlow 2 without the names of its variables: give the folder of the SavedModel, '
-      'with saved_model.pb'
+      f'{prefix} is a checkpoint of TensorFlow 2 without the names of its variables: give the folder of the '
+      'SavedModel, with saved_model.pb'
     )
   names: dict[str, str] = {}
   for key, name in zip(keys, _saved_names(model, keys), strict=True):
@@ -229,8 +229,8 @@ def _network(
     )
   elif classifier and head:
     notes.append(
-      'the projection head was not trained together with the classifier head_supervised: in files that were fine-tuned '
-      'with 1 % or 10 % of the labels, the classifier is above the first layer of the head, in others above the features'
+      'the input of the classifier head_supervised, which the file does not say: the first layer of the projection '
+      'head after fine-tuning with 1 % or 10 % of the labels, the features otherwise'
     )
   return Network(name, model | fields, encoder, head, classifier, 'none', tuple(notes))
 
