@@ -19,7 +19,9 @@ FILE = 'model.pkl'
 
 def check(model: Model) -> None:
   """Raises ConfigError if detectron2 has no class that computes the network exactly."""
-  torch_files.check_class(model, 'detectron2', torch_loader.TORCHVISION, wide=True)
+  # detectron2's ResNet-18 and 34 have 64 channels in the first group.
+  wide = model.architecture['depth'] >= 50
+  torch_files.check_class(model, 'detectron2', torch_loader.TORCHVISION, wide)
   if model.top:
     raise ConfigError('detectron2 loads the encoder only: leave out --with')
 

@@ -20,8 +20,7 @@ HEAD = '''"""Builds the network and loads its weights: `model = load()`.
 import pathlib
 '''
 SAME = """
-def same(x, size, stride):
-  \"\"\"Pads as TensorFlow does: one pixel more at the end if the number is odd.\"\"\"
+def same(x, size, stride):  # pads as TensorFlow does: one pixel more at the end if the number is odd
   h, w = (max(size - (n % stride or stride), 0) for n in x.shape[2:])
   return F.pad(x, (w // 2, w - w // 2, h // 2, h - h // 2))
 """
@@ -36,14 +35,9 @@ class SameConv(nn.Conv2d):
     return super().forward(same(x, self.kernel_size[0], self.stride[0]))
 """
 SHORTCUT = """
-class ShortcutPool(nn.Module):
-  def __init__(self, stride):
-    super().__init__()
-    self.stride = stride
-
+class ShortcutPool(nn.AvgPool2d):
   def forward(self, x):  # for stride 1, the pixels beyond the edge do not count
-    x = F.pad(x, (0, 1, 0, 1), 'replicate' if self.stride == 1 else 'constant')
-    return F.avg_pool2d(x, 2, self.stride)
+    return super().forward(F.pad(x, (0, 1, 0, 1), 'replicate' if self.stride == 1 else 'constant'))
 """
 WIDE = """
 class Network(ResNet):
@@ -130,8 +124,10 @@ def _imports(a, timm, functional):
   lines = ['import torch.nn.functional as F'] * functional
   lines.append('from safetensors.torch import load_file')
   if timm:
-    names = ['SelectiveKernelAttn'] * (a['sk_ratio'] > 0) + ['SEModule'] * (a['se_ratio'] > 0)
-    lines.append(f'from timm.layers import {", ".join(names)}')
+    if a['se_ratio'] > 0:
+      lines.append('from timm.layers import SEModule')
+    if a['sk_ratio'] > 0:
+      lines.append('from timm.layers.selective_kernel import SelectiveKernelAttn')
     lines.append(f'from timm.models.resnet import {block}, ResNet')
     if a['sk_ratio'] > 0:
       lines.append('from timm.models.sknet import SelectiveKernelBottleneck')
@@ -191,7 +187,7 @@ def _blocks(a, width):
     )
   if sk > 0:
     lines.append('  if layer[0].downsample is not None:')
-    lines.append('    layer[0].downsample[0] = ShortcutPool(2 if i else 1)')
+    lines.append('    layer[0].downsample[0] = ShortcutPool(2, 2 if i else 1)')
   if (sk > 0 and bottleneck) or se > 0:
     lines.append('  for block in layer:')
     lines.append(f'    f = {width} * 2**i')
