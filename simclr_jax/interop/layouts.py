@@ -307,8 +307,10 @@ def _described(tensors) -> str:
   for pattern, kind in OTHERS.items():
     if any(re.fullmatch(pattern, name) for name in tensors):
       return f'its names are those of {kind}'
-  names = [printable(name)[:80] for name in list(tensors)[:3]]
-  return f'its tensors are {", ".join(names)}, ...' if names else 'there are no tensors'
+  if not tensors:
+    return 'there are no tensors'
+  names = [printable(name)[:80] or 'one without a name' for name in list(tensors)[:3]]
+  return f'its tensors are {", ".join(names)}{", ..." * (len(tensors) > len(names))}'
 
 
 # Names.
