@@ -120,6 +120,8 @@ def _differences(model, target, folder, dataset, any_size, out) -> dict[str, dic
   try:
     run = target.read(model, folder)
     found = {size: run(x) for size, x in inputs.items()}
+  except ConfigError:
+    raise
   except Exception as error:  # the libraries raise many types
     reason = printable(f'{type(error).__name__}: {error}')[:200]
     raise OSError(

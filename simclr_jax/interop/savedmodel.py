@@ -59,13 +59,28 @@ def write(model: Model, folder: pathlib.Path) -> bool:
 
 
 def read(model: Model, folder: pathlib.Path) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-  """A function from images `[n, h, w, c]` in [0, 1] to the outputs, computed from the files by another library."""
+  """A function from images `[n, h, w, c]` in [0, 1] to the outputs, computed from the files by another library.
+
+  The function raises ConfigError if TensorFlow is too old for this version of JAX.
+  """
   import tensorflow as tf
 
   loaded: Any = tf.saved_model.load(str(folder))
   weights = jax.tree.map(lambda x: x.numpy(), _plain(loaded.weights))
   check_weights(flat(weights), flat(model.variables))
-  return lambda x: {name: y.numpy() for name, y in loaded.f(tf.constant(x)).items()}
+
+  def run(x):
+    try:
+      return {name: y.numpy() for name, y in loaded.f(tf.constant(x)).items()}
+    except tf.errors.InvalidArgumentError as error:
+      if 'deserialize' not in str(error):
+        raise
+      raise ConfigError(
+        f'TensorFlow {tf.__version__} is too old for programs of jax {jax.__version__}: use --to=onnx or --to=stablehlo, '
+        'or export with an older jax'
+      ) from None
+
+  return run
 
 
 def _plain(tree):
