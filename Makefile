@@ -36,7 +36,9 @@ INTEROP := $(VENV)-interop/bin/python
 test-interop:
 	$(PYTHON) -m venv $(VENV)-interop
 	$(INTEROP) -m pip install --quiet --editable '.[dev,interop]'
-	$(INTEROP) -m pytest -rs tests/test_weights_*.py tests/test_export.py tests/test_import.py tests/test_detection.py
+	# One process for each file: PyTorch and TensorFlow cannot be loaded together.
+	set -e; for file in tests/test_weights_*.py tests/test_export.py tests/test_import.py tests/test_detection.py; do \
+	  $(INTEROP) -m pytest -rs $$file; done
 	$(INTEROP) benchmarks/interop_table.py
 
 # Opens the report of a small run in headless Chromium (`apt-get install chromium`).
