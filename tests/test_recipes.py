@@ -764,7 +764,7 @@ CONSTANTS = [
 
 # Fields that need no row: no published number depends on them, or the user fills them in.
 PLUMBING = {
-  'code', 'seed', 'sharding', 'rematerialize', 'first_loss', 'init_from', 'teacher',
+  'code', 'seed', 'sharding', 'rematerialize', 'first_loss', 'init_from', 'init_network', 'init_state', 'teacher',
   'data.table', 'data.holdout', 'data.holdout_seed', 'data.channels', 'data.alpha', 'data.range',
   'data.dir', 'data.labels', 'data.label_seed', 'data.examples', 'data.skip_bad', 'data.max_pixels',
   'data.on_device', 'data.resize_on', 'data.scaled_decoding', 'data.shuffle_buffer', 'data.threads',
