@@ -19,7 +19,7 @@ test-all: $(VENV)/.installed lint
 	$(BIN)/python -m pytest -m 'not faults' $(WORKERS)
 	$(BIN)/python -m pytest -m faults
 
-# Several processes, 60 kills of five commands, 2,090 damaged files, and the launcher with the real program: about an hour.
+# Several processes, 60 kills of five commands, 2,470 damaged files, and the launcher with the real program: about an hour.
 test-faults: $(VENV)/.installed
 	$(BIN)/python -m pytest -m faults
 

@@ -338,11 +338,62 @@ class Records(Data):
     return [p for p in (folder / 'mine').iterdir() if p.is_file()]
 
 
+class Torch:
+  """Weights in the two formats of PyTorch and in safetensors; only the zip format has checksums."""
+
+  strict = False
+
+  def prepare(self, folder):
+    import safetensors.numpy
+    import test_weights_torch as examples
+
+    from simclr_jax.interop import pickles
+
+    tree, *_ = examples.moco_file()
+    pickles.write(folder / 'zip.pth', tree)
+    examples.legacy(folder / 'legacy.pth', tree)
+    safetensors.numpy.save_file(examples.T, folder / 'weights.safetensors')
+    return [folder / name for name in ('zip.pth', 'legacy.pth', 'weights.safetensors')]
+
+  def read(self, folder):
+    from simclr_jax.interop import layouts, weights
+
+    for path in folder.iterdir():
+      weights.networks(path, {})
+      if path.suffix == '.pth':
+        layouts.moco_state(path, {})
+
+
+class TensorFlow:
+  """A checkpoint of TensorFlow, whose values have checksums."""
+
+  strict = True
+
+  def prepare(self, folder):
+    import test_weights_tensorflow as examples
+
+    examples.save(
+      folder / 'model.ckpt-7', examples.build(16, heads=(32, 7), classes=3, **examples.TINY)[0]
+    )
+    return sorted(folder.iterdir())
+
+  def read(self, folder):
+    import jax
+
+    from simclr_jax.interop import weights
+    from simclr_jax.runtime.checksum import crc32
+
+    return [
+      crc32(*jax.tree.leaves(n.encoder)) for n in weights.networks(folder / 'model.ckpt-7', {})
+    ]
+
+
 FORMATS = ('jpg', 'progressive.jpg', 'png', '16.png', 'a.png', 'gif', 'bmp', 'webp', 'a.webp', 'tif', 'lzw.tif', 'ppm',
            'jp2', 'avif')  # fmt: skip
 KINDS = {
   'config': Config, 'checkpoint': Checkpoint, 'export': Export, 'evaluation': Evaluation, 'metrics': Metrics,
-  'parts': Parts, 'npy': Npy, 'npz': Npz, 'table': Table, 'image': Image, 'records': Records,
+  'parts': Parts, 'npy': Npy, 'npz': Npz, 'table': Table, 'image': Image, 'records': Records, 'torch': Torch,
+  'tensorflow': TensorFlow,
 }  # fmt: skip
 
 
