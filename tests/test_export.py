@@ -191,7 +191,13 @@ def test_the_classifier_goes_along(head_layer, tmp_path):
 def test_programs_of_jax(name, tmp_path):
   """Breaks if the program gives other features, or works for one size or one number of images only."""
   e = with_projector(depth=8, stem='cifar')
-  verified = write(e, name, tmp_path / 'out')
+  try:
+    verified = write(e, name, tmp_path / 'out')
+  except ConfigError as error:
+    if 'too old for programs of jax' not in str(error):
+      raise
+    assert not (tmp_path / 'out').exists()
+    pytest.skip(str(error))
   assert list(verified['difference']) == ['32x32', '33x17']
   assert all({'features', 'projection'} == v.keys() for v in verified['difference'].values())
 
