@@ -197,7 +197,7 @@ def test_pretrained_weights_of_another_network_are_refused(pretrained):
   }.items():
     with pytest.raises(ConfigError, match='init_from is of another network|head_layer=3'):
       fine_tune(pretrained, **{field: value})
-  with pytest.raises(ConfigError, match='/nowhere is not a run directory'):
+  with pytest.raises(ConfigError, match='/nowhere is neither a run directory'):
     fine_tune('/nowhere')
 
 

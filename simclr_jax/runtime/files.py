@@ -220,7 +220,7 @@ def open_to_read(path: pathlib.Path) -> BinaryIO:
   """
   try:
     if paths.is_remote(path):
-      return io.BufferedReader(path.open('rb'))  # type: ignore[arg-type]  # `readline` of fsspec has no limit
+      return io.BytesIO(path.read_bytes())  # files of some file systems lack a part of the methods
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
       return os.fdopen(descriptor, 'rb')
