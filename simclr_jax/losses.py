@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from simclr_jax import sharding
+from simclr_jax import blockwise, sharding
 
 Metrics = dict[str, Any]  # name -> jax.Array or float
 
@@ -50,28 +50,22 @@ def nt_xent(
   Raises:
     ValueError: `z` is not a matrix with an even number of rows.
   """
-  similarity, positive, candidates = _pairs(z, normalize)
-  logits = similarity / temperature  # [2n, 2n]
-  m = len(logits)
-  anchor = jnp.asarray(np.arange(m))
-  logits = jnp.where(anchor[:, None] == anchor[None, :], -jnp.inf, logits)
-  positive_logit = _pick(logits, positive)  # [2n]
-
-  cross_view = logits.reshape(m // 2, 2, m // 2, 2)[:, 0, :, 1]  # [n, n], first by second views
-  accuracy_n = jnp.mean(jnp.argmax(cross_view, axis=1) == np.arange(m // 2))
-  hit = jnp.argmax(logits, axis=1) == positive
-  log_denominator = jax.nn.logsumexp(logits, axis=1)
-  K = 0
-  if negatives is not None:
-    memory = (
-      jnp.matmul(sharding.shard_rows(candidates), negatives.T, precision='highest') / temperature
-    )  # [2n, K]
-    log_denominator = jnp.logaddexp(log_denominator, jax.nn.logsumexp(memory, axis=1))
-    hit &= positive_logit >= memory.max(axis=1)
-    K = len(negatives)
-  return jnp.mean(log_denominator - positive_logit), {
+  z, candidates = _candidates(z, normalize)
+  memory = jnp.zeros((0, z.shape[1])) if negatives is None else jax.lax.stop_gradient(negatives)
+  m, K = len(z), len(memory)
+  block = blockwise.block_rows(m, m + K, max(jax.sharding.get_abstract_mesh().size, 1))
+  if block:
+    terms = blockwise.nt_xent_terms(z, candidates, memory, temperature, block)
+  else:
+    products = [jnp.matmul(z, x.T, precision='highest') for x in (candidates, memory)]
+    logits = jnp.concatenate(products, axis=1) / temperature  # [2n, 2n + K]
+    row = jnp.asarray(np.arange(m))
+    own = row[:, None] == jnp.asarray(np.arange(m + K))
+    _, terms = blockwise.row_terms(jnp.where(own, -jnp.inf, logits), row, m)
+  loss, hit, hit_n = terms  # [2n] each
+  return jnp.mean(loss), {
     'contrastive_acc': jnp.mean(hit),
-    'contrastive_acc_n': accuracy_n,
+    'contrastive_acc_n': jnp.mean(hit_n.reshape(m // 2, 2)[:, 0]),
     'chance_loss': math.log(m - 1 + K),
     'z': candidates,
   }
@@ -276,17 +270,14 @@ def distillation(
   return -(temperature**2) * jnp.mean(jnp.sum(target * log_p, axis=-1))
 
 
-def _pairs(z, normalize=True):
-  """Similarities `[2n, 2n]` of projections `[2n, d]`; column of the positive in each row; replicated projections."""
+def _candidates(z, normalize=True):
+  """Projections of pairs `[2n, d]`, float32, unit rows if `normalize`; and the same, replicated."""
   if z.ndim != 2 or z.shape[0] % 2:
     raise ValueError(f'projections of pairs must be [2n, d], got {list(z.shape)}')
   z = z.astype(jnp.float32)
   if normalize:
     z = l2_normalize(z)
-  candidates = sharding.replicate(z)  # [2n, d], an all-gather over the devices
-  similarity = jnp.matmul(z, candidates.T, precision='highest')
-  # Constants from numpy: jnp.arange over a sharded axis compiles to integer collectives.
-  return similarity, np.arange(len(z)) ^ 1, candidates
+  return z, sharding.replicate(z)  # an all-gather over the devices
 
 
 def _cross_view(z):
@@ -294,8 +285,10 @@ def _cross_view(z):
 
   Negatives are the other images in the other view.
   """
-  similarity, positive, candidates = _pairs(z)
-  row = jnp.asarray(np.arange(len(positive)))
+  z, candidates = _candidates(z)
+  similarity = jnp.matmul(z, candidates.T, precision='highest')
+  # Constants from numpy: jnp.arange over a sharded axis compiles to integer collectives.
+  positive, row = np.arange(len(z)) ^ 1, jnp.asarray(np.arange(len(z)))
   other_view = (row[:, None] % 2) != (row[None, :] % 2)
   is_negative = other_view & (row[None, :] != positive[:, None])
   positive_similarity = _pick(similarity, positive)
