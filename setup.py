@@ -47,6 +47,7 @@ setup(
     'compile-check': [
       'jax[tpu]; sys_platform == "linux" and platform_machine == "x86_64"'
     ],  # its libtpu
+    'compile-check-gpu': ['jax[cuda12]; sys_platform == "linux"'],  # no driver is needed
     'dev': [
       'gcp-storage-emulator>=2024.8.3',
       'gcsfs>=2024.10',

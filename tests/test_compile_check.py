@@ -61,7 +61,7 @@ def test_topology_names(text, slices, name, devices, options):
     ('v3', 1, 'v3-128'),
     ('', 1, 'v3-128'),
     ('v9-8', 1, 'only v2, v3'),
-    ('a100-8', 1, 'only v2, v3'),
+    ('a100-8', 1, "there is no GPU 'a100-8' here"),
     ('v3-100', 1, 'v3-64, v3-128'),
     ('v5e-48', 1, 'v5e-32, v5e-64'),
     ('v5e:4x4x4', 1, '2 dimensions, such as v5e:4x4'),
@@ -282,21 +282,6 @@ def test_memory_in_error_messages(message, needed, limit):
   gib = 2**30
   memory = check.memory_from_message(message)
   assert memory == (needed and needed * gib, limit and limit * gib)
-
-
-@pytest.mark.parametrize('true', [0, 8, 24, 64, 72, 1000, 4096])
-@pytest.mark.parametrize('start', [8, 100, 4096])
-def test_search_for_the_largest_batch(true, start):
-  """Breaks if the search stops early, tries a batch size twice, or tries one that the devices cannot share."""
-  tried = []
-
-  def fits(batch):
-    assert batch % 8 == 0 and batch not in tried
-    tried.append(batch)
-    return batch <= true
-
-  assert check.largest_multiple(start, 8, fits, 4096) == true // 8 * 8
-  assert len(tried) < 24
 
 
 @pytest.mark.parametrize('resize_on', ['device', 'host'])

@@ -1,14 +1,18 @@
-"""ahead-of-time (AOT) compile a recipe for a TPU topology, without a TPU
+"""ahead-of-time (AOT) compile a recipe for TPUs or NVIDIA GPUs, without them
 
 Examples:
   simclr-jax compile-check --config=simclr_imagenet:v1 --topology=v3-128
   simclr-jax compile-check --config=moco_imagenet:v2 --topology="2x v5e-16" --json
-  simclr-jax compile-check --config=simclr_imagenet:v1 --topology=v5e-64 --find-batch
+  simclr-jax compile-check --config=moco_imagenet:v2 --topology=a100-40x8
+  simclr-jax compile-check --config=simclr_cifar10 --topology=rtx3090 --find-batch
 
-The TPU compiler (pip install .[compile-check]) compiles the training step as a run would, which
-takes minutes. The output lists memory, operations, every collective and its purpose, and
-the bottleneck (roofline: compute, HBM or interconnect). The exit code is 1 if the step does not fit, if negatives or
+The compiler of TPUs (pip install .[compile-check]) or of GPUs (pip install .[compile-check-gpu]) compiles the training
+step as a run would, which takes minutes. The output lists memory, operations, every collective and its purpose, and
+the bottleneck (roofline: compute, memory or interconnect). The exit code is 1 if the step does not fit, if negatives or
 BatchNorm do not reach all devices, or if images move between devices. Fields are set as in pretrain.
+
+--find-batch names the largest batch that fits by each way to save memory: plain, rematerialize=true and
+accumulate_steps=8, with the memory per device and the time of an image, relative to plain.
 """
 
 import argparse
@@ -26,11 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     '--topology',
     required=True,
-    metavar='TPU',
-    help='v3-128, v4-128, v5e-256, v5p-8, v6e-64, v5e:4x4',
+    metavar='DEVICES',
+    help='TPUs: v3-128, v4-128, v5e-256, v5p-8, v6e-64, v5e:4x4; GPUs: h100, h100x8, h200, a100-40, a100-80, l4, t4, '
+    'rtx3090, rtx4090, ...',
   )
   parser.add_argument(
-    '--slices', type=options.positive, default=1, metavar='N', help='number of slices'
+    '--slices', type=options.positive, default=1, metavar='N', help='number of TPU slices'
   )
   parser.add_argument('--json', action='store_true', help='print one JSON object')
   parser.add_argument(
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
   from simclr_jax.compile_check import check, hardware, text
 
   os.environ.update(hardware.ENVIRONMENT)
-  jax.config.update('jax_platforms', 'cpu')  # no TPU is needed
+  jax.config.update('jax_platforms', 'cpu')  # no TPU or GPU is needed
   topology = hardware.topology(args.topology, args.slices)
   if args.find_batch:
     return _find_batch(args, recipe, topology)
@@ -62,11 +67,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _find_batch(args, recipe, topology):
-  from simclr_jax.compile_check import check
+  from simclr_jax.compile_check import batches, check
 
-  largest = check.find_batch(
-    recipe, topology, lambda text: print(text, file=sys.stderr, flush=True)
-  )
-  result = {'recipe': args.config, 'topology': args.topology, 'largest_batch': largest}
-  print(json.dumps(result) if args.json else f'the largest batch that fits: {largest:,}')
-  return 0 if largest else 1
+  check.describe_devices(topology)  # an invalid one is one error, not one for each way
+  rows = batches.find(recipe, topology, lambda text: print(text, file=sys.stderr, flush=True))
+  result = {'recipe': args.config, 'topology': args.topology, 'ways': rows}
+  print(json.dumps(result) if args.json else batches.table(rows, topology.devices))
+  return 0 if any(row.get('largest_batch') for row in rows) else 1

@@ -1,18 +1,19 @@
-"""Ahead-of-time (AOT) compilation of a recipe's training step for a TPU topology, without a TPU.
+"""Ahead-of-time (AOT) compilation of a recipe's training step for TPUs or GPUs, without them.
 
-The step is that of `train_state`, compiled by libtpu, the compiler that TPUs use. Memory, operations and collectives
-are read from the compiled program. Times divide them by the published peaks of the chip; they are no prediction.
+The step is that of `train_state`, compiled by libtpu, the compiler that TPUs use, or by XLA's plugin for CUDA. Memory,
+operations and collectives are read from the compiled program. Times divide them by the published peaks of the chip;
+they are no prediction.
 """
 
 import collections
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import re
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ import ml_collections
 import numpy as np
 
 from simclr_jax import config as recipes, methods, runs, sharding, train_state
-from simclr_jax.compile_check import hardware, hlo, verdict
+from simclr_jax.compile_check import gpus, hardware, hlo, kernels, verdict
 from simclr_jax.compile_check.text import format_bytes
 from simclr_jax.data import loader
 from simclr_jax.errors import ConfigError
@@ -30,6 +31,8 @@ from simclr_jax.runtime import files
 
 IMAGENET = 1_281_167  # training images
 GIB = 2**30
+Topology = hardware.Topology | gpus.Gpus
+CUDA = ('jax-cuda12-plugin', 'jax-cuda13-plugin')
 
 
 class OutOfMemory(RuntimeError):
@@ -55,7 +58,7 @@ def memory_from_message(message: str) -> tuple[float | None, float | None]:
 
 def check(
   config: ml_collections.ConfigDict,
-  topology: hardware.Topology,
+  topology: Topology,
   recipe: str = '',
   hlo_file: pathlib.Path | None = None,
 ) -> dict[str, Any]:
@@ -63,17 +66,17 @@ def check(
 
   Args:
     config: a checked recipe (`config.load`).
-    topology: the TPU.
+    topology: the TPU or GPUs.
     recipe: its name, for the report.
     hlo_file: a file that gets the compiled program, XLA's optimised HLO.
 
   Returns:
     Plain data: what was compiled; `memory`, `flops`, `bytes_accessed`, `collectives`, `seconds`, all per device
-    and step; `bound`, the bottleneck; `problems`, empty if there are none; `notes`. A step that does not fit
-    into memory has `memory`, `message` and `problems` only.
+    and step; for GPUs also `kernels`, by kind; `bound`, the bottleneck; `problems`, empty if there are none; `notes`.
+    A step that does not fit into a TPU's memory has `memory`, `message` and `problems` only.
 
   Raises:
-    ConfigError: the recipe or the topology is invalid, or libtpu is missing.
+    ConfigError: the recipe or the topology is invalid, or its compiler is missing.
   """
   devices = describe_devices(topology)
   config, notes = prepare(config, len(devices))
@@ -85,7 +88,7 @@ def check(
   result |= {'notes': notes, 'parameters': _count(state.params)}
   start = time.monotonic()
   try:
-    program = compile_step(step)
+    program = compile_step(step, topology)
   except OutOfMemory as error:
     seconds = round(time.monotonic() - start, 1)
     return result | {'compile_seconds': seconds} | _does_not_fit(config, topology, error)
@@ -104,17 +107,29 @@ def check(
       'multi-slice: the compiler drops the names of collectives, so whether negatives and BatchNorm '
       'statistics reach all devices is only checked for one slice'
     )
-  return result | _measurements(program, topology, groups) | {'problems': problems}
+  measured = _measurements(program, topology, groups)
+  if isinstance(topology, gpus.Gpus):
+    more, too_large = _gpu_memory(config, topology, measured['memory']['total'])
+    notes += more
+    problems = too_large + problems
+  return result | measured | {'problems': problems}
 
 
-def describe_devices(topology: hardware.Topology) -> list[Any]:
+def describe_devices(topology: Topology) -> list[Any]:
   """The JAX devices of a topology; they are descriptions and cannot compute.
 
   Raises:
-    ConfigError: libtpu is missing, or does not know the topology.
+    ConfigError: the compiler is missing, or does not know the topology.
   """
   from jax.experimental import topologies
 
+  if isinstance(topology, gpus.Gpus):
+    _require_cuda()
+    return list(
+      topologies.get_topology_desc(
+        platform='cuda', topology=topology.name, **topology.options
+      ).devices
+    )
   os.environ.update(hardware.ENVIRONMENT)  # libtpu reads it when it is loaded, below
   try:
     import libtpu  # noqa: F401
@@ -140,10 +155,18 @@ def describe_devices(topology: hardware.Topology) -> list[Any]:
   return list(devices)
 
 
+def _require_cuda():
+  os.environ.update(gpus.ENVIRONMENT)  # JAX's plugin reads it when it is loaded
+  if not any(importlib.util.find_spec(name.replace('-', '_')) for name in CUDA):
+    raise ConfigError(
+      "the compiler for NVIDIA GPUs is missing: pip install 'simclr_jax[compile-check-gpu]' (Linux only)"
+    )
+
+
 def prepare(
   config: ml_collections.ConfigDict, devices: int
 ) -> tuple[ml_collections.ConfigDict, list[str]]:
-  """The recipe as a run on TPUs has it, and the assumptions made.
+  """The recipe as a run on TPUs or GPUs has it, and the assumptions made.
 
   Raises:
     ConfigError: the batch cannot be split over the devices.
@@ -205,12 +228,14 @@ def lower(
     return state, step.lower(state, seed, teacher, constants, rows)
 
 
-def compile_step(step: Any) -> Any:
-  """Compiles what `lower` returned.
+def compile_step(step: Any, topology: Topology) -> Any:
+  """Compiles what `lower` returned for the devices of a topology.
 
   Raises:
-    OutOfMemory: it does not fit into the memory of a device.
+    OutOfMemory: it does not fit into the memory of a TPU; the compiler for GPUs does not check this.
   """
+  if isinstance(topology, gpus.Gpus):
+    return step.compile(compiler_options=gpus.COMPILER_OPTIONS)
   try:
     return step.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -224,7 +249,13 @@ def _count(params):
 
 
 def _description(config, topology, devices, recipe):
-  """What is compiled, and for which TPU."""
+  """What is compiled, for which devices, and by which version of the compiler, the last of `versions`."""
+  compilers = CUDA if isinstance(topology, gpus.Gpus) else ('libtpu',)
+  versions = {
+    name: importlib.metadata.version(name)
+    for name in ('jax', *compilers)
+    if importlib.util.find_spec(name.replace('-', '_'))
+  }
   return {
     'recipe': recipe,
     'method': config.method,
@@ -237,26 +268,38 @@ def _description(config, topology, devices, recipe):
     'batch_size': config.batch_size,
     'dtype': config.dtype,
     'bn_groups': config.model.bn_groups,
-    'versions': {'jax': jax.__version__, 'libtpu': importlib.metadata.version('libtpu')},
+    'versions': versions,
   }
 
 
 def _does_not_fit(config, topology, error):
   """The part of the result that describes an `OutOfMemory` error."""
   limit = error.limit or topology.chip.hbm
-  needs = (
-    f'needs {format_bytes(error.needed)} of HBM per device' if error.needed else 'does not fit'
-  )
-  if 'HLO temporaries' in str(error):  # the state is not included
-    needs += ', temporaries alone'
+  # The state is not included in temporaries.
+  what = ', temporaries alone' if 'HLO temporaries' in str(error) else ''
   return {
     'memory': {'total': error.needed, 'limit': limit},
     'message': str(error).split('\n')[0],
-    'problems': [
-      f'batch_size={config.batch_size} {needs}, {format_bytes(limit)} are available: lower '
-      '--config.batch_size (--find-batch finds the largest) or use more devices'
-    ],
+    'problems': [_too_large(config, error.needed, limit, what)],
   }
+
+
+def _too_large(config, needed, limit, what=''):
+  needs = f'needs {format_bytes(needed)} of memory per device' if needed else 'does not fit'
+  return (
+    f'batch_size={config.batch_size} {needs}{what}, {format_bytes(limit)} are available: lower '
+    '--config.batch_size (--find-batch finds the largest) or use more devices'
+  )
+
+
+def _gpu_memory(config, topology, needed):
+  """Notes and problems of the memory of a GPU."""
+  limit = topology.chip.hbm
+  if needed > limit:
+    return [], [_too_large(config, needed, limit)]
+  if needed > gpus.DEFAULT_SHARE * limit:
+    return [gpus.SHARE_NOTE], []
+  return [], []
 
 
 def _collectives(program, shapes, devices):
@@ -274,14 +317,13 @@ def _shuffle_notes(config, groups):
 
 def _measurements(program, topology, groups):
   """The part of the result that is read from the compiled program; all values per device and step."""
-  cost = program.cost_analysis()
-  flops, accessed = cost['flops'], cost['bytes accessed']
+  costs, compute = _costs(program, topology)
+  flops, accessed = costs['flops'], costs['bytes_accessed']
   transfers = hlo.between_slices(program.as_text())
-  seconds = verdict.roofline(topology, flops, accessed, groups, transfers)
+  seconds = verdict.roofline(topology, compute, accessed, groups, transfers)
   return {
     'memory': _memory(program, topology.chip.hbm),
-    'flops': flops,
-    'bytes_accessed': accessed,
+    **costs,
     'intensity': flops / accessed,
     'collectives': [
       {
@@ -303,8 +345,25 @@ def _measurements(program, topology, groups):
   }
 
 
+def _costs(program, topology):
+  """`flops`, `bytes_accessed`, and for GPUs `float32_flops` and `kernels`; the seconds of the operations."""
+  chip = topology.chip
+  if not isinstance(topology, gpus.Gpus):
+    cost = program.cost_analysis()
+    costs = {'flops': cost['flops'], 'bytes_accessed': cost['bytes accessed']}
+    return costs, cost['flops'] * chip.devices / chip.flops
+  counts = kernels.count(program.as_text())
+  costs = {
+    'flops': counts.flops + counts.float32_flops,
+    'float32_flops': counts.float32_flops,
+    'bytes_accessed': counts.bytes,
+    'kernels': counts.kernels,
+  }
+  return costs, counts.flops / chip.flops + counts.float32_flops / chip.float32_flops
+
+
 def _memory(program, limit):
-  """HBM of a device by kind, in bytes. Aliased buffers are both arguments and outputs, so they are subtracted once."""
+  """Memory of a device by kind, in bytes. Aliased buffers are both arguments and outputs, so they are subtracted once."""
   m = program.memory_analysis()
   sizes = {
     'arguments': m.argument_size_in_bytes,
@@ -316,68 +375,22 @@ def _memory(program, limit):
   return {**sizes, 'total': sum(sizes.values()), 'limit': limit}
 
 
-def fits(config: ml_collections.ConfigDict, topology: hardware.Topology) -> bool:
-  """Whether the step of a recipe fits into the memory of the devices."""
+def need(config: ml_collections.ConfigDict, topology: Topology) -> tuple[float, float]:
+  """Bytes of memory per device, and seconds per step by the roofline; (inf, inf) if only 'too much' is known.
+
+  The compiler for TPUs counts a loop once, so with `accumulate_steps` the times are multiplied by it.
+
+  Raises:
+    ConfigError: the recipe or the topology is invalid, or its compiler is missing.
+  """
   devices = describe_devices(topology)
   config, _ = prepare(config, len(devices))
+  _, step = lower(config, sharding.make_mesh(devices), teacher_shapes(config))
   try:
-    compile_step(lower(config, sharding.make_mesh(devices), teacher_shapes(config))[1])
-  except OutOfMemory:
-    return False
-  return True
-
-
-def largest_multiple(
-  start: int, unit: int, fits: Callable[[int], bool], maximum: int = 2**20
-) -> int:
-  """The largest multiple of `unit` up to `maximum` that fits; 0 if `unit` itself does not.
-
-  Doubles or halves from near `start`, then bisects. If a size fits, all smaller ones are assumed to fit.
-
-  Args:
-    start: first guess.
-    unit: step of the search.
-    fits: whether a multiple of `unit` fits.
-    maximum: end of the search.
-  """
-  low, high = 0, maximum // unit + 1  # in units: the largest that fits, the smallest that does not
-  guess = max(2 ** round(math.log2(max(start / unit, 1))), 1)
-  while high - low > 1:
-    guess = min(max(guess, low + 1), high - 1)
-    if fits(guess * unit):
-      low = guess
-    else:
-      high = guess
-    if low == 0:
-      guess = high // 2
-    elif high > maximum // unit:
-      guess = 2 * low
-    else:
-      guess = (low + high) // 2
-  return low * unit
-
-
-def find_batch(
-  config: ml_collections.ConfigDict,
-  topology: hardware.Topology,
-  log: Callable[[str], None] = lambda text: None,
-) -> int:
-  """The largest global batch size of a recipe that fits; 0 if none does.
-
-  Args:
-    config: a checked recipe.
-    topology: the TPU.
-    log: called with a line for each batch size that was tried.
-  """
-  unit = math.lcm(topology.devices, config.model.bn_groups)
-
-  def try_batch(size):
-    changed = config.copy_and_resolve_references()
-    changed.batch_size = size
-    recipes.check(changed)
-    fitting = fits(changed.lock(), topology)
-    log(f'batch size {size:,}: {"fits" if fitting else "does not fit"}')
-    return fitting
-
-  examples = config.data.examples or IMAGENET
-  return largest_multiple(config.batch_size, unit, try_batch, examples)
+    program = compile_step(step, topology)
+  except OutOfMemory as error:
+    needed = error.needed or math.inf
+    return (needed if needed > topology.chip.hbm else math.inf), math.inf
+  measured = _measurements(program, topology, _collectives(program, None, len(devices)))
+  times = 1 if isinstance(topology, gpus.Gpus) else config.accumulate_steps
+  return measured['memory']['total'], max(measured['seconds'].values()) * times

@@ -7,6 +7,7 @@ import dataclasses
 import math
 import re
 
+from simclr_jax.compile_check import gpus
 from simclr_jax.errors import ConfigError
 
 # libtpu on a machine without a TPU: it must not query the metadata server, may be loaded by several processes
@@ -122,14 +123,18 @@ class Topology:
     return options
 
 
-def topology(text: str, slices: int = 1) -> Topology:
-  """Parses a name such as 'v3-128' (gcloud's), 'v5e:4x4' (chips along the axes) or '2x v5e-16'.
+def topology(text: str, slices: int = 1) -> Topology | gpus.Gpus:
+  """Parses a name such as 'v3-128' (gcloud's), 'v5e:4x4' (chips along the axes), '2x v5e-16', 'h100' or 'h100x8'.
 
   gcloud counts cores for v2, v3, v4, v5p and tpu7x, and chips for v5e and v6e.
 
   Raises:
-    ConfigError: there is no such TPU.
+    ConfigError: there is no such TPU or GPU.
   """
+  if described := gpus.topology(text):
+    if slices > 1:
+      raise ConfigError(f'--slices={slices} is for TPUs: --topology={text!r} is one machine')
+    return described
   match = re.fullmatch(
     r'(?:(\d+) ?x ?)?([a-z]+[0-9][0-9a-z]*)(?:-(\d+)|:(\d+(?:x\d+){1,2}))', text.strip()
   )
@@ -137,7 +142,7 @@ def topology(text: str, slices: int = 1) -> Topology:
   if not match:
     raise ConfigError(
       f"--topology={text!r} is no TPU: use gcloud's name such as v3-128 or v5e-256, or chips along the "
-      f'axes such as v5e:4x4; generations: {generations}'
+      f'axes such as v5e:4x4; generations: {generations}; GPUs: {", ".join(gpus.CARDS)}'
     )
   count, generation, number, axes = match.groups()
   generation = ALIASES.get(generation, generation)

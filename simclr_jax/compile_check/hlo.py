@@ -24,6 +24,12 @@ _CALLEES = re.compile(
 )
 _TRANSFER = re.compile(r'^\s*%?[\w.\-]+ = \((\w+)\[([\d,]*)\].* send\(')
 _LOOP = re.compile(r' while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)')
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# The compiler for GPUs combines collectives by joining their arrays to one.
+_JOINED = re.compile(
+  r'^\s*%?([\w.\-]+) = .* fusion\(([^)]*)\), kind=\w+, calls=%?wrapped_concatenate'
+)
+_DEFINED = re.compile(r'^\s*%?([\w.\-]+) = ([a-z]\w*)\[([\d,]*)\]')
 _CONSTANT = re.compile(r'^\s*%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)')
 _UP_TO = re.compile(r'^\s*ROOT .* compare\([^,]*, %?([\w.\-]+)\), direction=LT')
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
@@ -105,6 +111,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
     devices: number of devices of the program.
   """
   op_names = {m[1]: m[2] for line in text.splitlines() if (m := _OP_NAME.match(line))}
+  joined = _joined(text, op_names)
   times = _times(text)
   by_channel: dict[str, Collective] = {}
   computation = ''
@@ -118,13 +125,25 @@ def collectives(text: str, devices: int) -> list[Collective]:
     # A collective that overlaps with computation appears in several fusions, under one channel.
     channel = re.search(r'channel_id=(\d+)', line)
     key = channel[1] if channel else f'{computation} {match[1]}'
-    arrays = _arrays(match, op_names)
+    arrays = _arrays(match, op_names, joined)
     collective = Collective(match[3], arrays, _group_size(line, devices), times.get(computation, 1))
     by_channel.setdefault(key, collective)
   return [c for c in by_channel.values() if c.devices > 1]
 
 
-def _arrays(match, op_names):
+def _joined(text, op_names):
+  """The arrays that each fusion of `_JOINED` joins."""
+  shapes = {m[1]: (m[2], _dimensions(m[3])) for x in text.splitlines() if (m := _DEFINED.match(x))}
+  return {
+    m[1]: [
+      Array(*shapes[name], op_names.get(name, '')) for name in re.findall(r'%([\w.\-]+)', m[2])
+    ]
+    for line in text.splitlines()
+    if (m := _JOINED.match(line))
+  }
+
+
+def _arrays(match, op_names, joined):
   """The results of a collective: a match of `_COLLECTIVE`."""
   name, results, kind, start, operands = match.groups()
   own = op_names.get(name, '')
@@ -134,6 +153,8 @@ def _arrays(match, op_names):
     arrays = arrays[len(arrays) // 2 :]
   sources = re.findall(r'%([\w.\-]+)', operands)
   sources += [''] * (len(arrays) - len(sources))
+  if kind == 'all-reduce' and sources[0] in joined:
+    return tuple(joined[sources[0]])
   return tuple(
     Array(
       dtype,
@@ -202,6 +223,8 @@ def _times(text):
       limits[computation] = constants[condition[1]]
     if loop := _LOOP.search(line):
       callers.setdefault(loop[2], (computation, loop[1]))
+      if trips := _TRIPS.search(line):
+        limits[loop[1]] = int(trips[1])
       continue
     for callees in _CALLEES.findall(line):
       for name in re.findall(r'[\w.\-]+', callees):

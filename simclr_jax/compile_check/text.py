@@ -4,8 +4,9 @@ import collections
 from typing import Any
 
 GIB = 2**30
-# The keys of a result's `seconds`, for readers.
+# The keys of a result's `seconds`, for readers; on GPUs, the links are NVLink or PCIe.
 RESOURCES = {'compute': 'compute', 'memory': 'HBM', 'links': 'ICI', 'network': 'DCN'}
+GPU_RESOURCES = {'compute': 'compute', 'memory': 'memory', 'links': 'links'}
 
 
 def format_bytes(size: float) -> str:
@@ -24,7 +25,7 @@ def report(result: dict[str, Any]) -> str:
   lines = [
     f'{r["recipe"]} on {r["topology"]}: {r["devices"]} devices ({slices}{r["device_kind"]}), {r["hosts"]} '
     f'hosts; batch size {r["batch_size"]:,}, {per_device} images per device; {r["dtype"]}',
-    f'compiled in {r["compile_seconds"]:.0f} s by libtpu {r["versions"]["libtpu"]}',
+    f'compiled in {r["compile_seconds"]:.0f} s by {" ".join(list(r["versions"].items())[-1])}',
     *r['notes'],
   ]
   if 'flops' in r:
@@ -51,6 +52,7 @@ def _measurements(r):
     '',
     f'Per device and step: {r["flops"] / 1e12:.3g} TFLOP, {r["bytes_accessed"] / 1e9:.3g} GB read '
     f'and written, {r["intensity"]:.0f} FLOP/byte',
+    *_kernels(r),
     '',
     'Collectives per step          count   bytes of each           devices  purpose',
     *_table(r['collectives']),
@@ -60,10 +62,22 @@ def _measurements(r):
     '',
     'Roofline: time per step at the published peaks of the chip',
   ]
+  names = GPU_RESOURCES if 'kernels' in r else RESOURCES
   for name, seconds in r['seconds'].items():
     mark = '  <- bottleneck' if name == r['bound'] else ''
-    lines.append(f'  {RESOURCES[name]:<12} {1000 * seconds:8.2f} ms{mark}')
+    lines.append(f'  {names[name]:<12} {1000 * seconds:8.2f} ms{mark}')
   return lines
+
+
+def _kernels(r):
+  """One line for the kernels of a GPU."""
+  if 'kernels' not in r:
+    return []
+  kinds = ', '.join(f'{kind} {n:,}' for kind, n in r['kernels'].items())
+  return [
+    f'Kernels per step: {sum(r["kernels"].values()):,} ({kinds}); of the operations, '
+    f'{r["float32_flops"] / 1e12:.3g} TFLOP are in float32'
+  ]
 
 
 def _table(rows):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_collections
 
 from simclr_jax import health, methods
-from simclr_jax.compile_check import hardware, hlo
+from simclr_jax.compile_check import gpus, hardware, hlo
 from simclr_jax.compile_check.text import format_bytes
 from simclr_jax.data import crop
 from simclr_jax.models import network
@@ -38,6 +38,7 @@ def step_shapes(
     for i, size in enumerate(p)
     if size % devices == 0 and size > devices
   }
+  parameters |= {(math.prod(p),) for p in parameters}  # flat, in the all-reduces of GPUs
   # Metrics are computed from embeddings or, of a classifier, from features.
   widths = {width}
   widths |= {
@@ -223,8 +224,8 @@ def _batch_stats(config, state):
 
 
 def roofline(
-  topology: hardware.Topology,
-  flops: float,
+  topology: hardware.Topology | gpus.Gpus,
+  compute: float,
   bytes_accessed: float,
   groups: Sequence[CollectiveGroup],
   transfers: Sequence[tuple[str, int]],
@@ -232,8 +233,9 @@ def roofline(
   """Seconds that each resource needs per step at its published peak; the largest is the bottleneck.
 
   Args:
-    topology: the TPU.
-    flops, bytes_accessed: per device. XLA's cost analysis also counts bytes of arrays that stay on the chip.
+    topology: the TPU or GPUs.
+    compute: seconds of the operations.
+    bytes_accessed: per device. XLA's cost analysis also counts bytes of arrays that stay on the chip.
     groups: the collectives.
     transfers: `hlo.between_slices`.
 
@@ -243,7 +245,7 @@ def roofline(
   """
   chip, slices = topology.chip, topology.slices
   seconds = {
-    'compute': flops * chip.devices / chip.flops,
+    'compute': compute,
     'memory': bytes_accessed * chip.devices / chip.hbm_bandwidth,
     'links': sum(g.traffic for g in groups) * chip.devices / chip.ici_bandwidth,
   }
