@@ -125,6 +125,18 @@ def test_commands_on_an_import(imported, images, capsys, tmp_path):
     assert '--data=DATASET' in fails(capsys, name, f'--workdir={imported}')
 
 
+def test_out_and_in_again(imported, tmp_path):
+  """Breaks if weights, head, architecture or preprocessing change on the way through a PyTorch file."""
+  arguments = ['--to=safetensors', '--with=projector', f'--out={tmp_path / "out"}']
+  assert cli.main(['export', f'--workdir={imported}', *arguments]) == 0
+  assert cli.main(['import', str(tmp_path / 'out'), f'--out={tmp_path / "in"}']) == 0
+  before, after = runs.load_encoder(imported), runs.load_encoder(tmp_path / 'in')
+  assert after.digest() == before.digest()
+  assert after.architecture == before.architecture
+  heads = (orbax.load_head(folder, before.architecture) for folder in (imported, tmp_path / 'in'))
+  assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *heads)))
+
+
 def test_pretraining_from_a_file(weights, network, images, tmp_path, capsys):
   """Breaks if init_from of a file of another program does not start from its encoder and head."""
   arguments = [

@@ -74,12 +74,14 @@ class _File:
     tensors: name -> array.
     tree: the object in the file.
     model: `model.*` fields that the file or its folder says, and `features`, 'z' if a linear layer is a head.
+    preprocessing: as of `Network`.
   """
 
   path: pathlib.Path
   tensors: Tensors
   tree: Any
   model: Mapping[str, Any]
+  preprocessing: Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,10 +200,11 @@ def _read(path: pathlib.Path) -> _File:
     if name in tensors:
       raise ConfigError(f'{path} contains {printable(name)} twice')
     tensors[name] = array
-  model = _of_export(metadata)
+  model, preprocessing = _of_export(metadata)
   if path.name in WEIGHTS:
-    model = {**_of_folder(path.parent), **model}
-  return _File(path, tensors, tree, model)
+    of_folder, size = _of_folder(path.parent)
+    model, preprocessing = {**of_folder, **model}, {**size, **preprocessing}
+  return _File(path, tensors, tree, model, preprocessing)
 
 
 def _weights_of_folder(folder) -> pathlib.Path:
@@ -229,21 +232,23 @@ def _flat(path, tree, prefix) -> Iterator[tuple[str, np.ndarray]]:
       yield from _flat(path, value, f'{prefix}.{key}' if prefix else str(key))
 
 
-def _of_export(metadata) -> dict[str, Any]:
-  """What an export of this package to safetensors says in its metadata."""
+def _of_export(metadata) -> tuple[dict[str, Any], dict[str, Any]]:
+  """`model` and `preprocessing` of a `_File`, as an export of this package to safetensors says in its metadata."""
   try:
     architecture = json.loads(metadata.get('simclr_jax', '{}'))['architecture']
-    return {
+    model = {
       name: architecture[name]
       for name, allowed in SAID.items()
       if architecture.get(name) in allowed
     }
+    size, view = architecture['image_size'], architecture['eval_view']
+    return model, {'image_size': size, 'augment.eval': view}
   except (ValueError, LookupError, AttributeError, TypeError, RecursionError):
-    return {}
+    return {}, {}
 
 
-def _of_folder(folder) -> dict[str, Any]:
-  """What the JSON files in a folder of Hugging Face say.
+def _of_folder(folder) -> tuple[dict[str, Any], dict[str, Any]]:
+  """`model` and `preprocessing` of a `_File`, as the JSON files in a folder of Hugging Face say.
 
   Raises:
     ConfigError: the network or the preprocessing is none of this package.
@@ -268,12 +273,15 @@ def _of_folder(folder) -> dict[str, Any]:
       )
   about = config.get('pretrained_cfg')
   if isinstance(about, dict) and 'mean' in about:
-    return {'normalize': _normalization(folder, about.get('mean'), about.get('std'))}
+    size = about.get('input_size')
+    sides = {n for n in size[1:] if type(n) is int} if isinstance(size, list) else set()
+    found = {'normalize': _normalization(folder, about.get('mean'), about.get('std'))}
+    return found, {'image_size': sides.pop()} if len(sides) == 1 else {}
   if images.get('do_normalize') is False:
-    return {'normalize': 'none'}
+    return {'normalize': 'none'}, {}
   if 'image_mean' in images:
-    return {'normalize': _normalization(folder, images['image_mean'], images.get('image_std'))}
-  return {}
+    return {'normalize': _normalization(folder, images['image_mean'], images.get('image_std'))}, {}
+  return {}, {}
 
 
 def _json(path):
@@ -470,7 +478,10 @@ def _network(file: _File, label, tensors: Tensors, modules, left, given) -> Netw
     if not found:
       left = [*left, module]
   normalize, notes = _notes(file, model, given, left)
-  return Network(label, model, encoder, head, classifier, normalize, (*notes, *changes))
+  notes += changes
+  return Network(
+    label, model, encoder, head, classifier, normalize, tuple(notes), file.preprocessing
+  )
 
 
 def _is_classifier(file, module, kind, layers) -> bool:

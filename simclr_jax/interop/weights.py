@@ -31,6 +31,7 @@ class Network:
     classifier: `{'kernel': [d, classes], 'bias': [classes]}`; None without one.
     normalize: `model.normalize` that belongs to the weights; None if the file does not say.
     notes: sentences about what was assumed and what was left out.
+    preprocessing: fields of a recipe that the file says, `image_size` and `augment.eval`.
   """
 
   name: str
@@ -40,6 +41,7 @@ class Network:
   classifier: PyTree | None = None
   normalize: str | None = None
   notes: tuple[str, ...] = ()
+  preprocessing: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def is_foreign(path: pathlib.Path) -> bool:
@@ -140,7 +142,7 @@ def encoder(
   Args:
     network: of `load`.
     path: of its file, recorded in the provenance.
-    image_size: side of the images in pixels; 0: the usual one for the stem, `SIZES`.
+    image_size: side of the images in pixels; 0: as the file says, or the usual one for the stem, `SIZES`.
     command: the command line, recorded in the provenance.
 
   Raises:
@@ -151,8 +153,10 @@ def encoder(
       f'{path} does not say how the images were normalised: add --normalize=imagenet, cifar10 or none'
     )
   fields = {f'model.{name}': value for name, value in network.model.items()}
-  size = image_size or SIZES[network.model['stem']]
-  fields |= {'model.normalize': network.normalize, 'image_size': size}
+  usual = {'image_size': SIZES[network.model['stem']]}
+  fields |= {'model.normalize': network.normalize, **usual, **network.preprocessing}
+  if image_size:
+    fields['image_size'] = image_size
   config = recipes.load('simclr_images', fields)
   provenance = {
     'weights': str(paths.absolute(path)), 'network': network.name, 'config': config.to_dict(),
