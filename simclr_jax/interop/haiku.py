@@ -170,7 +170,9 @@ def _unpickle(path: pathlib.Path) -> Any:
     raise ConfigError(f'{path} contains {printable(error)[:200]}') from None
   except (pickle.UnpicklingError, *pickles.DAMAGES) as error:
     reason = printable(error)[:200] or type(error).__name__
-    raise ConfigError(f'{path} is damaged or no pickle: {reason}') from None
+    if isinstance(error, (TypeError, AttributeError)):  # their messages are about our functions
+      reason = 'its objects are not those of Haiku and numpy'
+    raise ConfigError(f'{path} is damaged or no pickle of BYOL: {reason}') from None
 
 
 def _arrays(tree: Any, path: pathlib.Path) -> Arrays:
