@@ -302,8 +302,8 @@ def array(shape=(2,), dtype=b'cnumpy\ndtype\n(X\x02\x00\x00\x00f4K\x00K\x01tR', 
   (pickle.dumps(np.array([None])), r'contains an array of the dtype O8'),
   (pickle.dumps(jax.numpy.ones(2)), r'contains arrays of JAX .jax.*: save jax.device_get'),
   (pickle.dumps(collections.Counter()), r'contains collections.Counter, which is not called'),
-  (array(shape=(2**40, 2**10)), r'is damaged or no pickle: an array of the shape'),
-  (array(shape=(3,)), r'is damaged or no pickle: an array of the shape .3,. has 8 bytes'),
+  (array(shape=(2**40, 2**10)), r'is damaged or no pickle of BYOL: an array of the shape'),
+  (array(shape=(3,)), r'is damaged or no pickle of BYOL: an array of the shape .3,. has 8 bytes'),
   (b'\x80\x05\x96' + (2**40).to_bytes(8, 'little') + b'.', r'is damaged or no pickle'),  # a bytearray of 1 TB
   (b'\x80\x05\x8e' + (2**40).to_bytes(8, 'little') + b'.', r'is damaged or no pickle'),  # bytes of 1 TB
   (b'\x80\x05Nr\xff\xff\xff\xff.', r'contains no networks of BYOL'),  # number 2**32 - 1 in the memo
