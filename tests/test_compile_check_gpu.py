@@ -331,7 +331,7 @@ def test_without_the_wheels(monkeypatch, capsys):
 SMALL = {
   'model.depth': '18',
   'model.width_multiplier': '0.125',
-  'image_size': '32',
+  'image_size': '64',
   'batch_size': '48',
   'augment.view1': 'supervised',
 }
@@ -342,7 +342,7 @@ SMALL = {
   reason="the compiler for GPUs is missing: pip install '.[compile-check-gpu]' && "
   'python -m pytest tests/test_compile_check_gpu.py',
 )
-@pytest.mark.parametrize('topology', ['t4', 'h100x2'])
+@pytest.mark.parametrize('topology', [pytest.param('t4', marks=pytest.mark.slow), 'h100x2'])
 def test_compile_simclr_for_gpus(topology):
   """Breaks if the compiler for GPUs rejects the step or the description, its text is not understood, or its program does
   not compute SimCLR over all devices."""
@@ -361,10 +361,11 @@ def test_compile_simclr_for_gpus(topology):
   assert result['problems'] == [] and 0 < result['memory']['total'] < 2**28
   # 20 convolutions forward, 20 gradients of kernels, 19 of inputs.
   assert result['kernels']['convolution'] >= 59 and result['kernels']['matrix product'] > 0
-  views = 2 * 48 // result['devices']
-  expected = 2 * views * multiply_adds()
-  products = result['flops'] - result['float32_flops'] if topology != 't4' else result['flops']
-  np.testing.assert_allclose(products, expected, rtol=0.05 if topology != 't4' else 1.0)
+  if topology == 't4':  # it has no bfloat16
+    assert result['flops'] == result['float32_flops']
+  else:
+    expected = 2 * (2 * 48 // 2) * multiply_adds()
+    np.testing.assert_allclose(result['flops'] - result['float32_flops'], expected, rtol=0.03)
   moved: collections.Counter[str] = collections.Counter()
   for c in result['collectives']:
     for purpose, size in c['bytes_by_purpose'].items():
@@ -373,14 +374,13 @@ def test_compile_simclr_for_gpus(topology):
 
 
 def multiply_adds():
-  """Multiply-adds of all convolutions of `SMALL` for one image, forward and backward: 3 times those of the forward pass,
-  without the gradient of the image."""
-  stem = 16 * 16 * 7 * 7 * 3 * 8
-  total, channels, side = 3 * stem - stem, 8, 8
+  """Multiply-adds of all convolutions of `SMALL` for one image: the forward pass three times, without the gradient of the
+  image."""
+  side, channels = 32, 8
+  stem = side**2 * 7 * 7 * 3 * channels
+  total, side = 2 * stem, side // 2
   for width, stride in ((8, 1), (16, 2), (32, 2), (64, 2)):
     side //= stride
-    first = side**2 * 9 * width * (channels + width) + side**2 * channels * width * (stride > 1)
-    second = side**2 * 9 * width * 2 * width
-    total += 3 * (first + second)
+    total += 3 * side**2 * width * (9 * channels + channels + 9 * 3 * width)
     channels = width
   return total

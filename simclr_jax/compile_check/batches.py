@@ -50,9 +50,9 @@ def largest(candidates: list[int], limit: float, start: int, memory: Callable[[i
     size, needed = known[index] = candidates[index], memory(candidates[index])
     low, high = (index, high) if needed <= limit else (low, index)
     (x, y), (x2, y2) = known[low], known.get(high, (size, needed))
-    if math.isinf(y2) or tries >= PREDICTIONS:
+    if math.isinf(y2) or (tries >= PREDICTIONS and high in known):
       index = (low + high) // 2
-    elif y2 > y and high in known:
+    elif high in known and y2 > y:
       index = _below(candidates, x + (limit - y) * (x2 - x) / (y2 - y))
     else:
       index = _below(candidates, size * limit / needed)
