@@ -29,6 +29,18 @@ def block_rows(rows: int, columns: int, devices: int) -> int:
   return max(BLOCK // (4 * columns), 1)
 
 
+def notes(rows: int, memory: int, devices: int) -> list[str]:
+  """What a training says about blocks: nothing, or one sentence. `rows`: 2n; `memory`: K."""
+  block = block_rows(rows, rows + memory, devices)
+  if not block:
+    return []
+  size = 4 * rows * (rows + memory) / devices / 2**30
+  return [
+    f'NT-Xent of {rows:,} views in blocks of {block:,} rows: the whole matrix takes {size:.3g} GiB on a device, and '
+    'the result is the same'
+  ]
+
+
 def nt_xent_terms(
   z: jax.Array, candidates: jax.Array, memory: jax.Array, temperature: float, block: int
 ) -> Terms:
@@ -80,8 +92,9 @@ def _terms(temperature, block, anchors, candidates, memory, row):
 def _forward(temperature, block, anchors, candidates, memory, row):
   columns = jnp.concatenate([candidates, memory])
 
-  def of_block(block):
-    return row_terms(_logits(*block, columns, temperature), block[1], len(candidates))
+  def of_block(x):
+    anchors, row = x
+    return row_terms(_logits(anchors, row, columns, temperature), row, len(candidates))
 
   blocks = jax.lax.map(of_block, (_blocks(anchors, block), _blocks(row, block)))
   log_denominator, terms = jax.tree.map(lambda x: x.reshape(-1)[: len(anchors)], blocks)

@@ -180,7 +180,13 @@ TABLE: dict[str, Field] = {
     Choices('replicated', 'fsdp'), resumable=True,
   ),
   'accumulate_steps': Field(
-    1, 'number of micro-batches per step; negatives and BatchNorm statistics are per micro-batch', Range(1)
+    1, 'number of micro-batches per step; BatchNorm statistics are per micro-batch, negatives see accumulate_negatives',
+    Range(1),
+  ),
+  'accumulate_negatives': Field(
+    'batch', 'with accumulate_steps, negatives of simclr and end_to_end: of the whole batch, which takes one more '
+    'forward pass, or of each micro-batch; moco and memory_bank have all of their queue or bank',
+    Choices('batch', 'micro_batch'),
   ),
   'rematerialize': Field(
     False, 'recompute the activations of each block in the backward pass: slower, less memory',
@@ -232,7 +238,7 @@ TABLE: dict[str, Field] = {
 # Old names and values of fields in config.json of old runs -> current names and values.
 RENAMED = {'model.dialect': 'model.variant'}
 # Values of fields that old runs did not have, where the default would change their results.
-OLD_DEFAULTS = {'data.holdout': 0.0, 'data.alpha': 'ignore'}
+OLD_DEFAULTS = {'data.holdout': 0.0, 'data.alpha': 'ignore', 'accumulate_negatives': 'micro_batch'}
 OLD_VALUES = {'model.head_norm': {True: 'all', False: 'none'}}
 
 

@@ -345,6 +345,7 @@ def _describe(setup, state, workdir, quiet):
     f'training: {setup.steps:,} steps of {config.batch_size:,} images ({epochs:.4g} epochs); '
     f'{config.optimizer}, learning rate {optim.peak_rate(config):.3g}, {config.schedule}',
     f'devices: {mesh.size} x {kinds}; jax {versions.get("jax", jax.__version__)}',
+    *methods.notes(config, mesh.size),
     f'workdir: {workdir} (recipe, versions, parameters: setup.txt)',
   ]:
     print(line)

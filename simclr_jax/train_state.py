@@ -86,19 +86,31 @@ def train_step(
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), 2), ts.step)
   steps = optim.train_steps(config, config.data.examples)
 
+  def make_batch(rows):
+    batch = _augmented(config, method, loader.with_images(constants, rows), seed)
+    return batch | {'step': ts.step, 'steps': jnp.int32(steps), 'teacher': teacher}
+
   def objective(params, state, rows, key):
     params, state = _gathered(config, method, params, state)
-    batch = _augmented(config, method, loader.with_images(constants, rows), seed)
-    batch |= {'step': ts.step, 'steps': jnp.int32(steps), 'teacher': teacher}
+    batch = make_batch(rows)
     loss, (state, metrics) = method.loss(params, state, batch, key)
-    return loss, (state, metrics | {'batch_hash': _hash(batch['views'])})
+    return loss, (state, metrics | {'batch_hash': _hash(_row_sums(batch['views']))})
 
-  gradient = jax.grad(objective, has_aux=True)
-  if config.accumulate_steps == 1:
+  def encode(params, rows, key):
+    params, state = _gathered(config, method, params, ts.state)
+    batch = make_batch(rows)
+    assert method.encode is not None
+    z, (state, extras) = method.encode(params, state, batch, key)
+    return z, (state, extras, (batch['label'], _row_sums(batch['views'])))
+
+  gradient, parts = jax.grad(objective, has_aux=True), config.accumulate_steps
+  if parts == 1:
     grads, (state, metrics) = gradient(ts.params, ts.state, rows, key)
     metrics.pop('entries', None)
+  elif methods.keeps_negatives(config, method):
+    grads, state, metrics = _cached(encode, parts, method, ts, rows, key)
   else:
-    grads, state, metrics = _accumulated(gradient, config.accumulate_steps, method, ts, rows, key)
+    grads, state, metrics = _accumulated(gradient, parts, method, ts, rows, key)
   updates, opt_state = optimizer.update(grads, ts.opt_state, ts.params)
   done = ts.step + 1
   logged = (done % config.log_every_steps == 0) | (done == 1) | (done == steps)
@@ -152,17 +164,75 @@ def _accumulated(gradient, parts, method, ts, rows, key):
     ), tables, state, new, ts.state)  # fmt: skip
     return (jax.tree.map(jnp.add, total, grads), moved), metrics
 
-  rows = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), rows)
+  rows = jax.tree.map(lambda x: _split(x, parts, len(x) // parts), rows)
   zeros = jax.tree.map(jnp.zeros_like, ts.params)
   (total, state), metrics = jax.lax.scan(add, (zeros, ts.state), (jnp.arange(parts), rows))
   z, checksum = metrics.pop('embeddings'), metrics.pop('batch_hash')
   entries = metrics.pop('entries', None)  # [parts, n / parts, ...]
   if method.update:
-    in_order = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), entries)
-    state = {**state, **method.update(ts.state, in_order)}
+    entries = jax.tree.map(lambda x: _whole(x, x.shape[1]), entries)
+    state = {**state, **method.update(ts.state, entries)}
   metrics = jax.tree.map(lambda x: x.mean(0), metrics)
   metrics |= {'embeddings': z.reshape(-1, *z.shape[2:]), 'batch_hash': checksum.sum()}
   return jax.tree.map(lambda x: x / parts, total), state, metrics
+
+
+def _cached(encode, parts, method, ts, rows, key):
+  """A step in micro-batches whose loss sees the whole batch: the gradient, the next state, the metrics.
+
+  1. All micro-batches are encoded; only their embeddings are kept. 2. The loss and its gradient with respect to the
+  embeddings. 3. Each micro-batch is encoded again, and its part of that gradient goes back through the encoder. The
+  micro-batches are those of `_accumulated`.
+
+  Source: Gao et al. 2021 (gradient caching, arXiv 2101.06983).
+  """
+  n = len(jax.tree.leaves(rows)[0]) // parts
+  rows = jax.tree.map(lambda x: _split(x, parts, n), rows)
+  tables = _tables(method, ts.state)
+
+  def forward(state, micro_batch):
+    i, rows = micro_batch
+    rows = jax.tree.map(sharding.shard_rows, rows)
+    z, (new, *rest) = encode(ts.params, rows, jax.random.fold_in(key, i))
+    moved = jax.tree.map(lambda table, now, new, start: (
+      now if table else now + (new - start) / parts
+    ), tables, state, new, ts.state)  # fmt: skip
+    return moved, (z, rest)
+
+  state, arrays = jax.lax.scan(forward, ts.state, (jnp.arange(parts), rows))
+  z, (extras, (label, sums)) = jax.tree.map(lambda x: _whole(x, n), arrays)
+  if method.update:
+    state = {**state, **method.update(ts.state, extras.pop('entries'))}
+
+  def objective(params, z):
+    loss, metrics = method.objective(z, ts.state)
+    return methods.with_probe(params, {'label': label}, loss, metrics | extras)
+
+  (grads, cotangents), metrics = jax.grad(objective, (0, 1), has_aux=True)(ts.params, z)
+
+  def backward(total, micro_batch):
+    i, rows, cotangents = micro_batch
+    rows, cotangents = jax.tree.map(sharding.shard_rows, (rows, cotangents))
+    to_params = jax.vjp(
+      lambda params: encode(params, rows, jax.random.fold_in(key, i))[0], ts.params
+    )[1]
+    return jax.tree.map(jnp.add, total, to_params(cotangents)[0]), None
+
+  cotangents = jax.tree.map(lambda x: _split(x, parts, n), cotangents)
+  grads, _ = jax.lax.scan(backward, grads, (jnp.arange(parts), rows, cotangents))
+  return grads, state, metrics | {'batch_hash': _hash(sums)}
+
+
+def _split(x, parts, n):
+  """The rows of x, equally many for each of `parts` n images, by micro-batch: `[parts, rows, ...]`."""
+  x = x.reshape(n, parts, -1, *x.shape[1:])
+  return x.swapaxes(0, 1).reshape(parts, -1, *x.shape[3:])
+
+
+def _whole(x, n):
+  """The inverse of `_split`."""
+  x = x.reshape(len(x), n, -1, *x.shape[2:])
+  return sharding.shard_rows(x.swapaxes(0, 1).reshape(-1, *x.shape[3:]))
 
 
 def _tables(method, state):
@@ -182,11 +252,15 @@ def _embedding_metrics(z, due):
   return jax.lax.cond(due, health.embedding_metrics, lambda z: absent, z)
 
 
-def _hash(views):
-  """A checksum, uint32 `[]`, of views `[n, v, h, w, 3]`."""
+def _row_sums(views):
+  """A checksum of each row of views `[n, v, h, w, 3]`, uint32 `[n]`."""
   bits = jax.lax.bitcast_convert_type(views, jnp.uint32)
-  rows = jnp.sum(bits, axis=range(1, bits.ndim), dtype=jnp.uint32)  # [n], modulo 2^32
-  return jnp.sum(rows * np.arange(1, 2 * len(views), 2, dtype=np.uint32), dtype=jnp.uint32)
+  return jnp.sum(bits, axis=range(1, bits.ndim), dtype=jnp.uint32)  # modulo 2^32
+
+
+def _hash(sums):
+  """A checksum of `_row_sums` and their order, uint32 `[]`."""
+  return jnp.sum(sums * np.arange(1, 2 * len(sums), 2, dtype=np.uint32), dtype=jnp.uint32)
 
 
 class Step:

@@ -778,6 +778,7 @@ ONLY_WITH = {
   'epochs': ('steps', (0,)),
   'augment.view2': ('method', ('simclr', 'moco', 'end_to_end')),
   'decay_epochs': ('schedule', ('multistep',)),
+  'accumulate_negatives': ('accumulate_steps', ()),  # no recipe accumulates
   'schedule_first_epoch': ('schedule', ('cosine_by_epoch',)),
   'model.bn_layout': ('model.bn_groups', (8,)),
   'model.head_layers': ('model.head', ('mlp',)),

@@ -24,6 +24,16 @@ the step. The new state is the mean of the p states, so a moving average moves o
 micro-batches. Tables have no mean: `sharded_state`, and dicts that contain integers, such as a queue and its pointer. A
 method writes its tables in `Method.update`, once per step; without `update`, each micro-batch passes them to the next.
 
+A loss that compares the images of a batch with each other needs all n of them. Such a method has two more functions, of
+which `loss` is composed, see `joined`:
+
+  encode(params, state, batch, rng) -> (z, (state, extras))
+  objective(z, state) -> (loss, metrics)
+
+`z` is a tree of arrays that get a gradient; `extras` are the metrics `features` and `entries`, which get none. In each of
+these arrays, the rows are in the order of the images. Micro-batches are then encoded one by one, and the loss is that of
+the whole batch, see `train_state`. Such a method writes its tables in `update` only.
+
 `params['probe']` is the online probe, which has its own optimizer. `params['classifier']` is excluded from the
 layer-wise adaptation of LARS. Other top-level keys of `params` may have their own learning rate, see `optim.Group`.
 """
@@ -69,6 +79,8 @@ class Method(NamedTuple):
       `init` with the weights that `runs.load_pretrained` returns; None: the method starts from scratch.
     classifier: `classifier(params, state)` -> the variables of a `models.classifier.Classifier`; None: the method
       trains no classifier.
+    encode, objective: see above; None: with `accumulate_steps`, the loss is that of each micro-batch.
+    notes: `notes(devices)` -> sentences about how the recipe is computed on this number of devices.
   """
 
   init: Callable[..., tuple[PyTree, PyTree]]
@@ -85,6 +97,9 @@ class Method(NamedTuple):
   update: Callable[[PyTree, PyTree], dict[str, PyTree]] | None = None
   load_pretrained: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]] | None = None
   classifier: Callable[[PyTree, PyTree], PyTree] | None = None
+  encode: Callable[..., tuple[PyTree, tuple[PyTree, dict[str, Any]]]] | None = None
+  objective: Callable[[PyTree, PyTree], tuple[Any, dict[str, Any]]] | None = None
+  notes: Callable[[int], list[str]] | None = None
 
 
 @flax.struct.dataclass
@@ -129,14 +144,66 @@ def build(config: ml_collections.ConfigDict) -> Method:
 
   def loss(params, state, batch, rng):
     value, (state, metrics) = method.loss(params, state, batch, rng)
-    h = metrics.pop('features', None)
-    if h is not None and 'probe' in params:
-      label = jnp.repeat(batch['label'], len(h) // len(batch['label']))
-      probe_loss, metrics['probe_acc'] = linear.online_loss(params['probe'], h, label)
-      value += probe_loss
+    value, metrics = with_probe(params, batch, value, metrics)
     return value, (state, metrics)
 
   return method._replace(loss=loss)
+
+
+def joined(
+  encode: Callable[..., tuple[PyTree, tuple[PyTree, dict[str, Any]]]],
+  objective: Callable[[PyTree, PyTree], tuple[Any, dict[str, Any]]],
+  update: Callable[[PyTree, PyTree], dict[str, PyTree]] | None = None,
+) -> Callable[..., tuple[Any, tuple[PyTree, dict[str, Any]]]]:
+  """The `loss` of a method that is split in `encode` and `objective`; `update` as of `Method`."""
+
+  def loss(params, state, batch, rng):
+    z, (new, extras) = encode(params, state, batch, rng)
+    value, metrics = objective(z, state)
+    if update:
+      new = {**new, **update(state, extras['entries'])}
+    return value, (new, metrics | extras)
+
+  return loss
+
+
+def with_probe(
+  params: PyTree, batch: PyTree, value: jax.Array, metrics: dict[str, Any]
+) -> tuple[jax.Array, dict[str, Any]]:
+  """Loss and metrics of a method, with those of the online probe if `params` has one.
+
+  Args:
+    params: of the method.
+    batch: with `label`, int `[n]`.
+    value: the loss.
+    metrics: its metrics; `features` `[n v, d]`, if they are among them, are removed.
+  """
+  metrics = dict(metrics)
+  h = metrics.pop('features', None)
+  if h is None or 'probe' not in params:
+    return value, metrics
+  label = jnp.repeat(batch['label'], len(h) // len(batch['label']))
+  probe_loss, metrics['probe_acc'] = linear.online_loss(params['probe'], h, label)
+  return value + probe_loss, metrics
+
+
+def keeps_negatives(config: ml_collections.ConfigDict, method: Method) -> bool:
+  """Whether the loss sees the whole batch although the recipe accumulates gradients."""
+  return method.encode is not None and config.accumulate_negatives == 'batch'
+
+
+def notes(config: ml_collections.ConfigDict, devices: int) -> list[str]:
+  """Sentences about how a recipe is computed on this number of devices: accumulation, large batches."""
+  method, parts, n = build(config), config.accumulate_steps, config.batch_size
+  sentences = method.notes(devices) if method.notes else []
+  if parts > 1:
+    groups = parts * config.model.bn_groups
+    seen = f'all {n:,} images of a step' if keeps_negatives(config, method) else 'one micro-batch'
+    sentences.append(
+      f'accumulate_steps={parts}: micro-batches of {n // parts:,} images; the loss sees {seen}, BatchNorm '
+      f'normalises {groups} groups of {n // groups:,} images'
+    )
+  return sentences
 
 
 def projection(config: ml_collections.ConfigDict, params: PyTree, state: PyTree) -> PyTree:

@@ -8,7 +8,7 @@ import ml_collections
 
 from simclr_jax import losses, sharding
 from simclr_jax.fields import Choices, Field, Range
-from simclr_jax.methods import Method
+from simclr_jax.methods import Method, joined
 from simclr_jax.models import network
 from simclr_jax.momentum import draw_permutation, shuffle, unshuffle
 
@@ -37,7 +37,7 @@ def build(config: ml_collections.ConfigDict) -> Method:
       state['key'] = stats
     return params, state
 
-  def loss(params, state, batch, rng):
+  def encode(params, state, batch, rng):
     views = batch['views']  # [n, 2, h, w, 3]
     permutation = draw_permutation(config.shuffle, batch, rng)
     outputs, stats = net.apply(params, state['stats'], views[:, 0])
@@ -51,16 +51,18 @@ def build(config: ml_collections.ConfigDict) -> Method:
       new = {'stats': stats, 'key': key_stats}
     k = losses.l2_normalize(key_outputs[-1])
     k = unshuffle(config.shuffle, k, groups, permutation)  # [n, d], replicated
+    return (q, k), (new, {'features': outputs[0]})
+
+  def objective(z, state):
+    del state
+    q, k = z[0], sharding.replicate(z[1])
     value, metrics = losses.info_nce_in_batch(q, k, config.temperature)
-    metrics = {
-      'loss': value,
-      **metrics,
-      'features': outputs[0],
-      'embeddings': jnp.stack([q, sharding.shard_rows(k)], axis=1),
-    }
-    return value, (new, metrics)
+    embeddings = jnp.stack([q, sharding.shard_rows(k)], axis=1)
+    return value, {'loss': value, **metrics, 'embeddings': embeddings}
 
   def encoder(params, state):
     return network.encoder(params, state['stats'])
 
-  return Method(init, loss, encoder, contrastive=True)
+  return Method(
+    init, joined(encode, objective), encoder, contrastive=True, encode=encode, objective=objective
+  )

@@ -8,12 +8,19 @@ network encodes both views, and both outputs are enqueued after the loss is comp
 import jax
 import ml_collections
 
-from simclr_jax import losses, sharding
+from simclr_jax import blockwise, losses, sharding
 from simclr_jax.errors import ConfigError
 from simclr_jax.fields import Choices, Field, Range
-from simclr_jax.methods import Method
+from simclr_jax.methods import Method, joined
 from simclr_jax.models import network
-from simclr_jax.momentum import encode, enqueue, init_ema, init_queue, queue_metrics, update_ema
+from simclr_jax.momentum import (
+  encode as encode_keys,
+  enqueue,
+  init_ema,
+  init_queue,
+  queue_metrics,
+  update_ema,
+)
 
 FIELDS = {
   # Alternatives to NT-Xent: those of the paper's table 4, and the pairwise margin loss of Hadsell et al. 2006.
@@ -60,28 +67,24 @@ def build(config: ml_collections.ConfigDict) -> Method:
       state['queue'] = init_queue(queue_key, config.queue_size, network.output_size(config))
     return params, state
 
-  def loss(params, state, batch, rng):
+  def encode(params, state, batch, rng):
     del rng
     n, views = batch['views'].shape[:2]
     x = batch['views'].reshape(n * views, *batch['views'].shape[2:])  # rows 2i, 2i + 1: image i
     outputs, stats = net.apply(params, state['stats'], x)
-    new, negatives = {'stats': stats}, None
+    new, extras = {**state, 'stats': stats}, {'features': outputs[0]}
     if memory:
       key = update_ema(state['key'], params, config.key_momentum)
-      k, new['key'] = encode(net, key, x)
-      negatives = state['queue']['rows']
-    value, metrics = contrast(outputs[-1], negatives)
-    z = metrics.pop('z')  # [2n, d]
+      k, new['key'] = encode_keys(net, key, x)
+      extras['entries'] = k.reshape(n, views, -1)
+    return outputs[-1], (new, extras)  # [2n, d]
+
+  def objective(z, state):
+    value, metrics = contrast(z, state['queue']['rows'] if memory else None)
     if memory:
-      metrics['entries'] = k.reshape(n, views, -1)
-      metrics |= queue_metrics(state['queue'], config.accumulate_steps * len(z))
-      new |= update(state, metrics['entries'])
-    metrics |= {
-      'loss': value,
-      'features': outputs[0],
-      'embeddings': z.reshape(n, views, -1),
-    }
-    return config.loss_scale * value, (new, metrics)
+      metrics |= queue_metrics(state['queue'], 2 * config.batch_size)
+    metrics |= {'loss': value, 'embeddings': metrics.pop('z').reshape(len(z) // 2, 2, -1)}
+    return config.loss_scale * value, metrics
 
   def update(state, entries):
     keys = sharding.replicate(entries.reshape(-1, entries.shape[-1]))
@@ -90,7 +93,14 @@ def build(config: ml_collections.ConfigDict) -> Method:
   def encoder(params, state):
     return network.encoder(params, state['stats'])
 
+  def notes(devices):
+    if config.loss != 'nt_xent':
+      return []
+    parts = 1 if config.accumulate_negatives == 'batch' else config.accumulate_steps
+    return blockwise.notes(2 * config.batch_size // parts, config.queue_size, devices)
+
+  written = update if memory else None
   return Method(
-    init, loss, encoder, joint_views=2, contrastive=True, ema_state=('key',),
-    update=update if memory else None,
+    init, joined(encode, objective, written), encoder, joint_views=2, contrastive=True, ema_state=('key',),
+    update=written, encode=encode, objective=objective, notes=notes,
   )  # fmt: skip
