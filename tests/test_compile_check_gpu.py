@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
 from simclr_jax import cli, config
-from simclr_jax.compile_check import batches, check, gpus, hardware, hlo, kernels, verdict
+from simclr_jax.compile_check import batches, check, gpus, hardware, hlo, kernels, text, verdict
 from simclr_jax.errors import ConfigError
 
 GIB = 2**30
@@ -275,6 +275,28 @@ def test_memory_of_a_gpu():
   assert 'XLA_PYTHON_CLIENT_MEM_FRACTION' in notes[0] and not problems
   notes, problems = check._gpu_memory(recipe, topology, 37 * GIB)
   assert not notes and 'needs 37 GiB of memory per device, 36 GiB are available' in problems[0]
+
+
+def test_report_of_gpus():
+  """Breaks if the report of a GPU lacks kernels or the share of float32, or names its compiler or links as those of TPUs."""
+  result = {
+    'recipe': 'simclr_cifar10', 'topology': 'h100x2', 'devices': 2, 'slices': 1, 'device_kind': 'NVIDIA H100 80GB HBM3',
+    'hosts': 1, 'batch_size': 512, 'dtype': 'bfloat16', 'compile_seconds': 31.4, 'notes': [gpus.SHARE_NOTE],
+    'versions': {'jax': '0.10.2', 'jax-cuda12-plugin': '0.10.1'}, 'memory': {'temporaries': GIB, 'total': GIB, 'limit': 8 * GIB},
+    'flops': 3e12, 'float32_flops': 5e11, 'bytes_accessed': 2e10, 'intensity': 150.0, 'collectives': [], 'between_slices': [],
+    'kernels': {'fusion': 1200, 'copy': 34}, 'seconds': {'compute': 0.003, 'memory': 0.007, 'links': 0.001},
+    'bound': 'memory', 'problems': [],
+  }  # fmt: skip
+  lines = text.report(result).splitlines()
+  assert 'compiled in 31 s by jax-cuda12-plugin 0.10.1' in lines
+  assert (
+    'Kernels per step: 1,234 (fusion 1,200, copy 34); of the operations, 0.5 TFLOP are in float32'
+    in lines
+  )
+  assert (
+    '  memory           7.00 ms  <- bottleneck' in lines and '  links            1.00 ms' in lines
+  )
+  assert gpus.SHARE_NOTE in lines and lines[-1].startswith('OK: it fits')
 
 
 def device(kind, limit, used):
