@@ -350,6 +350,8 @@ def precise_bn(model, args, images, seed: int, place) -> bool:
 def detect(model, images, args, place) -> list[dict[str, np.ndarray]] | None:
   """The detections in each image, see `average_precision.evaluate`; None after a signal."""
   model.eval()
+  for x in model.buffers() if place.world > 1 else ():  # without SyncBatchNorm they differ
+    dist.broadcast(x, 0)
   own = range(place.rank, len(images), place.world)
   found = {}
   for i, batch in zip(own, decoded(images, ([(i, False)] for i in own), args)):
