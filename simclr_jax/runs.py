@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import ml_collections
+from absl import logging
 
 from simclr_jax import config as recipes, methods, optim, run_config, train_state
 from simclr_jax.encoder import Encoder
@@ -118,7 +119,8 @@ def load_pretrained(config: ml_collections.ConfigDict) -> PyTree | None:
       f'init_state=true: {folder} is no checkpoint of MoCo in PyTorch; a run of simclr_jax is resumed by its --workdir'
     )
   if run_config.is_run(folder) and not orbax.is_export(folder):
-    _, _, state, _ = _restore(folder)
+    old, _, state, _ = _restore(folder)
+    _check_fits(config, old.model, old.model.normalize, folder)
     params, stats = state.params, state.state['stats']
     frozen = state.state.get('frozen', {})
     pretrained = {
@@ -127,19 +129,39 @@ def load_pretrained(config: ml_collections.ConfigDict) -> PyTree | None:
     }
     return jax.device_get(pretrained)
   encoder = load_encoder(folder)
+  _check_fits(config, encoder.architecture, encoder.architecture['normalize'], folder)
   head = orbax.load_head(folder, encoder.architecture) if orbax.is_export(folder) else None
   return _pretrained(config, folder, encoder.variables, head)
 
 
 def _foreign(config, path):
   """`load_pretrained` from a file of another program; the recipe decides what its shapes do not."""
-  model = config.model.to_dict()
-  given = {name: model[name] for name in ('variant', 'stem')}
+  given = {'stem': config.model.stem}
   network = weights.load(path, given, config.get('init_network', ''))
+  _check_fits(config, network.model, network.normalize, path)
+  for note in network.notes:
+    logging.warning('%s: %s', path, note)
   pretrained = _pretrained(config, path, network.encoder, network.head)
   if config.get('init_state'):
     pretrained['training'] = weights.moco_state(path, given)
   return pretrained
+
+
+def _check_fits(config, model, normalize, path):
+  """Refuses weights of a network that differs from that of the recipe in what shapes do not show."""
+  for name in ('variant', 'stem'):
+    if model[name] != config.model[name]:
+      raise ConfigError(
+        f'init_from={path} is of another network: its model.{name} is {model[name]}, that of the recipe {config.model[name]}: '
+        f'set --config.model.{name}={model[name]}; simclr-jax import --{name} corrects what a file does not say'
+      )
+  if normalize and normalize != config.model.normalize:
+    logging.warning(
+      'init_from=%s was trained with model.normalize=%s, this recipe has %s',
+      path,
+      normalize,
+      config.model.normalize,
+    )
 
 
 def _pretrained(config, path, encoder, head):

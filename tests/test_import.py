@@ -161,17 +161,22 @@ def test_pretraining_from_a_file(weights, network, images, tmp_path, capsys):
     '--config.model.depth=8',
   )
   assert 'another network' in message
+  other = [a for a in arguments if 'variant' not in a and 'workdir' not in a]
+  message = fails(capsys, *other, f'--workdir={tmp_path / "y"}', f'--config.init_from={weights}')
+  assert '--config.model.variant=torchvision' in message
 
 
 @pytest.mark.parametrize('arguments, message', [
   (['{weights}', '--out={imported}', '--stem=cifar'], 'exists already'),
   (['{weights}', '--out=x'], 'stem'),
   (['{weights}', '--out=x', '--stem=imagenet'], 'stem'),
-  (['{weights}', '--out=x', '--stem=cifar', '--network=encoder_k'], 'encoder_k'),
+  (['{weights}', '--out=x', '--stem=cifar', '--network=encoder_k'], 'one network only'),
   (['{weights}', '--out=x', '--stem=cifar', '--ema'], 'ema'),
   (['{weights}', '--out=x', '--stem=cifar', '--ema', '--network=encoder_q'], 'choose one'),
   (['{weights}x', '--out=x'], 'no such file'),
   (['{folder}', '--out=x'], '{folder}'),
+  (['{imported}', '--out=x'], 'exported encoder already'),
+  (['/dev/null', '--out=x'], 'no regular file'),
   (['gs://bucket/weights.pth', '--out=x'], 'local folder'),
   (['{weights}', '--out=x', '--stem=cifar', '--image-size=4'], 'image_size=4'),
 ])  # fmt: skip

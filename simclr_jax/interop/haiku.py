@@ -168,6 +168,8 @@ def _unpickle(path: pathlib.Path) -> Any:
       return _Unpickler(data).load()
   except _Refused as error:
     raise ConfigError(f'{path} contains {printable(error)[:200]}') from None
+  except OSError as error:
+    raise ConfigError(f'{path} cannot be read: {error.strerror or error}') from None
   except (pickle.UnpicklingError, *pickles.DAMAGES) as error:
     reason = printable(error)[:200] or type(error).__name__
     if isinstance(error, (TypeError, AttributeError)):  # their messages are about our functions

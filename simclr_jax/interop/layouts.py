@@ -106,7 +106,7 @@ def networks(path: pathlib.Path, given: Mapping[str, Any]) -> list[Network]:
     ConfigError: the file is damaged or unsafe; a network is none of this package, lacks tensors or has others; or
       `given` contradicts the shapes. One sentence.
   """
-  file = _read(path)
+  file = _read(path, given)
   prefixes = _prefixes(file.tensors)
   if not prefixes:
     raise ConfigError(f'{path} contains no ResNet: {_described(file.tensors)}')
@@ -130,7 +130,7 @@ def moco_state(path: pathlib.Path, given: Mapping[str, Any]) -> dict[str, Any] |
   Raises:
     ConfigError: the file has a queue, but lacks another part; or as for `networks`.
   """
-  file = _read(path)
+  file = _read(path, given)
   queues = [name for name in file.tensors if name.split('.')[-1] == 'queue']
   if not queues:
     return None
@@ -186,12 +186,12 @@ def _momentum(file, query) -> PyTree:
 # Files.
 
 
-def _read(path: pathlib.Path) -> _File:
+def _read(path: pathlib.Path, given: Mapping[str, Any]) -> _File:
   """Reads a file, or the weights of a folder and what its other files say."""
   if path.is_dir():
     path = _weights_of_folder(path)
   metadata: dict[str, str] = {}
-  if path.suffix == '.safetensors':
+  if _is_safetensors(path):
     tree, metadata = pickles.read_safetensors(path)
   else:
     tree = pickles.read(path)
@@ -202,9 +202,17 @@ def _read(path: pathlib.Path) -> _File:
     tensors[name] = array
   model, preprocessing = _of_export(metadata)
   if path.name in WEIGHTS:
-    of_folder, size = _of_folder(path.parent)
+    of_folder, size = _of_folder(path.parent, given.get('normalize'))
     model, preprocessing = {**of_folder, **model}, {**size, **preprocessing}
   return _File(path, tensors, tree, model, preprocessing)
+
+
+def _is_safetensors(path) -> bool:
+  """Whether a file begins like safetensors, with a size and a JSON object; names may be wrong."""
+  with pickles.open_checked(path) as file:
+    start = file.read(9)
+  is_torch = start.startswith((b'PK', b'\x80'))
+  return start[8:] == b'{' or (path.suffix == '.safetensors' and not is_torch)
 
 
 def _weights_of_folder(folder) -> pathlib.Path:
@@ -213,6 +221,8 @@ def _weights_of_folder(folder) -> pathlib.Path:
     name for name in names if name.endswith(('.safetensors', '.bin', '.pth', '.pt'))
   ]
   if len(found) != 1:
+    if any('-of-' in name for name in found):
+      raise ConfigError(f'{folder} has weights in several parts: save the model in one file first')
     kinds = f'{len(found)} files of weights: name one of them' if found else f'no {WEIGHTS[0]}'
     raise ConfigError(f'{folder} has {kinds}')
   return folder / found[0]
@@ -247,8 +257,8 @@ def _of_export(metadata) -> tuple[dict[str, Any], dict[str, Any]]:
     return {}, {}
 
 
-def _of_folder(folder) -> tuple[dict[str, Any], dict[str, Any]]:
-  """`model` and `preprocessing` of a `_File`, as the JSON files in a folder of Hugging Face say.
+def _of_folder(folder, normalize) -> tuple[dict[str, Any], dict[str, Any]]:
+  """`model` and `preprocessing` of a `_File`, as the JSON files in a folder of Hugging Face say; `normalize`: as given.
 
   Raises:
     ConfigError: the network or the preprocessing is none of this package.
@@ -275,8 +285,10 @@ def _of_folder(folder) -> tuple[dict[str, Any], dict[str, Any]]:
   if isinstance(about, dict) and 'mean' in about:
     size = about.get('input_size')
     sides = {n for n in size[1:] if type(n) is int} if isinstance(size, list) else set()
-    found = {'normalize': _normalization(folder, about.get('mean'), about.get('std'))}
+    found = {'normalize': normalize or _normalization(folder, about.get('mean'), about.get('std'))}
     return found, {'image_size': sides.pop()} if len(sides) == 1 else {}
+  if normalize:
+    return {'normalize': normalize}, {}
   if images.get('do_normalize') is False:
     return {'normalize': 'none'}, {}
   if 'image_mean' in images:
@@ -306,7 +318,7 @@ def _normalization(folder, mean, std) -> str:
       return name
   shown = printable(f'{mean} and standard deviation {std}')[:200]
   raise ConfigError(
-    f'{folder}: the images were normalised with mean {shown}, which is none of {", ".join(known)}'
+    f'{folder}: the images were normalised with mean {shown}, which is none of {", ".join(known)}: --normalize chooses one'
   )
 
 

@@ -27,6 +27,7 @@ from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import files
 from simclr_jax.runtime.text import printable
 
+HEADER = 100_000_000  # bytes of the header of safetensors, as in the library
 PICKLE = 64 * 2**20  # bytes of the pickle of an archive
 INSTRUCTIONS = 5_000_000  # of a pickle
 VALUES = 1_000_000  # of a file, each as often as it is named
@@ -56,10 +57,12 @@ KINDS = {  # the first bytes of other files
   b'\x1f\x8b': 'compressed with gzip: decompress the file first',
 }  # fmt: skip
 SAFE = (
-  'save the state_dict alone as safetensors, on a machine where running code of this file is safe: '
-  "`weights = torch.load(FILE, map_location='cpu', weights_only=False)['state_dict']`, "
-  "`safetensors.torch.save_file(weights, 'weights.safetensors')`"
+  'if you trust where the file comes from, save the dict of its tensors as safetensors: '
+  "`found = torch.load(FILE, map_location='cpu', weights_only=False)`, then "
+  "`safetensors.torch.save_file(TENSORS, 'weights.safetensors')`, where TENSORS is the part of `found` with the "
+  'tensors, or found.state_dict() of a module'
 )
+PATHS = ('Path', 'PosixPath', 'WindowsPath', 'PurePath', 'PurePosixPath', 'PureWindowsPath')
 DAMAGES = (
   ValueError, TypeError, LookupError, AttributeError, EOFError, OverflowError, MemoryError, RecursionError, NotImplementedError,
   struct.error, zipfile.BadZipFile, zlib.error,
@@ -437,6 +440,8 @@ def _dict(pairs=()):
   for key, _ in pairs:
     if not isinstance(key, (str, int, float, bytes, type(None))):
       raise TypeError(f'a dict has a key of the type {type(key).__name__}')
+    if isinstance(key, int) and not -(2**63) <= key < 2**64:
+      raise ValueError('a dict has a key of more than 64 bits')
   return dict(pairs)
 
 
@@ -463,8 +468,6 @@ def _global(module: str, name: str) -> Any:
     raise _Refused(
       f'sparse or quantised tensors ({full})', 'save x.to_dense() or x.dequantize() of each'
     )
-  if full == 'argparse.Namespace':
-    raise _Refused(f'the arguments of a program ({full})')
   modules = ('torch.nn', 'torchvision.', 'timm.', '__torch__', '__main__')
   if module.startswith(modules):
     raise _Refused(f'a whole module or another object of a program ({full}), not a state_dict')
@@ -538,6 +541,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
   'torch._tensor._rebuild_from_type_v2': _from_type,
   'torch.serialization._get_layout': str,
   '_codecs.encode': lambda text, encoding: _bytes(text),
+  # Arguments of a program and paths, which some files have beside their weights.
+  'argparse.Namespace': _dict,
+  **{f'pathlib.{kind}': lambda *parts: '/'.join(parts) for kind in PATHS},
   'builtins.set': lambda items=(): list(items),
   '__builtin__.set': lambda items=(): list(items),
   'numpy.dtype': _numpy_dtype,
@@ -614,6 +620,26 @@ def _pickled_array(x: np.ndarray, arrays: list[np.ndarray]) -> bytes:
 # Safetensors.
 
 
+def _check_header(path, file) -> None:
+  """Refuses a file whose header does not fit to its size, before the rest is read."""
+  size = file.seek(0, io.SEEK_END)
+  file.seek(0)
+  length = int.from_bytes(file.read(8), 'little')
+  if not 2 <= length <= min(size - 8, HEADER):
+    raise ConfigError(
+      f'{path} is damaged or no file of safetensors: its header has {length:,} bytes'
+    )
+  try:
+    header = json.loads(file.read(length))
+    ends = [about['data_offsets'][1] for name, about in header.items() if name != '__metadata__']
+    declared = 8 + length + max(ends, default=0)
+  except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    raise ConfigError(f'{path} is damaged or no file of safetensors: its header') from None
+  if declared != size:
+    raise ConfigError(f'{path} is damaged: it has {size:,} bytes instead of {declared:,}')
+  file.seek(0)
+
+
 def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
   """The arrays in a file of safetensors, by name, and its metadata; dtypes as for `read`.
 
@@ -622,9 +648,12 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[st
   """
   try:
     with open_checked(path) as file:
+      _check_header(path, file)
       data = file.read()
   except OSError as error:
     raise ConfigError(f'{path} cannot be read: {error.strerror or error}') from None
+  except MemoryError:
+    raise ConfigError(f'{path} is larger than the memory') from None
   try:
     found = safetensors.deserialize(data)
   except safetensors.SafetensorError as error:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -11,7 +12,8 @@ import jax
 from simclr_jax import config as recipes
 from simclr_jax.encoder import Encoder
 from simclr_jax.errors import ConfigError
-from simclr_jax.runtime import environment, paths
+from simclr_jax.models import mlp
+from simclr_jax.runtime import environment, files, paths
 from simclr_jax.runtime.text import printable
 from simclr_jax.validation import did_you_mean
 
@@ -72,27 +74,48 @@ def networks(path: pathlib.Path, given: Mapping[str, Any]) -> list[Network]:
     raise ConfigError(f'{path}: copy the weights to a local folder first')
   if not path.exists() and not is_foreign(path):
     raise ConfigError(f'{path}: no such file or folder')
-  # TensorFlow is imported only for its own files.
+  if (path / 'encoder.json').is_file():
+    raise ConfigError(f'{path} is an exported encoder already: use the folder as it is')
+  if path.exists() and not path.is_dir() and not path.is_file():
+    raise ConfigError(f'{path} is no regular file')
+  found = _reader(path).networks(path, given)
+  for network in found:
+    for name in ('variant', 'stem'):
+      if given.get(name, network.model[name]) != network.model[name]:
+        raise ConfigError(
+          f'{path}: {name} is {network.model[name]}, not {given[name]}: set model.{name}={network.model[name]} (--{name})'
+        )
+  return found
+
+
+def _reader(path) -> ModuleType:
+  """The module that reads a file or a folder, by its contents. TensorFlow is imported only for its own files."""
   if _is_tensorflow(path):
     from simclr_jax.interop import tf_checkpoints
 
-    return tf_checkpoints.networks(path, given)
-  if path.suffix == '.pkl':
+    return tf_checkpoints
+  if path.suffix == '.pkl' and not _is_torch(path):
     from simclr_jax.interop import haiku
 
-    return haiku.networks(path, given)
+    return haiku
   from simclr_jax.interop import layouts
 
-  return layouts.networks(path, given)
+  return layouts
+
+
+def _is_torch(path):
+  """Whether a pickle is a file of `torch.save`."""
+  with files.open_to_read(path) as file:
+    return file.read(6).startswith((b'PK', b'\x80\x02\x8a\x0a\x6c\xfc'))
 
 
 def _is_tensorflow(path):
   if path.is_dir():
     return any(
-      n.endswith('.index') or n in ('checkpoint', 'saved_model.pb', 'variables')
-      for n in os.listdir(path)
+      n.endswith('.index') or n in ('checkpoint', 'saved_model.pb') for n in os.listdir(path)
     )
-  return not path.is_file() or path.suffix in ('.index', '.meta', '.pb') or '.data-0' in path.name
+  kinds = ('.index', '.meta', '.pb')
+  return not path.is_file() or path.suffix in kinds or '.data-0' in path.name
 
 
 def load(path: pathlib.Path, given: Mapping[str, Any], name: str = '') -> Network:
@@ -107,6 +130,10 @@ def load(path: pathlib.Path, given: Mapping[str, Any], name: str = '') -> Networ
   """
   found = networks(path, given)
   names = [network.name for network in found]
+  if name and names == ['']:
+    raise ConfigError(
+      f'{path} contains one network only: leave --network, --ema and init_network away'
+    )
   if name and name not in names:
     raise ConfigError(
       f'{path} has no network {name!r}, only {", ".join(map(repr, names))}{did_you_mean(name, names)}'
@@ -165,6 +192,11 @@ def encoder(
   return Encoder(recipes.architecture(config), network.encoder, provenance)
 
 
+def _layers(architecture):
+  layers = mlp.depth(architecture)
+  return f'{layers} layer{"s" * (layers > 1)}'
+
+
 def describe(network: Network, encoder: Encoder) -> list[str]:
   """What was detected, assumed and left out, in sentences."""
   a = encoder.architecture
@@ -176,7 +208,7 @@ def describe(network: Network, encoder: Encoder) -> list[str]:
   lines = [
     f'ResNet-{a["depth"]}{width}{kinds}, {size:.2f} million parameters, {a["stem"]} stem, variant {a["variant"]}',
     f'images: {a["image_size"]} pixels, normalised: {a["normalize"]}, preprocessed by {a["eval_view"]}',
-    f'projection head: {a["head_layers"]} layers, {a["head_dim"]} dimensions'
+    f'projection head: {_layers(a)}, {a["head_dim"]} dimensions'
     if network.head
     else 'projection head: none',
   ]

@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from typing import IO, Any, BinaryIO
 
@@ -82,8 +83,14 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield temporary
         _sync_folder(temporary)
         temporary.rename(path)
-    except BaseException:
-      shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+      for _ in range(50):  # threads of Orbax may still write
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not temporary.exists():
+          break
+        time.sleep(0.1)
+      if isinstance(error, OSError) and str(temporary) in str(error):
+        raise OSError(str(error).replace(str(temporary), str(path))) from None
       raise
     _sync_folder(path.parent)
 
