@@ -112,7 +112,8 @@ def _is_torch(path):
 def _is_tensorflow(path):
   if path.is_dir():
     return any(
-      n.endswith('.index') or n in ('checkpoint', 'saved_model.pb') for n in os.listdir(path)
+      n.endswith('.index') or n in ('checkpoint', 'saved_model.pb', 'variables')
+      for n in os.listdir(path)
     )
   kinds = ('.index', '.meta', '.pb')
   return not path.is_file() or path.suffix in kinds or '.data-0' in path.name
