@@ -1,8 +1,12 @@
 """Eight simulated devices, a compilation cache for all tests, and shared helpers and fixtures."""
 
+import contextlib
 import os
 import pathlib
 import tempfile
+
+with contextlib.suppress(ImportError):  # PyTorch crashes if JAX or TensorFlow is loaded before it
+  import torch._dynamo  # noqa: F401
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 # Most of the time is compilation; without LLVM's optimisations it takes less than half as long.
