@@ -13,6 +13,7 @@ from simclr_jax import config, fields, methods, run_config, sharding, train, tra
 from simclr_jax.data import augment, digits, order
 from simclr_jax.models import linear, network
 from simclr_jax.models.norm import BatchNorm
+from simclr_jax.runtime import checkpoint
 
 SMALL = {**TINY, 'steps': '1', 'dtype': 'float32', 'batch_size': '64', 'learning_rate': '0.05',
          'optimizer': 'sgd', 'weight_decay': '0', 'model.width_multiplier': '0.25'}  # fmt: skip
@@ -369,6 +370,7 @@ def old_run(workdir, **values):
   for path in workdir.glob('checkpoints/*/_CHECKPOINT_METADATA'):
     metadata = json.loads(path.read_text())
     del metadata['custom_metadata']['config']['accumulate_negatives']
+    del metadata['custom_metadata'][checkpoint.CHECKSUM]
     path.write_text(json.dumps(metadata))
 
 
