@@ -4,7 +4,7 @@ Loss and gradient of projections `[2n, 128]`. Prints seconds and temporary memor
 the ratio. The two run alternately, so that a busy machine slows both. A whole matrix of more than --limit GiB is not
 computed; its memory is that of the compiler.
 
-    python benchmarks/nt_xent.py [--rows 2048 8192 32768] [--rounds 5] [--limit 4]
+    python benchmarks/nt_xent.py [--rows 8192 16384 32768] [--rounds 5] [--limit 4]
 
 With --queue, the same question for InfoNCE with a long queue: how much memory its `[n, K]` logits take.
 
@@ -80,7 +80,7 @@ def info_nce(n, K, rounds):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-  parser.add_argument('--rows', type=int, nargs='+', default=[2048, 8192, 32_768])
+  parser.add_argument('--rows', type=int, nargs='+', default=[8192, 16_384, 32_768])
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--limit', type=float, default=4.0, help='GiB of temporaries')
   parser.add_argument('--queue', type=int, default=0)
