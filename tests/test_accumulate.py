@@ -1,6 +1,7 @@
 """Gradient accumulation: the loss of the whole batch (gradient caching) or of micro-batches; moving averages, tables."""
 
 import json
+import re
 
 import flax.linen as nn
 import jax
@@ -63,6 +64,18 @@ def test_micro_batches_give_the_step_of_the_whole_batch(devices):
   assert parts[3] == same_order[3] != whole[3]
   # Other groups: the comparison above can fail.
   assert distance(same_order[1], whole[1]) > 0.01
+
+
+def test_embeddings_are_gathered_once_per_step():
+  """Breaks if micro-batches move images between devices, or gather their embeddings one by one."""
+  c = config.load('simclr_digits', {**SMALL, 'accumulate_steps': '2'})
+  ts, step = train_state.build(c, digits.load(None, 'train'), sharding.make_mesh(jax.devices()[:8]))
+  program = step.lower(ts, 0).compile().as_text()
+  step.loader.close()
+  kinds = r'all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast'
+  found = re.findall(rf'= (.*?) ({kinds})(?:-start)?\(', program)
+  (gathered,) = (shape for shape, kind in found if kind != 'all-reduce')
+  assert gathered.startswith('f32[128,16]')  # both views of 64 images
 
 
 @pytest.mark.slow
