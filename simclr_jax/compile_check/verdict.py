@@ -29,7 +29,7 @@ def step_shapes(
     width: of the embeddings, `embedding_width`.
   """
   method, side = methods.build(config), config.image_size
-  n = config.batch_size // config.accumulate_steps
+  n = _images_per_loss(config, method)
   m = method.views * n
   parameters = {hlo.squeeze(p.shape) for p in jax.tree.leaves(state.params)}
   parameters |= {  # and the part of each on a device, with sharding=fsdp
@@ -187,11 +187,17 @@ def _moved_images(groups):
   )
 
 
+def _images_per_loss(config, method):
+  """The number of images whose embeddings a loss compares."""
+  keeps = methods.keeps_negatives(config, method)
+  return config.batch_size if keeps else config.batch_size // config.accumulate_steps
+
+
 def _missing_embeddings(config, groups, width):
   method = methods.build(config)
   if not method.contrastive:
     return ''
-  n = config.batch_size // config.accumulate_steps
+  n = _images_per_loss(config, method)
   float32 = method.joint_views * n * width * 4  # bytes
   for group in _with_purpose(groups, 'embeddings'):
     if group.kind in ('all-gather', 'all-reduce') and dict(group.purposes)['embeddings'] >= float32:
