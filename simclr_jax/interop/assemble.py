@@ -50,23 +50,48 @@ def variables(
     for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)
   }
   found = {tensor.path: tensor for tensor in tensors}
-  problems = [f'lacks {"/".join(path)}' for path in shapes if path not in found]
-  for path, (name, _, value) in found.items():
-    if path not in shapes:
-      problems.append(f'also has {printable(name)}')
-    elif value.shape != shapes[path]:
-      problems.append(f'{printable(name)} is {value.shape} instead of {shapes[path]}')
-    elif not np.isfinite(value.astype(np.float32)).all():
+  names = {path: tensor.name for path, tensor in found.items()}
+  wanted_names = {names.get(path, '/'.join(path)): shape for path, shape in shapes.items()}
+  check({name: value for name, _, value in found.values()}, wanted_names, what)
+  return tree({path: found[path].value for path in shapes})
+
+
+def check(
+  found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+  """Checks that the tensors of a file are exactly those of a network.
+
+  Args:
+    found: the tensors by name.
+    shapes: name -> shape of those of the network.
+    what: the file and the network, for errors.
+
+  Raises:
+    ConfigError: tensors are missing, left over, have another shape or no finite numbers.
+  """
+  problems = []
+  if missing := [name for name in shapes if name not in found]:
+    problems.append(f'lacks {listed([*map(printable, missing)])}')
+  if extra := [name for name in found if name not in shapes]:
+    problems.append(f'also has {listed([*map(printable, extra)])}')
+  for name in (name for name in shapes if name in found):
+    if found[name].shape != shapes[name]:
+      problems.append(f'{printable(name)} is {found[name].shape} instead of {shapes[name]}')
+    elif not np.isfinite(found[name].astype(np.float32)).all():
       problems.append(f'{printable(name)} has values that are not finite')
   if problems:
     raise ConfigError(f'{what}: the file {listed(problems, "; ")}')
-  tree: dict[str, Any] = {}
-  for path in shapes:
-    place = tree
+
+
+def tree(values: Mapping[tuple[str, ...], np.ndarray]) -> PyTree:
+  """Nested dicts of float32 arrays, by the path of each."""
+  result: dict[str, Any] = {}
+  for path, value in values.items():
+    place = result
     for key in path[:-1]:
       place = place.setdefault(key, {})
-    place[path[-1]] = np.ascontiguousarray(found[path].value, np.float32)
-  return tree
+    place[path[-1]] = np.ascontiguousarray(value, np.float32)
+  return result
 
 
 def features(model: Mapping[str, Any]) -> int:
@@ -93,7 +118,7 @@ def classifier(
   if tensors.keys() != set(names):
     found = listed([*map(printable, tensors)])
     raise ConfigError(f'{what} has the variables {found} instead of {" and ".join(names)}')
-  kernel, bias = (np.asarray(tensors[name], np.float32) for name in names)
+  kernel, bias = (np.ascontiguousarray(tensors[name], np.float32) for name in names)
   if kernel.ndim != 2 or kernel.shape[0] not in sizes or bias.shape != kernel.shape[1:]:
     wanted = ' or '.join(map(str, sorted(sizes)))
     raise ConfigError(

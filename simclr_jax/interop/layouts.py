@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from simclr_jax.errors import ConfigError
-from simclr_jax.interop import pickles, torch_names
+from simclr_jax.interop import assemble, pickles, torch_names
 from simclr_jax.interop.weights import Network
 from simclr_jax.models import resnet
 from simclr_jax.runtime import files
@@ -173,7 +173,7 @@ def _momentum(file, query) -> PyTree:
   result = {}
   for part, tensors in (
     ('encoder', _tensors(query.model)),
-    ('head', torch_names.head(_architecture(query.model), _features(query.model))),
+    ('head', torch_names.head(_architecture(query.model), assemble.features(query.model))),
   ):
     learned = [tensor for tensor in tensors if tensor.path and tensor.path[0] == 'params']
     own, buffers = buffers[: len(learned)], buffers[len(learned) :]
@@ -480,7 +480,7 @@ def _network(file: _File, label, tensors: Tensors, modules, left, given) -> Netw
     kind = next(filter(None, map(_kind, module.name.split('.'))), '')
     layers = _layers(module.tensors) if kind in ('head', 'classifier') else []
     if _is_classifier(file, module, kind, layers):
-      found = None if classifier else _classifier(layers[0], _features(model), place)
+      found = None if classifier else _classifier(layers[0], assemble.features(model), place)
       classifier = classifier or found
     else:
       found = _head(layers, model, place) if kind == 'head' and layers and not head else None
@@ -666,12 +666,6 @@ def _cached_tensors(items):
   return torch_names.encoder(dict(items))
 
 
-def _features(model) -> int:
-  """Number of features of an encoder."""
-  blocks, bottleneck = resnet.DEPTHS[model['depth']]
-  return int(64 * model['width_multiplier']) * 2 ** (len(blocks) - 1) * (4 if bottleneck else 1)
-
-
 # Heads.
 
 
@@ -727,18 +721,15 @@ def _classifier(layer: _Layer, features: int, what: str) -> PyTree | None:
   classes, inputs = layer.linear['weight'].shape
   if inputs != features:
     return None
-  names = [
-    torch_names.Tensor('weight', ('params', 'kernel'), (classes, inputs)),
-    torch_names.Tensor('bias', ('params', 'bias'), (classes,)),
-  ]
-  return torch_names.from_torch(names, {'bias': np.zeros(classes), **layer.linear}, what)['params']
+  tensors = {'bias': np.zeros(classes), **layer.linear, 'weight': layer.linear['weight'].T}
+  return assemble.classifier(tensors, ('weight', 'bias'), {features}, what)
 
 
 def _head(
   layers: list[_Layer], model, what: str
 ) -> tuple[dict[str, Any], PyTree, list[str]] | None:
   """A projection head: its `model.*` fields, its flax variables and notes; None if `mlp.MLP` cannot express the head."""
-  features = _features(model)
+  features = assemble.features(model)
   widths = [layer.linear['weight'].shape for layer in layers]
   inputs = [features, *(outputs for outputs, _ in widths[:-1])]
   norm = _norm(layers)

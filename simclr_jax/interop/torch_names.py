@@ -14,14 +14,13 @@ import numpy as np
 
 from simclr_jax import encoder as encoders
 from simclr_jax.errors import ConfigError
+from simclr_jax.interop import assemble
 from simclr_jax.models import mlp
-from simclr_jax.runtime.text import printable
 
 PyTree = Any
 Tensors = Mapping[str, np.ndarray]
 
 LEAVES = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias', 'mean': 'running_mean', 'var': 'running_var'}  # fmt: skip
-SHOWN = 4  # names in an error
 
 
 class Tensor(NamedTuple):
@@ -126,33 +125,15 @@ def from_torch(tensors: Sequence[Tensor], found: Tensors, what: str) -> PyTree:
     ConfigError: tensors are missing, left over, have another shape or no finite numbers.
   """
   found = {name: x for name, x in found.items() if name.split('.')[-1] != 'num_batches_tracked'}
-  wanted = {tensor.name: tensor for tensor in tensors}
-  problems = []
-  if missing := [name for name in wanted if name not in found]:
-    problems.append(f'lacks {_listed(missing)}')
-  if extra := [name for name in found if name not in wanted]:
-    problems.append(f'also has {_listed(extra)}')
-  for name, tensor in wanted.items():
-    if name in found and found[name].shape != tensor.shape:
-      problems.append(f'{name} is {found[name].shape} instead of {tensor.shape}')
-    elif name in found and not np.isfinite(found[name].astype(np.float32)).all():
-      problems.append(f'{name} has values that are not finite')
-    elif name in found and not tensor.path and found[name].any():
-      problems.append(f'{name} is not 0, as it is in SimCLR')
-  if problems:
-    more = f', and {len(problems) - SHOWN} more problems' if len(problems) > SHOWN else ''
-    raise ConfigError(f'{what}: the file {"; ".join(problems[:SHOWN])}{more}')
+  assemble.check(found, {tensor.name: tensor.shape for tensor in tensors}, what)
+  for tensor in tensors:
+    if not tensor.path and found[tensor.name].any():
+      raise ConfigError(f'{what}: the file {tensor.name} is not 0, as it is in SimCLR')
   parts: dict[tuple[str, ...], list[np.ndarray]] = {}
   for name, path, _, _ in sorted(tensors, key=lambda tensor: tensor.part):
     if path:
       parts.setdefault(path, []).append(_transposed(found[name].astype(np.float32), back=True))
-  variables: dict[str, Any] = {}
-  for path, values in parts.items():
-    place = variables
-    for key in path[:-1]:
-      place = place.setdefault(key, {})
-    place[path[-1]] = np.ascontiguousarray(np.concatenate(values, axis=-1))
-  return variables
+  return assemble.tree({path: np.concatenate(values, axis=-1) for path, values in parts.items()})
 
 
 def _leaves(shapes):
@@ -220,8 +201,3 @@ def _transposed(x, back=False):
   if x.ndim == 4:
     return x.transpose((2, 3, 1, 0) if back else (3, 2, 0, 1))
   return x.T
-
-
-def _listed(names):
-  more = f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else ''
-  return ', '.join(printable(name) for name in names[:SHOWN]) + more
