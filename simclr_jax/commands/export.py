@@ -64,10 +64,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
   from simclr_jax.interop import export
 
-  model, about = _model(args), _results(args)
+  model = _model(args)
   export.check(model, args.to, args.out)
   dataset, images = _images(args, config)
-  verified = export.write(model, args.to, args.out, dataset, images, args.license or '', about)
+  verified = export.write(
+    model, args.to, args.out, dataset, images, args.license or '', _results(args.workdir, model)
+  )
   for size, differences in verified['difference'].items():
     text = ', '.join(f'{name} {value:.1e}' for name, value in differences.items())
     print(f'{verified["reader"]} at {size} pixels, relative difference: {text}')
@@ -158,16 +160,15 @@ def _classifier(args):
     ) from None
 
 
-def _results(args) -> list[str]:
+def _results(workdir, model) -> list[str]:
   """The tables of the evaluations of the network."""
-  from simclr_jax import runs
   from simclr_jax.commands import common
+  from simclr_jax.encoder import Encoder
   from simclr_jax.evaluate import results
 
-  found = results.load(args.workdir)
-  if not found:
-    return []
-  checkpoint = common.checkpoint(runs.load_encoder(args.workdir))['checkpoint']
+  found = results.load(workdir)
+  encoder = Encoder(model.architecture, model.variables['encoder'], model.provenance)
+  checkpoint = common.checkpoint(encoder)['checkpoint']
   return [results.table(r) for r in found.values() if r.get('checkpoint') == checkpoint]
 
 

@@ -24,7 +24,7 @@ _CALLEES = re.compile(
 )
 _TRANSFER = re.compile(r'^\s*%?[\w.\-]+ = \((\w+)\[([\d,]*)\].* send\(')
 _LOOP = re.compile(r' while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)')
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # The compiler for GPUs combines collectives by joining their arrays to one.
 _JOINED = re.compile(
   r'^\s*%?([\w.\-]+) = .* fusion\(([^)]*)\), kind=\w+, calls=%?wrapped_concatenate'
@@ -32,7 +32,7 @@ _JOINED = re.compile(
 _DEFINED = re.compile(r'^\s*%?([\w.\-]+) = ([a-z]\w*)\[([\d,]*)\]')
 _CONSTANT = re.compile(r'^\s*%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)')
 _UP_TO = re.compile(r'^\s*ROOT .* compare\([^,]*, %?([\w.\-]+)\), direction=LT')
-_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
+ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 
 
 # BatchNorm layers in `op_name`: bn, stem_bn, bn1, and BatchNorm_0, flax's automatic name.
@@ -147,7 +147,7 @@ def _arrays(match, op_names, joined):
   """The results of a collective: a match of `_COLLECTIVE`."""
   name, results, kind, start, operands = match.groups()
   own = op_names.get(name, '')
-  arrays = _ARRAY.findall(results)
+  arrays = ARRAY.findall(results)
   if start and kind in ('all-gather', 'collective-permute'):  # results are (inputs, outputs, ...)
     arrays = [a for a in arrays if a[1] or a[0] != 'u32']
     arrays = arrays[len(arrays) // 2 :]
@@ -223,7 +223,7 @@ def _times(text):
       limits[computation] = constants[condition[1]]
     if loop := _LOOP.search(line):
       callers.setdefault(loop[2], (computation, loop[1]))
-      if trips := _TRIPS.search(line):
+      if trips := TRIPS.search(line):
         limits[loop[1]] = int(trips[1])
       continue
     for callees in _CALLEES.findall(line):

@@ -14,12 +14,10 @@ from simclr_jax.compile_check import hlo
 
 _HEADER = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
 _LINE = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\(([^)]*)\)(.*)')
-_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 # Computations that an instruction runs: the body of a loop, branches, asynchronous operations.
 _RUNS = re.compile(
   r'(?:body|condition|to_apply|calls|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}'
 )
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][\[{]([\d,"]*)')
 _KERNEL_LABELS = re.compile(r'dim_labels=\w+_(\w+)->')
 _FLOW = ('while', 'conditional', 'call', 'async-start')
@@ -118,7 +116,7 @@ def parse(text: str) -> tuple[str, dict[str, Computation]]:
       root, name, results, opcode, operands, attributes = match.groups()
       current[name] = Instruction(
         name,
-        tuple(hlo.Array(d, _dimensions(s), '') for d, s in _ARRAY.findall(results)),
+        tuple(hlo.Array(d, _dimensions(s), '') for d, s in hlo.ARRAY.findall(results)),
         opcode,
         tuple(re.findall(r'%([\w.\-]+)', operands)),
         attributes,
@@ -138,7 +136,7 @@ def _launched(
   within = computations.get(name, {})
   for instruction in within.values():
     if instruction.opcode in _FLOW:
-      trips = _TRIPS.search(instruction.attributes)
+      trips = hlo.TRIPS.search(instruction.attributes)
       for inner in instruction.called:
         yield from _launched(inner, computations, times * (int(trips[1]) if trips else 1))
     elif instruction.opcode not in _NO_KERNEL:
