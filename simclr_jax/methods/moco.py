@@ -38,7 +38,7 @@ FIELDS = {
     'permute', 'how keys are shuffled over BatchNorm groups', Choices('permute', 'transpose', 'none')
   ),
   'init_state': Field(
-    False, 'init_from is a checkpoint of MoCo in PyTorch, whose training goes on: key encoder, queue, momentum, epoch',
+    False, 'resume the training of init_from, a MoCo checkpoint of PyTorch: key encoder, queue, momentum, epoch',
     Choices(False, True),
   ),
 }  # fmt: skip
@@ -61,7 +61,7 @@ def from_network(net: network.Network, config: ml_collections.ConfigDict) -> Met
     random permutation if the batch has this key: row 0 permutes the second views, row 1, if symmetric, the first.
   """
   if config.get('init_state') and not config.init_from:
-    raise ConfigError('init_state=true needs init_from, the checkpoint whose training goes on')
+    raise ConfigError('init_state=true needs init_from, the MoCo checkpoint to resume')
   groups = config.model.bn_groups
   directions = [(0, 1), (1, 0)] if config.symmetric else [(0, 1)]
 
