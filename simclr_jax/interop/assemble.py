@@ -94,6 +94,13 @@ def tree(values: Mapping[tuple[str, ...], np.ndarray]) -> PyTree:
   return result
 
 
+def architecture(model: Mapping[str, Any]) -> dict[str, Any]:
+  """An architecture, see `config.architecture`, with these `model.*` fields."""
+  return {
+    'encoder': '', 'bn_groups': 1, 'bn_layout': 'contiguous', 'normalize': 'none', 'image_size': 32, 'channels': 3, **model,
+  }  # fmt: skip
+
+
 def features(model: Mapping[str, Any]) -> int:
   """The number of features of a ResNet, by its `model.*` fields."""
   blocks, bottleneck = resnet.DEPTHS[model['depth']]
