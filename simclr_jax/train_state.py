@@ -158,10 +158,7 @@ def _accumulated(gradient, parts, method, ts, rows, key):
     rows = jax.tree.map(sharding.shard_rows, rows)
     seen = jax.tree.map(lambda table, now, start: now if table else start, tables, state, ts.state)
     grads, (new, metrics) = gradient(ts.params, seen, rows, jax.random.fold_in(key, i))
-    # The mean as a sum of changes: what does not change stays the same, bit for bit.
-    moved = jax.tree.map(lambda table, now, new, start: (
-      (now if method.update else new) if table else now + (new - start) / parts
-    ), tables, state, new, ts.state)  # fmt: skip
+    moved = _moved(tables, state, new, ts.state, parts, with_tables=not method.update)
     return (jax.tree.map(jnp.add, total, grads), moved), metrics
 
   rows = jax.tree.map(lambda x: _split(x, parts, len(x) // parts), rows)
@@ -194,10 +191,7 @@ def _cached(encode, parts, method, ts, rows, key):
     i, rows = micro_batch
     rows = jax.tree.map(sharding.shard_rows, rows)
     z, (new, *rest) = encode(ts.params, rows, jax.random.fold_in(key, i))
-    moved = jax.tree.map(lambda table, now, new, start: (
-      now if table else now + (new - start) / parts
-    ), tables, state, new, ts.state)  # fmt: skip
-    return moved, (z, rest)
+    return _moved(tables, state, new, ts.state, parts, with_tables=False), (z, rest)
 
   state, arrays = jax.lax.scan(forward, ts.state, (jnp.arange(parts), rows))
   z, (extras, (label, sums)) = jax.tree.map(lambda x: _whole(x, n), arrays)
@@ -221,6 +215,20 @@ def _cached(encode, parts, method, ts, rows, key):
   cotangents = jax.tree.map(lambda x: _split(x, parts, n), cotangents)
   grads, _ = jax.lax.scan(backward, grads, (jnp.arange(parts), rows, cotangents))
   return grads, state, metrics | {'batch_hash': _hash(sums)}
+
+
+def _moved(tables, now, new, start, parts, with_tables):
+  """The state `now` after one of `parts` micro-batches, which made `new` of `start`; tables change `with_tables` only.
+
+  The mean is a sum of changes: what does not change stays the same, bit for bit.
+  """
+
+  def move(table, now, new, start):
+    if table:
+      return new if with_tables else now
+    return now + (new - start) / parts
+
+  return jax.tree.map(move, tables, now, new, start)
 
 
 def _split(x, parts, n):
