@@ -196,6 +196,8 @@ def _run(args) -> int:
   try:
     if args.name_of_command in commands.SINGLE_PROCESS:
       with signals.at_once():
+        if args.name_of_command in commands.COMPILING:
+          _keep_programs()
         return args.module.run(args)
     return _run_watched(args)
   except ConfigError as error:
@@ -221,9 +223,18 @@ def _run_watched(args):
 
   # Signals have their usual meaning here: while C++ code waits for the other processes, no Python code can handle them.
   distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+  # Processes that compile together wait for each other, so either all or none may have kept a program.
+  if not distributed.is_distributed():
+    _keep_programs()
   # A process that hangs blocks the other processes. A single process may take any time.
   with signals.at_once(), Watchdog(Watchdog.FIRST if distributed.is_distributed() else 0):
     return args.module.run(args)
+
+
+def _keep_programs():
+  from simclr_jax.runtime import compile_cache
+
+  compile_cache.enable()
 
 
 def _unexpected(error) -> int:

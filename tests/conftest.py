@@ -24,7 +24,8 @@ jax.config.update('jax_platforms', 'cpu')
 # Each program is compiled once for all tests, on all of pytest's workers, and for the subprocesses of tests.
 if 'SIMCLR_JAX_TEST_CACHE' not in os.environ:
   _cache = tempfile.TemporaryDirectory(prefix='simclr_jax_test_cache')
-  os.environ['SIMCLR_JAX_TEST_CACHE'] = os.environ['JAX_COMPILATION_CACHE_DIR'] = _cache.name
+  os.environ['SIMCLR_JAX_TEST_CACHE'] = _cache.name
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['SIMCLR_JAX_TEST_CACHE']  # not the user's
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 jax.config.update('jax_compilation_cache_dir', os.environ['SIMCLR_JAX_TEST_CACHE'])
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)

@@ -18,6 +18,8 @@ NAMES = (
 )  # fmt: skip
 # Commands that always run in a single process.
 SINGLE_PROCESS = ('check-data', 'compile-check', 'export', 'fields', 'import', 'recipes', 'report')
+# Those of them that compile programs for this machine.
+COMPILING = ('export', 'report')
 # Commands for which all fields of a recipe can be set with --config.FIELD=VALUE; for most others, only data.*.
 WITH_FIELDS = (
   'pretrain',
