@@ -33,7 +33,7 @@ setup(
     'safetensors>=0.4.5',
     'scikit-learn>=1.5',
     'scipy>=1.13',
-    'tensorboard>=2.20',  # clu.metric_writers needs it and does not say so
+    'tensorboard>=2.20',  # the format of its files
     'tensorflow-cpu>=2.20; sys_platform == "linux" and platform_machine == "x86_64"',
     'tensorflow>=2.20; sys_platform != "linux" or platform_machine != "x86_64"',
     'tensorflow-datasets>=4.9.8',

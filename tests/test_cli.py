@@ -278,8 +278,14 @@ def test_files_of_a_run(run):
 
 
 def test_tensorboard_files(run):
-  """Breaks if the TensorBoard files are not written to WORKDIR/metrics."""
-  assert list((run / 'metrics').glob('events.out.tfevents*'))
+  """Breaks if TensorBoard finds other metrics in WORKDIR/metrics than those of metrics.jsonl."""
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+  lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+  loss = [(r['step'], np.float32(r['loss'])) for r in lines if 'loss' in r]
+  events = EventAccumulator(str(run / 'metrics')).Reload()
+  assert [(e.step, np.float32(e.value)) for e in events.Scalars('loss')] == loss
+  assert {'knn_acc', 'epoch', 'data_wait'} <= set(events.Tags()['scalars'])
 
 
 def test_evaluations_and_report(run, tmp_path, capsys):

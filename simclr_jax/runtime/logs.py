@@ -1,10 +1,13 @@
 """Logs the metrics of a run: metrics.jsonl, TensorBoard, and a progress line."""
 
-import importlib.util
+import contextlib
+import io
 import itertools
 import json
 import math
+import os
 import pathlib
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -50,7 +53,7 @@ class Log:
     self._workdir, self._place = workdir, _place(workdir)
     if writes:
       self._lines = _Lines(workdir / 'metrics.jsonl', _up_to(read(workdir), first_step))
-      self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
+      self._writer = _TensorBoard(workdir / 'metrics') if tensorboard else None
     self._steps = steps
     self._prints = writes and shows
     bar = self._prints and shows_bars()
@@ -69,7 +72,7 @@ class Log:
     if self._lines:
       self._lines.add({'step': step, **finite})
     if self._writer:
-      self._writer.write_scalars(step, metrics)
+      self._writer.add(step, metrics)
 
   def event(self, step: int, name: str, values: dict[str, float] | None = None) -> None:
     """Writes a record of an event, such as 'start'. Resuming does not remove events."""
@@ -82,6 +85,8 @@ class Log:
     self._check_place()
     if self._lines:
       self._lines.flush()
+    if self._writer:
+      self._writer.flush()
 
   def _check_place(self):
     if self._lines and _place(self._workdir) != self._place:
@@ -135,7 +140,6 @@ class Log:
     if self._lines:
       self._lines.close()
     if self._writer:
-      self._writer.flush()
       self._writer.close()
 
 
@@ -182,6 +186,56 @@ class _Lines:
     except Exception as error:  # the type depends on the library that accesses the bucket
       raise OSError(f'{self._path} cannot be written: {error}') from error
     self._written = time.monotonic()
+
+
+class _TensorBoard:
+  """A file of TensorBoard, written without TensorFlow, whose import takes seconds.
+
+  Objects in buckets cannot be appended to: there, `flush` and `close` write the entire file.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    from tensorboard.compat.proto import event_pb2
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    name = f'events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}'
+    self._path, self._event = folder / name, event_pb2.Event
+    with self._sentences():
+      folder.mkdir(parents=True, exist_ok=True)
+      self._file = io.BytesIO() if paths.is_remote(folder) else self._path.open('wb')
+    self._records = RecordWriter(self._file)
+    self._write(file_version='brain.Event:2')
+
+  def add(self, step: int, metrics: dict[str, float]) -> None:
+    """Appends the metrics of a step."""
+    values = [{'tag': name, 'simple_value': value} for name, value in metrics.items()]
+    self._write(step=step, summary={'value': values})
+
+  def _write(self, **fields):
+    with self._sentences():
+      self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
+      self._file.flush()
+
+  def flush(self) -> None:
+    """Writes all buffered records."""
+    if isinstance(self._file, io.BytesIO):
+      with self._sentences():
+        self._path.write_bytes(self._file.getvalue())
+
+  def close(self) -> None:
+    """Writes all buffered records and closes the file."""
+    self.flush()
+    self._file.close()
+
+  @contextlib.contextmanager
+  def _sentences(self):
+    try:
+      yield
+    except Exception as error:  # the type depends on the library that accesses the bucket
+      raise OSError(
+        f'TensorBoard files cannot be written to {self._path.parent}: {getattr(error, "strerror", None) or error}; '
+        'use --config.tensorboard=false to train without them'
+      ) from None
 
 
 def _place(folder):
@@ -264,22 +318,3 @@ def _up_to(records, last_step):
     seconds = {k: v for k, v in timed[-1].items() if k == 'time' or k.startswith('seconds_')}
     remaining.append({'step': timed[-1]['step'], 'event': 'killed', **seconds})
   return remaining
-
-
-def _tensorboard(folder):
-  if not (importlib.util.find_spec('tensorflow') and importlib.util.find_spec('tensorboard')):
-    logging.warning('TensorFlow is not installed: metrics are written to metrics.jsonl only')
-    return None
-  import tensorflow as tf
-  from clu import metric_writers
-
-  tf.config.set_visible_devices(
-    [], 'GPU'
-  )  # TensorFlow must not reserve the memory of the accelerator
-  try:
-    return metric_writers.AsyncWriter(metric_writers.SummaryWriter(str(folder)))
-  except tf.errors.OpError as error:
-    raise OSError(
-      f'TensorBoard files cannot be written to {folder}: {error.message.split(" [Op:")[0].split("}} ")[-1]}; '
-      'use --config.tensorboard=false to train without them'
-    ) from None
