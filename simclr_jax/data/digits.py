@@ -5,9 +5,11 @@ and put at a random place on a dark 32x32 canvas in a bright random tint: two pl
 few pixels in common.
 """
 
+import importlib.util
+import pathlib
+
 import ml_collections
 import numpy as np
-import sklearn.datasets
 from scipy import ndimage
 
 from simclr_jax.data.dataset import Arrays
@@ -23,12 +25,22 @@ def load(config: ml_collections.ConfigDict, split: str) -> Arrays:
   del config
   if split not in SCANS:
     raise ConfigError(f'the digits have the splits train and test, not {split!r}')
-  scans, labels = sklearn.datasets.load_digits(return_X_y=True)
+  scans, labels = _scans()
   chosen = np.random.default_rng(0).permutation(len(scans))[SCANS[split]]
   rng = np.random.default_rng([1, split == 'test'])
   scans = np.repeat(scans[chosen].reshape(-1, 8, 8) / 16, PLACEMENTS, axis=0)
   images = np.stack([_place(scan, rng) for scan in scans])
   return Arrays(images, np.repeat(labels[chosen], PLACEMENTS).astype(np.int32))
+
+
+def _scans():
+  """`sklearn.datasets.load_digits`, from the same file, without the import of scikit-learn, which takes a second."""
+  spec = importlib.util.find_spec('sklearn')
+  assert spec and spec.origin  # a dependency
+  table = np.loadtxt(
+    pathlib.Path(spec.origin).parent / 'datasets/data/digits.csv.gz', delimiter=','
+  )
+  return table[:, :-1], table[:, -1].astype(int)
 
 
 def _place(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
