@@ -16,7 +16,7 @@ from simclr_jax import sharding
 from simclr_jax.data import Arrays, Dataset, augment, loader, objects
 from simclr_jax.errors import ConfigError
 from simclr_jax.models import classifier, encoders, mlp
-from simclr_jax.runtime import preemption
+from simclr_jax.runtime import compile_cache, preemption
 from simclr_jax.runtime.checksum import crc32
 
 PyTree = Any
@@ -159,7 +159,9 @@ def _compiled_forward(architecture: str):
 
 def untrained(architecture: dict[str, Any], seed: int = 0) -> Encoder:
   """An encoder with random weights, initialised as for training."""
-  variables = jax.jit(_init(architecture))(jax.random.key(seed))
+  options = compile_cache.init_options(jax.default_backend())
+  init = jax.jit(_init(architecture), compiler_options=options)
+  variables = init(jax.random.key(seed))
   return Encoder(architecture, variables, {'untrained': True, 'seed': seed})
 
 

@@ -25,6 +25,7 @@ from simclr_jax import (
   sharding,
   train_state,
 )
+from simclr_jax.compile_check import gpus
 from simclr_jax.data import Dataset
 from simclr_jax.errors import ConfigError
 from simclr_jax.runtime import checkpoint, distributed, environment, files, goodput, paths
@@ -92,12 +93,13 @@ def pretrain(
       _describe(setup, state, workdir, quiet or complete)
 
     record = recorder.Recorder(setup, workdir, first, clock, cleanup, callbacks, progress)
+    announce = None if quiet else _announcement(mesh)
     trace = recorder.Trace(setup.config.profile_steps, setup.steps, workdir / 'profile', record.log)
     for i in range(first, setup.steps):
       with clock.measure('data'):
         step_fn.loader.wait(i)
       trace.before_step(i + 1)
-      state, metrics = step_fn(state, i)
+      state, metrics = step_fn(state, i, announce if i == first else None)
       done = i + 1
       record.metrics.push(done, metrics)
       watchdog.heartbeat()
@@ -356,6 +358,14 @@ def _describe(setup, state, workdir, quiet):
       f'{setup.steps:,} steps, so the learning rate continues at {rate:.3g}'
     )
   print('compiling the first step ...', flush=True)
+
+
+def _announcement(mesh) -> Callable[[Any], None] | None:
+  """A function that prints how much memory a step needs, and how much a GPU has; None where this is not known."""
+  gpu = mesh.local_devices[0]
+  if gpu.platform != 'gpu' or not distributed.is_main_process() or not gpu.memory_stats():
+    return None
+  return lambda memory: print(gpus.announce(gpu, memory), flush=True)
 
 
 def _warn(config, train):

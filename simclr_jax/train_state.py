@@ -1,6 +1,7 @@
 """The state of a training and the step that updates it."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -15,6 +16,7 @@ from simclr_jax import config as recipes, fields, health, methods, optim, shardi
 from simclr_jax.data import Dataset, augment, loader
 from simclr_jax.data.loader import DeviceBatch, Loader
 from simclr_jax.errors import ConfigError
+from simclr_jax.runtime import compile_cache
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -291,22 +293,37 @@ class Step:
     """`program`: the jitted step of `programs`."""
     self.loader = loader
     self._program, self._seed, self._teacher, self._mesh = program, seed, teacher, mesh
+    self._compiled: jax.stages.Compiled | None = None
 
-  def __call__(self, state: TrainState, i: int) -> tuple[TrainState, Metrics]:
+  def __call__(
+    self, state: TrainState, i: int, before: Callable[[Any], None] | None = None
+  ) -> tuple[TrainState, Metrics]:
     """Trains on batch i.
+
+    Args:
+      state, i: see the class.
+      before: called before the step runs, with `memory_analysis()` of the compiled step. This step and those that
+        follow then run that program, so that it is compiled once.
 
     Raises:
       ConfigError: an image cannot be read.
     """
-    rows = self.loader(i)
+    arguments = self._arguments(state, i)
     with jax.set_mesh(self._mesh):
-      return self._program(state, self._seed, self._teacher, self.loader.constants, rows)
+      if before:
+        self._compiled = self._program.lower(*arguments).compile()
+        before(self._compiled.memory_analysis())
+      return (self._compiled or self._program)(*arguments)
 
   def lower(self, state: TrainState, i: int) -> jax.stages.Lowered:
     """The program for batch i, lowered for inspection: `step.lower(state, 0).compile()`."""
-    rows = self.loader(i)
+    arguments = self._arguments(state, i)
     with jax.set_mesh(self._mesh):
-      return self._program.lower(state, self._seed, self._teacher, self.loader.constants, rows)
+      return self._program.lower(*arguments)
+
+  def _arguments(self, state, i):
+    rows = self.loader(i)
+    return state, self._seed, self._teacher, self.loader.constants, rows
 
 
 def build(
@@ -433,7 +450,8 @@ def _programs(key, mesh):
     in_shardings=(shardings, replicated, replicated, replicated, by_row),
     out_shardings=(shardings, replicated),
   )
-  return jax.jit(init, out_shardings=shardings), program
+  options = compile_cache.init_options(mesh.devices.flat[0].platform)
+  return jax.jit(init, out_shardings=shardings, compiler_options=options), program
 
 
 def _with_pretrained(config, method, ts, pretrained):

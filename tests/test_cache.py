@@ -1,8 +1,11 @@
-"""Programs that are kept in the user's cache folder."""
+"""The start: programs that are kept in the user's cache folder, programs that run once, memory of the first step."""
 
 import os
 import pathlib
+import subprocess
+import sys
 import threading
+import types
 
 import jax
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 from conftest import TINY
 from jax._src import compilation_cache
 
-from simclr_jax import cli, config as recipes, data, train_state
+from simclr_jax import cli, config as recipes, data, train as training, train_state
 from simclr_jax.runtime import compile_cache
 
 OPTIONS = (
@@ -238,3 +241,64 @@ def test_commands_keep_their_programs(cache_home, tmp_path):
   assert cli.main(['pretrain', '--config=simclr_digits', run, *fields]) == 0
   names = {path.name.split('-')[0] for path in (cache_home / 'simclr_jax').iterdir()}
   assert {'jit_init', 'jit_step'} <= names
+
+
+# Subprocess, because XLA reads its flags once: initial values with all optimisations, and as they are computed.
+INIT = """
+import jax, numpy as np, sys
+from simclr_jax import config, sharding, train_state
+from simclr_jax.runtime import compile_cache
+values = []
+for options in (compile_cache.init_options, lambda platform: None):
+  compile_cache.init_options = options
+  train_state._programs.cache_clear()
+  mesh = sharding.make_mesh()
+  recipe = config.load(sys.argv[1], {'data.examples': '6000', 'model.width_multiplier': '0.25'})
+  with jax.set_mesh(mesh):
+    values.append(jax.tree.leaves(train_state.programs(recipe, mesh)[0](np.uint32(3))))
+assert compile_cache.init_options('cpu') is None
+print(all(np.array_equal(a, b) for a, b in zip(*values, strict=True)))
+"""
+
+
+@pytest.mark.parametrize('recipe', ['simclr_digits', 'moco_cifar10'])
+def test_initial_values_do_not_depend_on_compiler_options(recipe):
+  """Breaks if initial values differ from those of runs that were started with all optimisations."""
+  environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+  command = [sys.executable, '-c', INIT, recipe]
+  output = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+  assert output.stdout == 'True\n', output.stderr
+
+
+def test_memory_of_a_gpu_is_announced_before_the_first_step(tmp_path, monkeypatch, capsys):
+  """Breaks if it is not printed, printed on other steps, or if the step is compiled twice for it."""
+  card = mock_gpu()
+  compiled_programs = []
+  compile_step = jax.stages.Lowered.compile
+  monkeypatch.setattr(
+    jax.stages.Lowered, 'compile', lambda s: compiled_programs.append(s) or compile_step(s)
+  )
+  announcement = training._announcement
+  monkeypatch.setattr(training, '_announcement', lambda mesh: announcement(card))
+  config = recipes.load('simclr_digits', {**TINY, 'steps': '3'})
+  jax.clear_caches()
+  train_state._programs.cache_clear()
+  assert training.pretrain(config, tmp_path / 'run') == 0
+  lines = capsys.readouterr().out.splitlines()
+  told = [i for i, line in enumerate(lines) if line.startswith('A card: a step needs')]
+  assert len(told) == 1 and lines[told[0] + 1].startswith('first step after')
+  assert len(compiled_programs) == 1
+
+
+def mock_gpu(platform='gpu', stats=None):
+  """A mesh of one described GPU."""
+  stats = {'bytes_limit': 2**30, 'bytes_in_use': 0} if stats is None else stats
+  gpu = types.SimpleNamespace(platform=platform, device_kind='A card', memory_stats=lambda: stats)
+  return types.SimpleNamespace(local_devices=[gpu])
+
+
+def test_nothing_is_announced_of_other_devices():
+  """Breaks if a CPU, or a GPU whose memory is not known, stops a training."""
+  assert training._announcement(mock_gpu('cpu')) is None
+  assert training._announcement(mock_gpu(stats={})) is None
+  assert training._announcement(mock_gpu()) is not None

@@ -1,4 +1,4 @@
-"""Keeps compiled programs in the user's cache folder, so that a command starts faster when it is run again.
+"""A faster start: compiled programs are kept in the user's cache folder; programs that run once are compiled quickly.
 
 JAX's own files are not used, because JAX reads a file that another process is still writing, never replaces a damaged
 one, and needs another package to limit their size.
@@ -12,6 +12,7 @@ import re
 import secrets
 import stat
 import zlib
+from typing import Any
 
 import jax
 from jax._src import compilation_cache  # JAX has no public function for caches of one's own
@@ -43,6 +44,20 @@ def enable() -> None:
   jax.config.update('jax_compilation_cache_dir', str(cache))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')  # files without a limit
+
+
+def init_options(platform: str) -> dict[str, Any] | None:
+  """Compiler options of a program that computes initial values.
+
+  On CPUs, LLVM's further optimisations take most of the time of compiling, and do not change the values.
+
+  Args:
+    platform: of the devices, such as 'cpu'.
+  """
+  level = 'xla_backend_optimization_level'
+  if platform != 'cpu' or level in os.environ.get('XLA_FLAGS', ''):
+    return None
+  return {level: 1}
 
 
 def _folder() -> pathlib.Path:
