@@ -52,5 +52,5 @@ def get_config(variant: str = 'v1') -> ml_collections.ConfigDict:
     config.warmup_epochs = config.get_ref('epochs').to_float() * 0.05
     config.weight_decay = 1e-4
     config.sharding = 'fsdp'
-    config.rematerialize = True
+    config.rematerialize = 'true'
   return config

@@ -110,7 +110,7 @@ def _override(config, field, value):
     raise ConfigError('code is filled in by the program')
   old = flat[field]
   try:
-    parsed = _typed(value, old)
+    parsed = _typed(fields.upgraded_value(field, value), old)
     config.update_from_flattened_dict({field: parsed})
   except (ValueError, TypeError, SyntaxError):
     raise ConfigError(f'{field}={value!r} is not {KINDS[type(old)]}') from None

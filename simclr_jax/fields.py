@@ -189,8 +189,9 @@ TABLE: dict[str, Field] = {
     Choices('batch', 'micro_batch'),
   ),
   'rematerialize': Field(
-    False, 'recompute the activations of each block in the backward pass: slower, less memory',
-    FLAG, resumable=True,
+    'false', 'true: recompute the activations of each block of a ResNet in the backward pass; parts: also compute each '
+    'block on 8 parts of the batch, with BatchNorm over all of them; less memory, slower',
+    Choices('false', 'true', 'parts'), resumable=True,
   ),
   'optimizer': Field('lars', 'the optimizer', Choices('lars', 'sgd', 'nesterov', 'adamw')),
   'learning_rate': Field(0.3, 'base learning rate', Range(0.0)),
@@ -239,7 +240,15 @@ TABLE: dict[str, Field] = {
 RENAMED = {'model.dialect': 'model.variant'}
 # Values of fields that old runs did not have, where the default would change their results.
 OLD_DEFAULTS = {'data.holdout': 0.0, 'data.alpha': 'ignore', 'accumulate_negatives': 'micro_batch'}
-OLD_VALUES = {'model.head_norm': {True: 'all', False: 'none'}}
+OLD_VALUES = {
+  'model.head_norm': {True: 'all', False: 'none'},
+  'rematerialize': {True: 'true', False: 'false'},
+}
+
+
+def upgraded_value(field: str, value: Any) -> Any:
+  """The current value of a field for which true and false were values once, see `OLD_VALUES`."""
+  return OLD_VALUES.get(field, {}).get(value, value) if isinstance(value, bool) else value
 
 
 def method_names() -> list[str]:

@@ -209,7 +209,7 @@ def upgraded(old: dict) -> dict:
   """
   flat = flatten(fields.recipe(old['method'])) | fields.OLD_DEFAULTS
   for name, value in flatten(old).items():
-    flat[fields.RENAMED.get(name, name)] = _upgraded_value(name, value)
+    flat[fields.RENAMED.get(name, name)] = fields.upgraded_value(name, value)
   nested: dict = {}
   for name, value in flat.items():
     *group, key = name.split('.')
@@ -220,10 +220,6 @@ def upgraded(old: dict) -> dict:
       raise ConfigError(f'the recipe of the run is damaged: {name!r} is not a field')
     part[key] = value
   return nested
-
-
-def _upgraded_value(field, value):
-  return fields.OLD_VALUES.get(field, {}).get(value, value) if isinstance(value, bool) else value
 
 
 def upgraded_architecture(old: dict) -> dict:
@@ -238,7 +234,7 @@ def upgraded_architecture(old: dict) -> dict:
   for name, value in old.items():
     field = f'model.{name}'
     new = fields.RENAMED.get(field, field)
-    values[new if new in values else name] = _upgraded_value(field, value)
+    values[new if new in values else name] = fields.upgraded_value(field, value)
   values = {'channels': 3, **{k.removeprefix('model.'): value for k, value in values.items()}}
   for name in (*OF_ARCHITECTURE, *values):
     if name not in values and name in ('image_size', 'eval_view'):

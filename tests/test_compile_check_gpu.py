@@ -253,7 +253,7 @@ def test_find_batch():
     per_image = {(False, 1): 10, (True, 1): 4, (False, 8): 1}[ways] * 2**20
     if config.accumulate_steps > 1:
       raise ConfigError('no accumulation here')
-    return per_image * config.batch_size, config.batch_size * (1.25 if config.rematerialize else 1)
+    return per_image * config.batch_size, config.batch_size * (1 if config.rematerialize == 'false' else 1.25)
 
   rows = batches.find(recipe, topology, lines.append, need)
   assert rows[0] == {

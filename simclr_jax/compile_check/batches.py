@@ -15,9 +15,10 @@ from simclr_jax.errors import ConfigError
 
 # The ways, as changes of recipe fields.
 WAYS: dict[str, dict[str, Any]] = {
-  'plain': {'rematerialize': False, 'accumulate_steps': 1},
-  'rematerialize=true': {'rematerialize': True, 'accumulate_steps': 1},
-  'accumulate_steps=8': {'rematerialize': False, 'accumulate_steps': 8},
+  'plain': {'rematerialize': 'false', 'accumulate_steps': 1},
+  'rematerialize=true': {'rematerialize': 'true', 'accumulate_steps': 1},
+  'rematerialize=parts': {'rematerialize': 'parts', 'accumulate_steps': 1},
+  'accumulate_steps=8': {'rematerialize': 'false', 'accumulate_steps': 8},
 }
 FACTORS = (4, 5, 6, 7)  # batch sizes are these times powers of two
 PREDICTIONS = 4

@@ -34,7 +34,7 @@ def build(
   head_layer: int = 0,
   frozen: int = -1,
   dtype: Any = jnp.float32,
-  rematerialize: bool = False,
+  rematerialize: str = 'false',
 ) -> Classifier:
   """The classifier of a recipe.
 

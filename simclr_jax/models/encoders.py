@@ -12,7 +12,7 @@ from simclr_jax.models import resnet
 
 
 def build(
-  config: Any, dtype: Any = jnp.float32, frozen: int = -1, rematerialize: bool = False
+  config: Any, dtype: Any = jnp.float32, frozen: int = -1, rematerialize: str = 'false'
 ) -> nn.Module:
   """The encoder of a recipe.
 
@@ -35,8 +35,10 @@ def build(
     raise ConfigError(
       f'build() in {config["encoder"]} returns {type(module).__name__}, not a flax.linen module'
     )
-  if rematerialize:
-    raise ConfigError('rematerialize=true is for ResNets; use flax.linen.remat in your encoder')
+  if rematerialize != 'false':
+    raise ConfigError(
+      f'rematerialize={rematerialize} is for ResNets; use flax.linen.remat in your encoder'
+    )
   return module
 
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from simclr_jax.models import by_parts
+
 
 class Conv(nn.Module):
   """A convolution with a square kernel and zero padding by about half of its size.
@@ -37,12 +39,15 @@ class Conv(nn.Module):
   padding: str = 'symmetric'
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: by_parts.Array) -> by_parts.Array:
     """`x` `[n, height, width, channels]` -> `[n, height / stride, width / stride, features]`, rounded up."""
     shape = (self.size, self.size, x.shape[-1], self.features)
     kernel = self.param('kernel', self.kernel_init, shape, jnp.float32)
-    y = _conv(x.astype(self.dtype), kernel, self.stride, self.padding)
-    return _with_bias(self, y, nn.initializers.zeros)
+
+    def conv(x, kernel):
+      return _conv(x.astype(self.dtype), kernel, self.stride, self.padding)
+
+    return _with_bias(self, by_parts.apply(conv, x, kernel), nn.initializers.zeros)
 
 
 class Dense(nn.Module):
@@ -72,7 +77,13 @@ def _with_bias(layer, y, init):
   if not layer.use_bias:
     return y
   bias = layer.param('bias', init, (layer.features,), jnp.float32)
-  return (y.astype(jnp.float32) + bias).astype(y.dtype)  # so that the gradient is summed in float32
+
+  def add(y, bias):
+    return (y.astype(jnp.float32) + bias).astype(
+      y.dtype
+    )  # so that the gradient is summed in float32
+
+  return by_parts.apply(add, y, bias)
 
 
 def _pads(padding, size, stride, shape):

@@ -7,6 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from simclr_jax.models import by_parts
+
 LAYOUTS = ('contiguous', 'strided')
 
 
@@ -44,16 +46,21 @@ class BatchNorm(nn.Module):
   dtype: Any = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """Normalises x `[n, ..., c]`: with batch statistics if `train`, which updates `batch_stats`, else with these."""
+  def __call__(self, x: by_parts.Array, train: bool) -> by_parts.Array:
+    """Normalises x `[n, ..., c]`: with batch statistics if `train`, which updates `batch_stats`, else with these.
+
+    Statistics of an x that is delayed are computed now, its normalisation is delayed.
+    """
     if self.layout not in LAYOUTS:
       raise ValueError(f'BatchNorm layout {self.layout!r} is not one of {LAYOUTS}')
     c = x.shape[-1]
     running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (c,), jnp.float32)
     running_var = self.variable('batch_stats', 'var', jnp.ones, (c,), jnp.float32)
 
-    y = x.astype(jnp.float32)
+    delayed = isinstance(x, by_parts.Delayed)
     if train:
+      x = by_parts.evaluate(x)
+      y = x.astype(jnp.float32)
       if x.shape[0] % self.groups:
         raise ValueError(f'a batch of {x.shape[0]} does not split into {self.groups} groups')
       size = x.shape[0] // self.groups
@@ -84,5 +91,17 @@ class BatchNorm(nn.Module):
     offset = -mean * factor
     if self.use_bias:
       offset = offset + self.param('bias', nn.initializers.zeros, (c,), jnp.float32)
-    y = y * factor + offset
-    return y.reshape(x.shape).astype(self.dtype)
+
+    def normalised(x, factor, offset):
+      return (x.astype(jnp.float32) * factor + offset).astype(self.dtype)
+
+    if not train:
+      return by_parts.apply(normalised, x, factor, offset)
+    if not delayed:
+      return normalised(y, factor, offset).reshape(x.shape)
+    if self.groups == 1:
+      return by_parts.apply(normalised, by_parts.delay(x), factor[0], offset[0])
+    of_rows = [
+      jnp.broadcast_to(v, (*rows, *v.shape[2:])).reshape(-1, *v.shape[2:]) for v in (factor, offset)
+    ]
+    return by_parts.apply(normalised, *map(by_parts.delay, (x, *of_rows)))

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from simclr_jax.models import by_parts
 from simclr_jax.models.layers import Conv
 from simclr_jax.models.norm import BatchNorm
 
@@ -47,15 +48,23 @@ class SelectiveKernel(nn.Module):
   norm: Callable[..., nn.Module]
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x: by_parts.Array, train: bool) -> by_parts.Array:
     """x `[n, height, width, 2c]`, the two streams concatenated -> `[n, height, width, c]`."""
-    streams = jnp.stack(jnp.split(x, 2, axis=-1))
-    y = jnp.mean(streams.sum(axis=0), axis=(1, 2), keepdims=True)
-    y = self.conv(self.features, 1, 1, name='reduce')(y)
-    y = nn.relu(self.norm(name='bn')(y, train))
+
+    def pooled(x):
+      return jnp.mean(_streams(x).sum(axis=0), axis=(1, 2), keepdims=True)
+
+    def selected(x, y):
+      return jnp.sum(_streams(x) * nn.softmax(_streams(y), axis=0), axis=0)
+
+    y = self.conv(self.features, 1, 1, name='reduce')(by_parts.apply(pooled, x))
+    y = by_parts.apply(nn.relu, self.norm(name='bn')(y, train))
     y = self.conv(x.shape[-1], 1, 1, name='expand')(y)
-    weights = nn.softmax(jnp.stack(jnp.split(y, 2, axis=-1)), axis=0)
-    return jnp.sum(streams * weights, axis=0)
+    return by_parts.apply(selected, x, y)
+
+
+def _streams(x):
+  return jnp.stack(jnp.split(x, 2, axis=-1))
 
 
 class SqueezeExcite(nn.Module):
@@ -72,12 +81,12 @@ class SqueezeExcite(nn.Module):
   conv: Callable[..., nn.Module]
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: by_parts.Array) -> by_parts.Array:
     """x `[n, height, width, c]` -> the same shape."""
-    y = jnp.mean(x, axis=(1, 2), keepdims=True)
-    y = nn.relu(self.conv(self.features, 1, 1, name='reduce', use_bias=True)(y))
+    y = by_parts.apply(lambda x: jnp.mean(x, axis=(1, 2), keepdims=True), x)
+    y = by_parts.apply(nn.relu, self.conv(self.features, 1, 1, name='reduce', use_bias=True)(y))
     y = self.conv(x.shape[-1], 1, 1, name='expand', use_bias=True)(y)
-    return x * nn.sigmoid(y)
+    return by_parts.apply(lambda x, y: x * nn.sigmoid(y), x, y)
 
 
 class Block(nn.Module):
@@ -90,6 +99,7 @@ class Block(nn.Module):
     project: whether the shortcut is a 1x1 convolution instead of the identity.
     zero_init: whether the last gamma is initialised with 0, so that the block is initially its shortcut.
     sk_ratio, se_ratio: as for `ResNet`.
+    in_parts: whether the block is computed on parts of the batch, see `models.by_parts`.
     conv, norm: constructors of layers.
   """
 
@@ -100,23 +110,28 @@ class Block(nn.Module):
   zero_init: bool
   sk_ratio: float
   se_ratio: float
+  in_parts: bool
   conv: Callable[..., nn.Module]
   norm: Callable[..., nn.Module]
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+  def __call__(self, x: by_parts.Array, train: bool) -> jax.Array:
     f, s = self.filters, self.stride
     selective = self.bottleneck and self.sk_ratio > 0
     kernels = [(f, 3, s), (f, 3, 1)]
     if self.bottleneck:
       kernels = [(f, 1, 1), (2 * f if selective else f, 3, s), (4 * f, 1, 1)]
 
+    if self.in_parts:
+      x = by_parts.delay(x)
     shortcut = x
     if self.project:
       if self.sk_ratio > 0:  # ResNet-D
         # As in TensorFlow, padding is included in the average only if the stride is 2.
-        shortcut = nn.avg_pool(x, (2, 2), (s, s), [(0, 1), (0, 1)], count_include_pad=s > 1)
-        s = 1
+        def pool(x, s=s):
+          return nn.avg_pool(x, (2, 2), (s, s), [(0, 1), (0, 1)], count_include_pad=s > 1)
+
+        shortcut, s = by_parts.apply(pool, x), 1
       shortcut = self.conv(kernels[-1][0], 1, s, name='proj_conv')(shortcut)
       shortcut = self.norm(name='proj_bn')(shortcut, train)
 
@@ -125,14 +140,14 @@ class Block(nn.Module):
       last = i == len(kernels)
       init = nn.initializers.zeros if last and self.zero_init else nn.initializers.ones
       x = self.norm(scale_init=init, name=f'bn{i}')(x, train)
-      x = x if last else nn.relu(x)
+      x = x if last else by_parts.apply(nn.relu, x)
       if selective and i == 2:
         x = SelectiveKernel(max(int(f * self.sk_ratio), 32), self.conv, self.norm, name='sk')(
           x, train
         )
     if self.se_ratio > 0:
       x = SqueezeExcite(max(int(f * self.se_ratio), 1), self.conv, name='se')(x)
-    return nn.relu(x + shortcut)
+    return by_parts.evaluate(by_parts.apply(lambda x, y: nn.relu(x + y), x, shortcut))
 
 
 class ResNet(nn.Module):
@@ -165,7 +180,8 @@ class ResNet(nn.Module):
     se_ratio: above 0: squeeze and excitation at the end of every block.
     normalize: 'none', or a key of `NORMALIZE`: mean and standard deviation that normalise the images.
     dtype: dtype of the convolutions; parameters and BatchNorm statistics are float32.
-    rematerialize: whether the activations of a block are recomputed in the backward pass.
+    rematerialize: 'true': the activations of a block are recomputed in the backward pass. 'parts': also, in training
+      a block is computed on parts of the batch, see `models.by_parts`. 'false': neither.
     frozen: the stem and the groups up to this one use the running averages of BatchNorm in training, too, and do not
       update them; 0: the stem only; -1: nothing is frozen.
 
@@ -184,7 +200,7 @@ class ResNet(nn.Module):
   normalize: str = 'none'
   dtype: Any = jnp.float32
   frozen: int = -1
-  rematerialize: bool = False
+  rematerialize: str = 'false'
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -216,21 +232,28 @@ class ResNet(nn.Module):
       mean, std = NORMALIZE[self.normalize]
       x = (x - jnp.array(mean)) / jnp.array(std)
     x = x.astype(self.dtype)
-
     width = int(64 * self.width_multiplier)
-    size, stride, pool = STEMS[self.stem]
-    train_stem = train and self.frozen < 0
-    if self.sk_ratio > 0 and self.stem == 'imagenet':  # ResNet-D
-      for i in (1, 2):
-        x = conv(width // 2, 3, stride if i == 1 else 1, name=f'stem_conv{i}')(x)
-        x = nn.relu(norm(name=f'stem_bn{i}')(x, train_stem))
-      size, stride = 3, 1
-    x = conv(width, size, stride, name='stem_conv')(x)
-    x = nn.relu(norm(name='stem_bn')(x, train_stem))
-    if pool:
-      x = nn.max_pool(x, (3, 3), (2, 2), [(1, 1), (1, 1)] if torch else 'SAME')
+    parts = self.rematerialize == 'parts' and train and not self.is_initializing()
 
-    residual = nn.remat(Block, static_argnums=(2,)) if self.rematerialize else Block
+    def stem(module, x):
+      size, stride, pool = STEMS[self.stem]
+      train_stem = train and self.frozen < 0
+      x = by_parts.delay(x) if parts else x
+      if self.sk_ratio > 0 and self.stem == 'imagenet':  # ResNet-D
+        for i in (1, 2):
+          x = conv(width // 2, 3, stride if i == 1 else 1, name=f'stem_conv{i}')(x)
+          x = by_parts.apply(nn.relu, norm(name=f'stem_bn{i}')(x, train_stem))
+        size, stride = 3, 1
+      x = conv(width, size, stride, name='stem_conv')(x)
+      x = by_parts.apply(nn.relu, norm(name='stem_bn')(x, train_stem))
+      if pool:
+        pads = [(1, 1), (1, 1)] if torch else 'SAME'
+        x = by_parts.apply(lambda x: nn.max_pool(x, (3, 3), (2, 2), pads), x)
+      return by_parts.evaluate(x)
+
+    x = nn.remat(stem)(self, x) if parts else stem(self, x)
+    recompute = self.rematerialize != 'false'
+    residual = nn.remat(Block, static_argnums=(2,)) if recompute else Block
     for group, count in enumerate(blocks):
       filters = width * 2**group
       for block in range(count):
@@ -244,6 +267,7 @@ class ResNet(nn.Module):
           zero_init=not torch,
           sk_ratio=self.sk_ratio,
           se_ratio=self.se_ratio,
+          in_parts=parts,
           conv=conv,
           norm=norm,
           name=f'group{group + 1}_block{block + 1}',
@@ -257,7 +281,7 @@ def is_frozen(name: str, frozen: int) -> bool:
 
 
 def from_config(
-  config: Any, dtype: Any = jnp.float32, frozen: int = -1, rematerialize: bool = False
+  config: Any, dtype: Any = jnp.float32, frozen: int = -1, rematerialize: str = 'false'
 ) -> ResNet:
   """The ResNet of a recipe's `model` part; the other arguments as for `ResNet`."""
   return ResNet(
