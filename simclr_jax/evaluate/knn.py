@@ -89,6 +89,8 @@ def neighbours(
   padded[: len(bank)] = normalize(jnp.asarray(bank, jnp.float32))
   blocks = sharding.put_batch(mesh, {'bank': padded.reshape(mesh.size, -1, side, d)})['bank']
   search = _search(mesh, min(k, len(bank)), len(bank))
+  parts = -(-len(queries) // block)
+  block = -(-len(queries) // parts)  # equal parts: little padding
   similarities, indices = [], []
   for start in range(0, len(queries), block):
     preemption.check()
