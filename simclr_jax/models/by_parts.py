@@ -16,6 +16,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 PyTree = Any
@@ -133,7 +134,10 @@ def _loop(function, total, rows, overwrite=False):
   *kept, last = (x.reshape(count, n // count, *x.shape[1:]) for x in leaves)
 
   def of_part(total, i, last):
-    return function(total, structure.unflatten([x[i] for x in (*kept, last)]))
+    return function(
+      total,
+      structure.unflatten([lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (*kept, last)]),
+    )
 
   shapes, structure_of_y = jax.tree.flatten(jax.eval_shape(of_part, total, 0, last)[1])
   # The first values of the results depend on the rows: XLA may place a constant in memory long before.
@@ -147,7 +151,9 @@ def _loop(function, total, rows, overwrite=False):
     total, results = carry
     total, y = of_part(total, i, results[reused[0]] if overwrite and reused else last)
     y = jax.tree.leaves(y)
-    return total, [x.at[i].set(new) for x, new in zip(results, y, strict=True)]
+    return total, [
+      lax.dynamic_update_index_in_dim(x, new, i, 0) for x, new in zip(results, y, strict=True)
+    ]
 
-  total, results = jax.lax.fori_loop(0, count, step, (total, results))
+  total, results = lax.fori_loop(0, count, step, (total, results))
   return total, structure_of_y.unflatten([x.reshape(n, *x.shape[2:]) for x in results])
