@@ -1,7 +1,8 @@
 """The optimizer and the learning-rate schedule of a recipe."""
 
+import collections
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +79,7 @@ def schedule(config: ml_collections.ConfigDict, examples: int) -> optax.Schedule
   starts = -(
     -epoch[1:] * examples // config.batch_size
   )  # first step of the second, third, ... epoch
-  return lambda step: rates[jnp.searchsorted(starts, step, side='right')]
+  return lambda step: rates[jnp.sum(starts <= step)]
 
 
 def kernels(params: PyTree) -> PyTree:
@@ -132,6 +133,38 @@ def build(
   return optax.partition(transforms, label)
 
 
+def norms(arrays: Sequence[jax.Array]) -> jax.Array:
+  """The L2 norm of each array, float32 `[len(arrays)]`.
+
+  Arrays of equal shape are stacked, so that a GPU does not launch one kernel for each of the hundreds of
+  arrays of a ResNet.
+  """
+  by_shape = collections.defaultdict(list)
+  for i, x in enumerate(arrays):
+    by_shape[x.shape].append(i)
+  sums = [
+    jnp.sum(jnp.square(jnp.stack([arrays[i] for i in indices])), axis=range(1, 1 + len(shape)))
+    for shape, indices in by_shape.items()
+  ]
+  order = np.argsort(np.concatenate(list(by_shape.values())))
+  return jnp.sqrt(jnp.concatenate(sums)[order])
+
+
+def _scale_by_trust_ratio(coefficient):
+  """`optax.scale_by_trust_ratio`, whose norms are those of `norms`."""
+
+  def update(updates, state, params):
+    updates, structure = jax.tree.flatten(updates)
+    params = jax.tree.leaves(params)
+    u, p = jnp.split(norms([*updates, *params]), [len(updates)])
+    ratio = jnp.where((u > 0) & (p > 0), coefficient * p / jnp.where(u > 0, u, 1.0), 1.0)
+    return jax.tree.unflatten(
+      structure, [x * r for x, r in zip(updates, ratio, strict=True)]
+    ), state
+
+  return optax.GradientTransformation(lambda params: optax.ScaleByTrustRatioState(), update)
+
+
 def continued(opt_state: PyTree, momentum: PyTree, step: int) -> PyTree:
   """The state of SGD with momentum after `step` steps of another program.
 
@@ -161,14 +194,11 @@ def _group_schedule(config, rate, group):
 def _transform(config, rate):
   decayed = kernels if config.weight_decay_on == 'kernels' else None
   if config.optimizer == 'lars':
-    return optax.lars(
-      rate,
-      weight_decay=config.weight_decay,
-      weight_decay_mask=decayed or True,
-      trust_coefficient=0.001,
-      eps=0.0,
-      trust_ratio_mask=_lars_mask,
-      momentum=config.momentum,
+    return optax.chain(
+      optax.add_decayed_weights(config.weight_decay, decayed or True),
+      optax.masked(_scale_by_trust_ratio(0.001), _lars_mask),
+      optax.scale_by_learning_rate(rate),
+      optax.trace(config.momentum),
     )
   if config.optimizer == 'adamw':
     return optax.adamw(rate, weight_decay=config.weight_decay, mask=decayed)

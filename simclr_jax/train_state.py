@@ -118,8 +118,10 @@ def train_step(
   logged = (done % config.log_every_steps == 0) | (done == 1) | (done == steps)
   metrics |= _embedding_metrics(metrics.pop('embeddings'), logged)
   metrics['learning_rate'] = rate(ts.step)
-  metrics['grad_norm'] = optax.tree.norm(grads)
-  metrics['param_norm'] = optax.tree.norm(ts.params)
+  arrays = jax.tree.leaves(grads)
+  norms = optim.norms([*arrays, *jax.tree.leaves(ts.params)])
+  metrics['grad_norm'] = jnp.linalg.norm(norms[: len(arrays)])
+  metrics['param_norm'] = jnp.linalg.norm(norms[len(arrays) :])
   return TrainState(done, optax.apply_updates(ts.params, updates), state, opt_state), metrics
 
 
