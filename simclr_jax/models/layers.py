@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from simclr_jax.models import by_parts
 
@@ -121,7 +122,8 @@ def _conv_backward(stride, padding, saved, dy):
   def rounded(x, dy):
     shape = jax.ShapeDtypeStruct(kernel.shape, x.dtype)
     (dkernel,) = jax.linear_transpose(lambda k: _rounded_conv(x, k, stride, padding), shape)(dy)
-    return dkernel.astype(jnp.float32)
+    # In the layout of the parameter, so that the optimizer copies nothing.
+    return with_layout_constraint(dkernel.astype(jnp.float32), Layout((0, 1, 2, 3)))
 
   exact = partial(kernel_gradient, size=len(kernel), stride=stride, padding=padding)
   # cuDNN has no convolution of bfloat16 numbers with a float32 result.
@@ -178,3 +180,22 @@ def _dot_backward(saved, dy):
 
 
 _dot.defvjp(_dot_forward, _dot_backward)
+
+
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+  """ReLU, whose backward pass reads the output instead of x, which then need not be kept or computed again."""
+  return jnp.maximum(x, 0)
+
+
+def _relu_forward(x):
+  y = relu(x)
+  return y, y
+
+
+def _relu_backward(y, dy):
+  y = lax.optimization_barrier(y)  # otherwise the compiler for GPUs computes it again
+  return (jnp.where(y > 0, dy, jnp.zeros_like(dy)),)
+
+
+relu.defvjp(_relu_forward, _relu_backward)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from simclr_jax.models import by_parts
-from simclr_jax.models.layers import Conv
+from simclr_jax.models.layers import Conv, relu
 from simclr_jax.models.norm import BatchNorm
 
 # depth -> (number of blocks in each group, whether they are bottleneck blocks). Depth 8, for laptops and tests, is the
@@ -147,7 +147,7 @@ class Block(nn.Module):
         )
     if self.se_ratio > 0:
       x = SqueezeExcite(max(int(f * self.se_ratio), 1), self.conv, name='se')(x)
-    return by_parts.evaluate(by_parts.apply(lambda x, y: nn.relu(x + y), x, shortcut))
+    return by_parts.evaluate(by_parts.apply(lambda x, y: relu(x + y), x, shortcut))
 
 
 class ResNet(nn.Module):
