@@ -357,6 +357,7 @@ def run_one_process(folder, workdir, limit=None, **changes):
 
   env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'JAX_NUM_CPU_DEVICES': '2'}
   env.pop('JAX_COMPILATION_CACHE_DIR', None)
+  env['JAX_ENABLE_COMPILATION_CACHE'] = 'false'  # nor the user's
   completed = subprocess.run(
     [sys.executable, '-m', 'simclr_jax', *command(workdir, **changes)],
     env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
