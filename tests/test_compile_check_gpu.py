@@ -250,7 +250,7 @@ def test_find_batch():
 
   def need(config, topology):
     ways = (config.rematerialize, config.accumulate_steps)
-    per_image = {(False, 1): 10, (True, 1): 4, (False, 8): 1}[ways] * 2**20
+    per_image = {('false', 1): 10, ('true', 1): 4, ('parts', 1): 2, ('false', 8): 1}[ways] * 2**20
     if config.accumulate_steps > 1:
       raise ConfigError('no accumulation here')
     return per_image * config.batch_size, config.batch_size * (1 if config.rematerialize == 'false' else 1.25)
@@ -260,7 +260,9 @@ def test_find_batch():
     'way': 'plain', 'largest_batch': 2048, 'memory': 20 * GIB, 'relative_time': 1.0,
   }  # fmt: skip
   assert rows[1]['largest_batch'] == 5120 and rows[1]['relative_time'] == 1.25
-  assert rows[2] == {'way': 'accumulate_steps=8', 'refused': 'no accumulation here'}
+  assert [row['way'] for row in rows] == list(batches.WAYS)
+  assert rows[2]['largest_batch'] == 10240
+  assert rows[3] == {'way': 'accumulate_steps=8', 'refused': 'no accumulation here'}
   assert 'plain: batch size 512 fits: 5 GiB of 21.6 GiB' in lines
   text = batches.table(rows, 1)
   assert '2,048' in text and 'no accumulation here' in text and '1.25' in text

@@ -51,7 +51,7 @@ import ml_collections
 
 from simclr_jax import fields, plugins
 from simclr_jax.errors import ConfigError
-from simclr_jax.models import linear, network
+from simclr_jax.models import by_parts, linear, network
 from simclr_jax.optim import Group
 
 PyTree = Any
@@ -193,7 +193,7 @@ def keeps_negatives(config: ml_collections.ConfigDict, method: Method) -> bool:
 
 
 def notes(config: ml_collections.ConfigDict, devices: int) -> list[str]:
-  """Sentences about how a recipe is computed on this number of devices: accumulation, large batches."""
+  """Sentences about how a recipe is computed on this number of devices: accumulation, large batches, parts."""
   method, parts, n = build(config), config.accumulate_steps, config.batch_size
   sentences = method.notes(devices) if method.notes else []
   if parts > 1:
@@ -202,6 +202,13 @@ def notes(config: ml_collections.ConfigDict, devices: int) -> list[str]:
     sentences.append(
       f'accumulate_steps={parts}: micro-batches of {n // parts:,} images; the loss sees {seen}, BatchNorm '
       f'normalises {groups} groups of {n // groups:,} images'
+    )
+  if config.rematerialize == 'parts':
+    views = method.joint_views * n // (parts * devices)
+    count = by_parts.number_of_parts(views)
+    sentences.append(
+      f'rematerialize=parts: each block on {count} parts of {views // count:,} views per device, BatchNorm as without parts'
+      + ('' if count > 1 else ' (no number from 2 to 8 divides the views: choose another batch_size)')
     )
   return sentences
 
