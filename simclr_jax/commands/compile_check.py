@@ -11,8 +11,8 @@ step as a run would, which takes minutes. The output lists memory, operations, e
 the bottleneck (roofline: compute, memory or interconnect). The exit code is 1 if the step does not fit, if negatives or
 BatchNorm do not reach all devices, or if images move between devices. Fields are set as in pretrain.
 
---find-batch names the largest batch that fits by each way to save memory: plain, rematerialize=true and
-accumulate_steps=8, with the memory per device and the time of an image, relative to plain.
+--find-batch names the largest batch that fits by each way to save memory: plain, rematerialize=true,
+rematerialize=parts and accumulate_steps=8, with the memory per device and the time of an image, relative to plain.
 """
 
 import argparse
