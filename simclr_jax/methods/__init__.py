@@ -208,7 +208,9 @@ def notes(config: ml_collections.ConfigDict, devices: int) -> list[str]:
     count = by_parts.number_of_parts(views)
     sentences.append(
       f'rematerialize=parts: each block on {count} parts of {views // count:,} views per device, BatchNorm as without parts'
-      + ('' if count > 1 else ' (no number from 2 to 8 divides the views: choose another batch_size)')
+      + (
+        '' if count > 1 else ' (no number from 2 to 8 divides the views: choose another batch_size)'
+      )
     )
   return sentences
 

@@ -134,10 +134,8 @@ def _loop(function, total, rows, overwrite=False):
   *kept, last = (x.reshape(count, n // count, *x.shape[1:]) for x in leaves)
 
   def of_part(total, i, last):
-    return function(
-      total,
-      structure.unflatten([lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (*kept, last)]),
-    )
+    part = [lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (*kept, last)]
+    return function(total, jax.tree.unflatten(structure, part))
 
   shapes, structure_of_y = jax.tree.flatten(jax.eval_shape(of_part, total, 0, last)[1])
   # The first values of the results depend on the rows: XLA may place a constant in memory long before.
@@ -156,4 +154,5 @@ def _loop(function, total, rows, overwrite=False):
     ]
 
   total, results = lax.fori_loop(0, count, step, (total, results))
-  return total, structure_of_y.unflatten([x.reshape(n, *x.shape[2:]) for x in results])
+  results = [x.reshape(n, *x.shape[2:]) for x in results]
+  return total, jax.tree.unflatten(structure_of_y, results)
