@@ -451,6 +451,7 @@ def _programs(key, mesh):
     donate_argnums=0,
     in_shardings=(shardings, replicated, replicated, replicated, by_row),
     out_shardings=(shardings, replicated),
+    compiler_options=sharding.compiler_options(mesh),
   )
   options = compile_cache.init_options(mesh.devices.flat[0].platform)
   return jax.jit(init, out_shardings=shardings, compiler_options=options), program

@@ -18,6 +18,7 @@ _COLLECTIVE = re.compile(
   rf'^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ({"|".join(KINDS)})(-start)?\((.*?)\)(?:,|$)'
 )
 _OP_NAME = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*op_name="([^"]*)"')
+_BITCAST = re.compile(r'^\s*%?([\w.\-]+) = \S+ bitcast\(%?([\w.\-]+)\)')
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
 _CALLEES = re.compile(
   r'(?:calls|to_apply|branch_computations|called_computations)=\{?([^,}]+(?:, %[^,}]+)*)'
@@ -111,6 +112,9 @@ def collectives(text: str, devices: int) -> list[Collective]:
     devices: number of devices of the program.
   """
   op_names = {m[1]: m[2] for line in text.splitlines() if (m := _OP_NAME.match(line))}
+  for line in text.splitlines():
+    if (m := _BITCAST.match(line)) and m[2] in op_names:
+      op_names.setdefault(m[1], op_names[m[2]])
   joined = _joined(text, op_names)
   times = _times(text)
   by_channel: dict[str, Collective] = {}
