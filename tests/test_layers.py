@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from simclr_jax.models.layers import Conv, Dense, kernel_gradient
+from simclr_jax.models.layers import Conv, Dense, kernel_gradient, relu
 
 
 def loop_kernel_gradient(x, dy, size, stride, before):
@@ -119,3 +119,11 @@ def test_dense_kernel_gradient_is_float32():
   _, vjp = jax.vjp(lambda v: layer.apply(v, x), layer.init(jax.random.key(0), x))
   expected = np.float64(x).T @ np.float64(dy)
   np.testing.assert_allclose(vjp(dy)[0]['params']['kernel'], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_relu_equals_that_of_flax():
+  """Breaks if the gradient at 0 is not 0, or a value changes."""
+  x = jnp.array([-1.0, 0.0, 2.0])
+  for ours, flax in zip(jax.vjp(relu, x)[1](x + 3), jax.vjp(nn.relu, x)[1](x + 3)):
+    np.testing.assert_array_equal(ours, flax)
+  np.testing.assert_array_equal(relu(x), nn.relu(x))

@@ -218,3 +218,11 @@ def test_optimizer_groups_have_learning_rates_of_their_own():
     expected = {'encoder': step_rate, 'predictor': 0.4, 'fast': 10 * step_rate, 'both': 0.2}
     for key, value in expected.items():
       np.testing.assert_allclose(updates[key]['kernel'], -value, rtol=1e-5, err_msg=key)
+
+
+def test_norms():
+  """Breaks if norms of arrays that are stacked come in another order."""
+  rng = np.random.default_rng(0)
+  arrays = [rng.normal(size=s).astype(np.float32) for s in ((3, 4), (5,), (3, 4), (), (5,), (4, 3))]
+  expected = [np.linalg.norm(x.astype(np.float64)) for x in arrays]
+  np.testing.assert_allclose(optim.norms(arrays), expected, rtol=1e-6)
