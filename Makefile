@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-faults test-minimal test-interop test-browser lint lock bench bench-input mechanisms gpu-cifar10 tpu-table clean
+.PHONY: demo test test-all test-faults test-minimal test-interop test-browser lint lock bench bench-input mechanisms gpu-cifar10 gpu-bench tpu-table clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --labels=2 --student-width=0.25 --seeds=3 --scratch-steps=400 --scratch-learning-rate=0.01
@@ -71,6 +71,10 @@ bench-input: $(VENV)/.installed
 gpu-cifar10:
 	$(PYTHON) benchmarks/gpu_cifar10.py --data=$(DATA)
 	$(PYTHON) benchmarks/gpu_cifar10.py --data=$(DATA) --recipe=moco_cifar10
+
+# Ratios of training steps on one GPU to PyTorch's; needs torch and torchvision with CUDA, or TORCH=PYTHON that has them.
+gpu-bench:
+	$(PYTHON) benchmarks/gpu_bench.py --torch-python=$(or $(TORCH),$(PYTHON))
 
 # The mechanisms side by side on CIFAR-10, in small, and MoCo's ablations: DATA is the TFDS folder. An hour.
 mechanisms: $(VENV)/.installed
