@@ -253,7 +253,9 @@ def test_find_batch():
     per_image = {('false', 1): 10, ('true', 1): 4, ('parts', 1): 2, ('false', 8): 1}[ways] * 2**20
     if config.accumulate_steps > 1:
       raise ConfigError('no accumulation here')
-    return per_image * config.batch_size, config.batch_size * (1 if config.rematerialize == 'false' else 1.25)
+    return per_image * config.batch_size, config.batch_size * (
+      1 if config.rematerialize == 'false' else 1.25
+    )
 
   rows = batches.find(recipe, topology, lines.append, need)
   assert rows[0] == {

@@ -79,10 +79,8 @@ def _with_bias(layer, y, init):
     return y
   bias = layer.param('bias', init, (layer.features,), jnp.float32)
 
-  def add(y, bias):
-    return (y.astype(jnp.float32) + bias).astype(
-      y.dtype
-    )  # so that the gradient is summed in float32
+  def add(y, bias):  # in float32, so that the gradient is summed in float32
+    return (y.astype(jnp.float32) + bias).astype(y.dtype)
 
   return by_parts.apply(add, y, bias)
 
