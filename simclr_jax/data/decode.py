@@ -91,28 +91,30 @@ def _call_numpy(function, inputs, outputs):
 
 
 def _with_header(e):
-  head = tf.io.decode_raw(
-    tf.strings.substr(e['bytes'], 0, headers.HEAD), tf.uint8, fixed_length=headers.HEAD
+  """Adds the first bytes, the size of a JPEG, and all bytes of what `_headers` may have to read further."""
+  contents = e['bytes']
+  is_jpeg = tf.strings.substr(contents, 0, 3) == b'\xff\xd8\xff'
+  shape = tf.cond(
+    is_jpeg, lambda: tf.io.extract_jpeg_shape(contents)[:2], lambda: tf.zeros(2, tf.int32)
   )
-  is_jpeg = tf.reduce_all(head[:3] == [0xFF, 0xD8, 0xFF])
-
-  def jpeg_shape():
-    shape = tf.io.extract_jpeg_shape(e['bytes'])[:2]
-    # These bytes may also be in a preview, or in what follows the image: then they are counted with care.
-    many = tf.size(tf.strings.split(e['bytes'], SCAN)) - 1 > MAX_SCANS
-    many = tf.cond(
-      many, lambda: tf.numpy_function(_many_scans, [e['bytes']], tf.bool), lambda: False
-    )
-    return tf.where(many, 0, shape)  # `problem` finds the reason
-
-  shape = tf.cond(is_jpeg, jpeg_shape, lambda: tf.zeros(2, tf.int32))
-  # All bytes of what is no JPEG: `special` may need them.
-  rest = tf.cond(is_jpeg, lambda: tf.constant(b''), lambda: e['bytes'])
-  return {**e, 'head': head, 'shape': tf.ensure_shape(shape, [2]), 'rest': rest}
+  # These bytes may also be in a preview, or in what follows the image: then `_headers` counts with care.
+  few_scans = tf.size(tf.strings.split(contents, SCAN)) - 1 <= MAX_SCANS
+  return {
+    **e,
+    'head': tf.strings.substr(contents, 0, headers.HEAD),
+    'shape': tf.ensure_shape(shape, [2]),
+    'rest': tf.where(is_jpeg & few_scans, b'', contents),
+  }
 
 
 def _many_scans(contents):
   return headers.scans(contents) > MAX_SCANS
+
+
+def _first_bytes(contents):
+  """uint8 `[n, headers.HEAD]`: the first bytes of each of n files, padded with zeros."""
+  rows = b''.join(c[: headers.HEAD].ljust(headers.HEAD, b'\0') for c in contents)
+  return np.frombuffer(rows, np.uint8).reshape(-1, headers.HEAD)
 
 
 def longest(config: ml_collections.ConfigDict) -> int:
@@ -125,16 +127,17 @@ def longest(config: ml_collections.ConfigDict) -> int:
 
 def _headers(head, jpeg_shape, rest, config):
   """For a block of images: kind, displayed size, orientation, whether deep (`special.Header`), branch of `_decode`."""
-  kind, shape, orientation, plain = headers.read(head, jpeg_shape)
+  kind, shape, orientation, plain = headers.read(_first_bytes(head), jpeg_shape)
+  for i in np.flatnonzero(kind == headers.JPEG):
+    if rest[i] and _many_scans(rest[i]):
+      shape[i] = 0  # `problem` finds the reason
   if config.channels not in (1, 3):
     plain[:] = False  # alpha may be a channel
   shown, deep = headers.shown(shape, orientation), np.zeros(len(kind), bool)
   too_large = shape.prod(1) > config.max_pixels
   for i in np.flatnonzero(~plain & ~too_large & (kind != headers.UNKNOWN)):
     try:
-      height, width, deep[i] = special.header(
-        rest[i] or head[i].tobytes(), int(kind[i]), longest(config)
-      )
+      height, width, deep[i] = special.header(rest[i] or head[i], int(kind[i]), longest(config))
       shown[i], orientation[i] = (height, width), 1
     except special.Unreadable:
       shown[i] = 0
@@ -448,15 +451,11 @@ def read_all(source: Stream, height: int, width: int) -> Arrays | None:
 
 def header(contents: bytes, config: ml_collections.ConfigDict) -> tuple[int, np.ndarray]:
   """Kind, an index into `headers.KINDS`, and displayed height and width of an encoded image; 0 if unknown."""
-  head = np.zeros((1, headers.HEAD), np.uint8)
-  start = np.frombuffer(contents[: headers.HEAD], np.uint8)
-  head[0, : len(start)] = start
   shape = np.zeros((1, 2), np.int32)
   if contents[:3] == b'\xff\xd8\xff':
     with contextlib.suppress(tf.errors.InvalidArgumentError):
-      if not _many_scans(contents):
-        shape[0] = tf.io.extract_jpeg_shape(contents).numpy()[:2]
-  kind, shown, *_ = _headers(head, shape, [contents], config)
+      shape[0] = tf.io.extract_jpeg_shape(contents).numpy()[:2]
+  kind, shown, *_ = _headers([contents], shape, [contents], config)
   return int(kind[0]), shown[0]
 
 
@@ -472,8 +471,7 @@ def problem(contents: bytes, config: ml_collections.ConfigDict) -> str:
     )
   if kind == headers.UNKNOWN:
     return reason + (', but a page of HTML or XML' if contents.lstrip()[:1] == b'<' else '')
-  head = np.frombuffer(contents[: headers.HEAD].ljust(headers.HEAD, b'\0'), np.uint8)[None]
-  plain = headers.read(head, np.ones((1, 2), np.int32)).plain[0]
+  plain = headers.read(_first_bytes([contents]), np.ones((1, 2), np.int32)).plain[0]
   try:
     if reason and shape.all():  # too large
       return reason

@@ -11,6 +11,8 @@ from simclr_jax.data import order
 from simclr_jax.data.dataset import Arrays, Dataset
 from simclr_jax.errors import ConfigError
 
+# TensorFlow keeps the memory of a batch for the next one; new memory costs the system more time than copying the images.
+os.environ.setdefault('TF_CPU_ALLOCATOR_USE_BFC', 'true')
 try:
   import tensorflow as tf
 except ImportError as error:
