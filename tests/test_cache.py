@@ -197,10 +197,11 @@ def test_off_or_elsewhere(cache_home, name, value):
   assert not (cache_home / 'simclr_jax').exists()
 
 
-def test_a_relative_cache_home_is_ignored(monkeypatch):
+def test_a_relative_cache_home_is_ignored(cache_home, tmp_path, monkeypatch):
   """Breaks if XDG_CACHE_HOME=gs://... makes a folder in the working directory."""
   monkeypatch.setenv('XDG_CACHE_HOME', 'gs://bucket')
-  assert compile_cache._folder() == pathlib.Path.home() / '.cache/simclr_jax'
+  monkeypatch.setenv('HOME', str(tmp_path))
+  assert compile_cache.folder() == tmp_path / '.cache/simclr_jax'
 
 
 def train(steps=3):

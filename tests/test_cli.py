@@ -211,7 +211,7 @@ def test_help(name, capsys):
     assert all(f'{int(code):<5}{code.meaning}' in text for code in ExitCode)
   if name == 'knn':
     assert 'number of nearest neighbours (default: 200)' in text
-  without = ('check-data', 'compile-check', 'fields', 'import', 'recipes')
+  without = ('check-data', 'compile-check', 'doctor', 'fields', 'import', 'recipes')
   if name in commands.NAMES and name not in without:
     assert '--workdir' in text
 

@@ -14,10 +14,12 @@ from types import ModuleType
 
 NAMES = (
   'pretrain', 'check-data', 'probe', 'knn', 'finetune', 'distill', 'simclrv2', 'transfer', 'embed',
-  'export', 'import', 'report', 'recipes', 'fields', 'compile-check',
+  'export', 'import', 'report', 'recipes', 'fields', 'compile-check', 'doctor',
 )  # fmt: skip
 # Commands that always run in a single process.
-SINGLE_PROCESS = ('check-data', 'compile-check', 'export', 'fields', 'import', 'recipes', 'report')
+SINGLE_PROCESS = (
+  'check-data', 'compile-check', 'doctor', 'export', 'fields', 'import', 'recipes', 'report',
+)  # fmt: skip
 # Those of them that compile programs for this machine.
 COMPILING = ('export', 'report')
 # Commands for which all fields of a recipe can be set with --config.FIELD=VALUE; for most others, only data.*.
@@ -30,7 +32,7 @@ WITH_FIELDS = (
   'compile-check',
   'recipes',
 )
-WITHOUT_FIELDS = ('fields', 'import')
+WITHOUT_FIELDS = ('doctor', 'fields', 'import')
 
 
 def module(name: str) -> ModuleType:

@@ -29,21 +29,34 @@ def enable() -> None:
   nothing is kept. Nothing changes if JAX_COMPILATION_CACHE_DIR names a folder, which JAX then uses by itself, or if
   JAX_ENABLE_COMPILATION_CACHE=false.
   """
-  options = jax.config.values
-  if options['jax_compilation_cache_dir'] or not options['jax_enable_compilation_cache']:
-    return
   try:
-    cache = _folder()
-    _check(cache)
+    cache = folder()
   except (OSError, RuntimeError) as error:
     _warn(error)
     return
-  limit = options['jax_compilation_cache_max_size']
+  if cache is None:
+    return
+  limit = jax.config.values['jax_compilation_cache_max_size']
   programs = Cache(cache, LIMIT if limit < 0 else limit)
   compilation_cache.get_file_cache = lambda path: (programs, path)
   jax.config.update('jax_compilation_cache_dir', str(cache))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')  # files without a limit
+
+
+def folder() -> pathlib.Path | None:
+  """The folder of the programs, made if there is none; None if JAX's own options leave nothing to do here.
+
+  Raises:
+    OSError, RuntimeError: it cannot be used.
+  """
+  options = jax.config.values
+  if options['jax_compilation_cache_dir'] or not options['jax_enable_compilation_cache']:
+    return None
+  base = pathlib.Path(os.environ.get('XDG_CACHE_HOME', ''))
+  cache = (base if base.is_absolute() else pathlib.Path.home() / '.cache') / 'simclr_jax'
+  _check(cache)
+  return cache
 
 
 def init_options(platform: str) -> dict[str, Any] | None:
@@ -58,11 +71,6 @@ def init_options(platform: str) -> dict[str, Any] | None:
   if platform != 'cpu' or level in os.environ.get('XLA_FLAGS', ''):
     return None
   return {level: 1}
-
-
-def _folder() -> pathlib.Path:
-  base = pathlib.Path(os.environ.get('XDG_CACHE_HOME', ''))
-  return (base if base.is_absolute() else pathlib.Path.home() / '.cache') / 'simclr_jax'
 
 
 def _check(folder):
