@@ -1,5 +1,6 @@
 """Packaging. The recipes in configs/ are installed as package data of simclr_jax."""
 
+import os
 import pathlib
 import re
 
@@ -7,14 +8,43 @@ from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
 VERSION = re.search(r"__version__ = '(.+)'", (HERE / 'simclr_jax/__init__.py').read_text())[1]
+README = (HERE / 'README.md').read_text()
+URLS = {}
+if URL := os.environ.get('PROJECT_URL'):  # of the repository: the release workflow sets it
+  URLS = {
+    'Source': URL,
+    'Documentation': f'{URL}/tree/v{VERSION}/docs',
+    'Issues': f'{URL}/issues',
+    'Changelog': f'{URL}/blob/v{VERSION}/CHANGELOG.md',
+  }
+  # PyPI has no files beside the README.
+  README = re.sub(r'(!\[[^]]*\]\()(?!\w+:)', rf'\1{URL}/raw/v{VERSION}/', README)
+  README = re.sub(r'((?<!!)\[[^]]*\]\()(?!\w+:)', rf'\1{URL}/blob/v{VERSION}/', README)
 
 setup(
   name='simclr_jax',
   version=VERSION,
-  description='SimCLR in JAX and Flax, from a laptop to a TPU pod',
-  long_description=(HERE / 'README.md').read_text(),
+  description='SimCLR and MoCo in JAX and Flax, from a laptop to a TPU pod',
+  long_description=README,
   long_description_content_type='text/markdown',
-  license='Apache-2.0',
+  author='The simclr_jax developers',
+  project_urls=URLS,
+  keywords='SimCLR, MoCo, contrastive learning, self-supervised learning, JAX, Flax, TPU',
+  classifiers=[
+    'Development Status :: 4 - Beta',
+    'Intended Audience :: Science/Research',
+    'Operating System :: MacOS',
+    'Operating System :: POSIX :: Linux',
+    'Programming Language :: Python :: 3',
+    'Programming Language :: Python :: 3.11',
+    'Programming Language :: Python :: 3.12',
+    'Programming Language :: Python :: 3.13',
+    'Topic :: Scientific/Engineering :: Artificial Intelligence',
+    'Topic :: Scientific/Engineering :: Image Recognition',
+    'Typing :: Typed',
+  ],
+  license_expression='Apache-2.0',
+  license_files=['LICENSE'],
   packages=[*find_packages(include=['simclr_jax', 'simclr_jax.*']), 'simclr_jax.configs'],
   package_dir={'simclr_jax.configs': 'configs'},
   package_data={'simclr_jax': ['py.typed']},
