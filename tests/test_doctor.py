@@ -72,6 +72,21 @@ def test_nothing_private_is_printed(capsys, devices, monkeypatch):
   assert 'hunter' not in text and not re.search(r'\bann\b', text)
 
 
+@pytest.mark.parametrize(
+  'script, line',
+  [
+    ('echo "NVIDIA A100, 580.65, 7 MiB, 81920 MiB"', 'NVIDIA A100, driver 580.65, 7 MiB of 81920 MiB in use'),
+    ('echo "no driver"; exit 9', 'no driver'),
+  ],
+)  # fmt: skip
+def test_the_driver_of_gpus(script, line, capsys, devices, tmp_path, monkeypatch):
+  """Breaks if the driver of NVIDIA is not named, or one that does not run is not reported."""
+  (tmp_path / 'nvidia-smi').write_text(f'#!/bin/sh\n{script}\n')
+  (tmp_path / 'nvidia-smi').chmod(0o755)
+  monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+  assert re.search(rf'^  nvidia-smi.*  {line}$', output(capsys), re.MULTILINE)
+
+
 def test_extras_are_those_of_the_package():
   """Breaks if an extra is added to setup.py, but not here."""
   extras = importlib.metadata.metadata('simclr_jax').get_all('Provides-Extra')

@@ -183,7 +183,7 @@ def _reason(result):
 
 
 def _nvidia():
-  """GPUs and the driver, without JAX; empty if there are none."""
+  """GPUs and the driver, without JAX; empty without NVIDIA's software."""
   query = '--query-gpu=name,driver_version,memory.used,memory.total'
   try:
     result = subprocess.run(
@@ -191,6 +191,8 @@ def _nvidia():
     )
   except (OSError, subprocess.TimeoutExpired):
     return {}
+  if result.returncode:  # a driver that does not run
+    return {'nvidia-smi': (result.stdout or result.stderr).partition('\n')[0]}
   gpus = [line.split(', ') for line in result.stdout.splitlines()]
   return {
     f'nvidia-smi {i}': f'{gpu[0]}, driver {gpu[1]}, {gpu[2]} of {gpu[3]} in use'
