@@ -57,9 +57,16 @@ lock: $(VENV)/.installed
 	$(BIN)/$(LOCK) --python-platform=x86_64-manylinux_2_31 --python-version=3.11 --extra=tpu --output-file=launch/requirements.txt setup.py
 	echo uv | $(BIN)/$(LOCK) --python-platform=x86_64-manylinux_2_31 --python-version=3.10 --output-file=launch/uv.txt -
 
-# Ratio of a CPU training step to PyTorch's; needs torch in $(VENV).
+# Ratios of one machine, in small, each measured by turns: a CPU training step to PyTorch's (if torch is in $(VENV)),
+# NT-Xent in blocks to the whole matrix, a cold start to a warm one, the input pipeline to bare decoding and its rivals
+# (DATA: a folder of photographs), images kept on the device to streamed ones. Then the time of a large folder.
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/cpu_step.py
+	$(BIN)/python benchmarks/cpu_step.py --rounds=5
+	$(BIN)/python benchmarks/nt_xent.py --rows 4096 8192 --rounds=3
+	$(BIN)/python benchmarks/start.py --repeats=1
+	$(BIN)/python benchmarks/input_pipeline.py --data=$(DATA) --rounds=3 --slow-images=128
+	$(BIN)/python benchmarks/input_pipeline.py --device --rounds=3
+	$(BIN)/python benchmarks/load.py files --count=20000
 
 # Images/s of the input pipeline, by turns with bare decoding and its rivals: DATA is a folder of photographs.
 bench-input: $(VENV)/.installed

@@ -117,7 +117,7 @@ def main():
   try:
     steps['torch'] = torch_step(args.depth, args.width, images)
   except ImportError:
-    print('torch is not installed: no ratio')
+    print('PyTorch is not installed, so there is no ratio: .venv/bin/pip install torch')
   times: dict[str, list[float]] = {name: [] for name in steps}
   for i in range(args.rounds + 1):
     for name, step in steps.items():
