@@ -392,8 +392,12 @@ DIGITS = {
 
 @pytest.fixture(scope='module')
 def digits():
-  """The recipe and the training images."""
-  c = recipes.load('moco_cifar10', DIGITS)
+  """The recipe and the training images.
+
+  With this seed, no input of a ReLU is so near to 0 that rounding decides its gradient. One that is changes the gradient
+  by 1e-4 to 1e-2.
+  """
+  c = recipes.load('moco_cifar10', {**DIGITS, 'seed': '1'})
   return c, data.load(c.data, 'train')
 
 
