@@ -141,13 +141,14 @@ def _loop(function, total, rows, overwrite=False):
   # The first values of the results depend on the rows: XLA may place a constant in memory long before.
   value = last.ravel()[0]
   results = [jnp.full((count, *x.shape), value, x.dtype) for x in shapes]
-  reused = [i for i, x in enumerate(results) if (x.shape, x.dtype) == (last.shape, last.dtype)]
-  if overwrite and reused:
-    results[reused[0]] = last
+  alike = (i for i, x in enumerate(results) if (x.shape, x.dtype) == (last.shape, last.dtype))
+  place = next(alike, None) if overwrite else None
+  if place is not None:
+    results[place] = last
 
   def step(i, carry):
     total, results = carry
-    total, y = of_part(total, i, results[reused[0]] if overwrite and reused else last)
+    total, y = of_part(total, i, last if place is None else results[place])
     y = jax.tree.leaves(y)
     return total, [
       lax.dynamic_update_index_in_dim(x, new, i, 0) for x, new in zip(results, y, strict=True)

@@ -1,6 +1,7 @@
 """Logs the metrics of a run: metrics.jsonl, TensorBoard, and a progress line."""
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -53,7 +54,7 @@ class Log:
     self._workdir, self._place = workdir, _place(workdir)
     if writes:
       self._lines = _Lines(workdir / 'metrics.jsonl', _up_to(read(workdir), first_step))
-      self._writer = _TensorBoard(workdir / 'metrics') if tensorboard else None
+      self._writer = _tensorboard(workdir / 'metrics') if tensorboard else None
     self._steps = steps
     self._prints = writes and shows
     bar = self._prints and shows_bars()
@@ -236,6 +237,13 @@ class _TensorBoard:
         f'TensorBoard files cannot be written to {self._path.parent}: {getattr(error, "strerror", None) or error}; '
         'use --config.tensorboard=false to train without them'
       ) from None
+
+
+def _tensorboard(folder):
+  if not importlib.util.find_spec('tensorboard'):
+    logging.warning('TensorBoard is not installed: metrics are written to metrics.jsonl only')
+    return None
+  return _TensorBoard(folder)
 
 
 def _place(folder):
