@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all test-faults test-minimal test-interop test-browser lint lock bench bench-input mechanisms gpu-cifar10 gpu-bench tpu-table dist clean
+.PHONY: demo claims test test-all test-faults test-minimal test-interop test-browser lint lock bench bench-input mechanisms gpu-cifar10 gpu-bench tpu-table dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --labels=2 --student-width=0.25 --seeds=3 --scratch-steps=400 --scratch-learning-rate=0.01
@@ -87,6 +87,11 @@ gpu-bench:
 mechanisms: $(VENV)/.installed
 	$(BIN)/python benchmarks/mechanisms.py --data=$(DATA)
 	$(BIN)/python benchmarks/mechanisms.py --data=$(DATA) --ablations
+
+# The claims of the papers as small trainings on CIFAR-10, and docs/claims.md: DATA is the TFDS folder. About seven hours of
+# one core, resumable. SIZE=full: ResNet-18 for 200 epochs, on a GPU.
+claims: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.claims --data=$(DATA) --size=$(or $(SIZE),small) --workers=$(or $(WORKER_COUNT),1)
 
 # The table in docs/tpu.md: compiles every ImageNet recipe for five TPUs, minutes each. Resumable.
 tpu-table: $(VENV)/.installed

@@ -45,7 +45,7 @@ def nt_xent(
     `contrastive_acc_n`: the accuracy that SimCLR's code reports: candidates for the first view of
     an image are the n second views only;
     `chance_loss`: log(2n - 1 + K), the loss if all similarities are equal;
-    `z`: the normalised projections `[2n, d]`, replicated.
+    `z`: the projections `[2n, d]`, normalised if `normalize`, replicated.
 
   Raises:
     ValueError: `z` is not a matrix with an even number of rows.

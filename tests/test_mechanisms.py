@@ -10,6 +10,7 @@ import pytest
 from simclr_jax import config, losses, methods, optim, train_state
 from simclr_jax.data import Arrays
 from simclr_jax.errors import ConfigError
+from simclr_jax.models import network
 
 N = 8  # batch size
 SMALL = {
@@ -238,3 +239,25 @@ def test_supervised_needs_labels_and_learns_from_them():
     loss_values.append(float(metrics['loss']))
   np.testing.assert_allclose(loss_values[0], np.log(4), atol=0.05)
   assert loss_values[-1] < 0.2 * loss_values[0] and metrics['train_acc'] == 1
+
+
+def test_similarities_of_simclr_can_be_dot_products():
+  """Breaks if hidden_norm=false normalises the outputs of the head, or the metrics get rows that are not unit rows."""
+  recipe = small('simclr_digits', hidden_norm='false', temperature='10')
+  _, params, state, loss = start(recipe)
+  value, (_, metrics) = loss(params, state, batch(), jax.random.key(1))
+  views = batch()['views'].reshape(2 * N, 8, 8, 3)
+  z = np.asarray(network.build(recipe).apply(params, state['stats'], views)[0][-1], np.float64)
+  logits = z @ z.T / 10
+  np.fill_diagonal(logits, -np.inf)
+  log_p = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+  expected = -np.mean([log_p[i, i ^ 1] for i in range(2 * N)])
+  np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-5)
+  norms = np.linalg.norm(metrics['embeddings'], axis=-1)
+  np.testing.assert_allclose(norms, 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize('field', [{'loss': 'nt_logistic'}, {'queue_size': '20'}])
+def test_dot_products_are_for_nt_xent_without_a_memory(field):
+  with pytest.raises(ConfigError, match='hidden_norm=false'):
+    methods.build(small('simclr_digits', hidden_norm='false', **field))

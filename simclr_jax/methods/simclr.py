@@ -29,6 +29,10 @@ FIELDS = {
     Choices('nt_xent', 'nt_logistic', 'margin_triplet', 'pairwise_margin'),
   ),
   'temperature': Field(0.1, 'softmax temperature: similarities are divided by it', Range(1e-3)),
+  'hidden_norm': Field(
+    True, 'nt_xent: similarities are cosines; false: dot products of the outputs of the head, as in table 5 of the paper',
+    Choices(False, True),
+  ),
   'margin': Field(0.8, 'margin of the margin losses', Range(0.0, 2.0)),
   'semi_hard': Field(
     False, 'nt_logistic, margin_triplet: use only the semi-hard negative of each anchor',
@@ -46,12 +50,14 @@ def build(config: ml_collections.ConfigDict) -> Method:
     raise ConfigError(
       f'queue_size={config.queue_size}: the memory is for loss=nt_xent only; set queue_size=0'
     )
+  if not config.hidden_norm and (config.loss != 'nt_xent' or config.queue_size):
+    raise ConfigError('hidden_norm=false is for loss=nt_xent without a memory: set queue_size=0')
   net = network.build(config)
   memory = config.queue_size > 0
 
   def contrast(z, negatives):
     if config.loss == 'nt_xent':
-      return losses.nt_xent(z, config.temperature, negatives=negatives)
+      return losses.nt_xent(z, config.temperature, config.hidden_norm, negatives)
     if config.loss == 'nt_logistic':
       return losses.nt_logistic(z, config.temperature, config.semi_hard)
     if config.loss == 'margin_triplet':
@@ -83,7 +89,8 @@ def build(config: ml_collections.ConfigDict) -> Method:
     value, metrics = contrast(z, state['queue']['rows'] if memory else None)
     if memory:
       metrics |= queue_metrics(state['queue'], 2 * config.batch_size)
-    metrics |= {'loss': value, 'embeddings': metrics.pop('z').reshape(len(z) // 2, 2, -1)}
+    rows = metrics.pop('z') if config.hidden_norm else losses.l2_normalize(metrics.pop('z'))
+    metrics |= {'loss': value, 'embeddings': rows.reshape(len(z) // 2, 2, -1)}
     return config.loss_scale * value, metrics
 
   def update(state, entries):
