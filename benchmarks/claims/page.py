@@ -167,7 +167,7 @@ def _section(folder, name, claim, results, outcomes) -> str:
     lines += [f'| prediction | {unit} | 95 % interval | seeds | verdict |', '|---|--:|--:|--:|---|']
     lines += [_row(o, claim, outcomes[0].unit) for o in outcomes]
     lines.append('')
-  if not claim.statistic and values:
+  if not claim.statistic and any(values.values()):
     lines.append(f'![{claim.title}]({folder}/{name}.svg)\n')
     lines.append(f'| setting | {" | ".join(NAMES[m] for m in claim.metrics)} | seeds |')
     lines.append('|---' + '|--:' * (len(claim.metrics) + 1) + '|')
