@@ -1,6 +1,7 @@
-"""Writes docs/claims.md and its figures."""
+"""Writes docs/claims.md and its figures, and the results on the pages of the methods."""
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import matplotlib
@@ -85,6 +86,9 @@ def write(claims: Mapping[str, Claim], results: Results, size: str) -> None:
     if not claim.statistic:
       _draw(claim, results, folder / f'{name}.svg')
   _overview(claims, outcomes, folder / 'overview.svg')
+  if size == 'small':
+    for path in (DOCS / 'methods').glob('*.md'):
+      path.write_text(_with_results(path.read_text(), claims, outcomes))
   seconds = sum(float(r['cpu_seconds']) for r in results.values())
   wanted = jobs(claims, results, 5)
   done = sum((t.key, s) in results for t, s in wanted)
@@ -147,6 +151,28 @@ def _summary(claims, outcomes) -> str:
   return head + '\n'.join(lines) + '\n'
 
 
+RESULTS = re.compile(r'(<!-- begin results: (.*?) -->\n).*?(<!-- end results -->)', re.DOTALL)
+
+
+def _with_results(text: str, claims, outcomes) -> str:
+  """The page of a method with a table of the claims whose names start as its marker says."""
+
+  def table(match):
+    names = [n for n in claims if outcomes[n] and n.startswith(tuple(match[2].split()))]
+    lines = [
+      f'| [{claims[n].title}](../claims.md#{_anchor(claims[n].title)}) | {o.text} | {_difference(o)} | {o.verdict} |'
+      for n in names for o in outcomes[n]
+    ]  # fmt: skip
+    head = (
+      'Small trainings on a lossy copy of CIFAR-10, see [Claims](../claims.md): difference and 95 % interval.\n\n'
+      '| claim | prediction | difference | verdict |\n|---|---|--:|---|\n'
+    )
+    body = head + '\n'.join(lines) + '\n' if lines else ''
+    return match[1] + body + match[3]
+
+  return RESULTS.sub(table, text)
+
+
 def _anchor(title: str) -> str:
   """The anchor of a heading, as GitHub and MkDocs make it."""
   kept = ''.join(c for c in title.lower() if c.isalnum() or c in ' -_')
@@ -163,9 +189,9 @@ def _section(folder, name, claim, results, outcomes) -> str:
   if claim.published:
     lines.append(f'Published: {claim.published}.\n')
   if outcomes:
-    unit = f'difference, {outcomes[0].unit}' if not claim.statistic else outcomes[0].unit
-    lines += [f'| prediction | {unit} | 95 % interval | seeds | verdict |', '|---|--:|--:|--:|---|']
-    lines += [_row(o, claim, outcomes[0].unit) for o in outcomes]
+    what = 'rank correlation' if claim.statistic else 'difference'
+    lines += [f'| prediction | {what} [95 % interval] | seeds | verdict |', '|---|--:|--:|---|']
+    lines += [_row(o) for o in outcomes]
     lines.append('')
   if not claim.statistic and any(values.values()):
     lines.append(f'![{claim.title}]({folder}/{name}.svg)\n')
@@ -187,12 +213,16 @@ def _section(folder, name, claim, results, outcomes) -> str:
   return '\n'.join(lines)
 
 
-def _row(o: Outcome, claim, unit) -> str:
-  digits = 2 if claim.statistic else 1 if o.unit in ('points', 'MiB') else 3
-  suffix = '' if o.unit == unit else f' {o.unit}'
-  interval = '' if np.isinf(o.low) else f'{o.low:+.{digits}f} to {o.high:+.{digits}f}'
+def _row(o: Outcome) -> str:
   verdict = f'**{o.verdict}**' if o.verdict == CONFIRMED else o.verdict
-  return f'| {o.text} | {o.value:+.{digits}f}{suffix} | {interval} | {o.seeds} | {verdict} |'
+  return f'| {o.text} | {_difference(o)} | {o.seeds} | {verdict} |'
+
+
+def _difference(o: Outcome) -> str:
+  digits = {'points': 1, 'MiB': 1, 's': 3}.get(o.unit, 2)
+  unit = '' if o.unit == 'points' else f' {o.unit}'
+  interval = '' if np.isinf(o.low) else f' [{o.low:+.{digits}f}, {o.high:+.{digits}f}]'
+  return f'{o.value:+.{digits}f}{interval}{unit}'
 
 
 def _named(setting, claim, results) -> str:
