@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo claims docs test test-all test-faults test-minimal test-interop test-browser lint lock bench bench-input mechanisms gpu-cifar10 gpu-bench tpu-table dist clean
+.PHONY: demo claims docs tutorials test test-all test-faults test-minimal test-interop test-browser lint lock bench bench-input mechanisms gpu-cifar10 gpu-bench tpu-table dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/simclr-jax simclrv2 --config=simclr_digits --workdir=runs/demo --labels=2 --student-width=0.25 --seeds=3 --scratch-steps=400 --scratch-learning-rate=0.01
@@ -111,6 +111,10 @@ docs:
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip install --quiet --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+# The tutorials as notebooks, executed; some minutes.
+tutorials: $(VENV)/.installed
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python docs/tutorials/render.py --execute
 
 # Source distribution and wheel in dist/, with the metadata that PyPI shows.
 dist:

@@ -82,6 +82,7 @@ setup(
       'gcp-storage-emulator>=2024.8.3',
       'gcsfs>=2024.10',
       'ipykernel>=6.29',
+      'jupytext>=1.16',
       'mypy>=2.4',
       'nbclient>=0.10',
       'pyarrow>=18',

@@ -11,7 +11,10 @@ import sys
 DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
 CODE = re.compile(r'(```.*?```|`[^`\n]*`)', re.DOTALL)
-DISPLAY, INLINE = re.compile(r'\$\$(.+?)\$\$', re.DOTALL), re.compile(r'\$(?=\S)([^$\n]+?)(?<=\S)\$')
+DISPLAY, INLINE = (
+  re.compile(r'\$\$(.+?)\$\$', re.DOTALL),
+  re.compile(r'\$(?=\S)([^$\n]+?)(?<=\S)\$'),
+)
 COPIED = {'contributing.md': 'CONTRIBUTING.md', 'changelog.md': 'CHANGELOG.md'}
 NOTE = '<!-- written by `python docs/hooks.py` -->\n'
 
@@ -29,7 +32,11 @@ def fields_page() -> str:
   tables |= {f'method = {name}': fields.of_method(name) for name in fields.method_names()}
   for title, table in tables.items():
     if table:
-      lines += [f'## {title}\n', '| field | default | allowed values | meaning |', '|---|---|---|---|']
+      lines += [
+        f'## {title}\n',
+        '| field | default | allowed values | meaning |',
+        '|---|---|---|---|',
+      ]
     for name, field in table.items():
       allowed = str(field.allowed or '') + ' *resumable*' * field.resumable
       cells = [f'`{name}`', f'`{field.default!r}`', allowed, field.help]
@@ -51,7 +58,9 @@ def recipes_page() -> str:
     header = (ROOT / f'configs/{name}.py').read_text().split('"""')[1].replace('\\\\', '\\')
     lines += [f'## {name}\n', f'```text\n{header.strip()}\n```\n']
     variants = config.variants(name)
-    lines += [f'- `:{variant}`: {text}' for variant, text in variants.items()] + [''] * bool(variants)
+    lines += [f'- `:{variant}`: {text}' for variant, text in variants.items()] + [''] * bool(
+      variants
+    )
   return '\n'.join(lines)
 
 

@@ -47,7 +47,9 @@ def test_generated_pages_are_those_of_the_code():
 
 def test_the_site_has_every_page():
   """Breaks if a page is missing from the navigation, or the navigation names a page that does not exist."""
-  named = set(re.findall(r'[\w/]+\.(?:md|ipynb)', (ROOT / 'mkdocs.yml').read_text().split('\nnav:')[1]))
+  named = set(
+    re.findall(r'[\w/]+\.(?:md|ipynb)', (ROOT / 'mkdocs.yml').read_text().split('\nnav:')[1])
+  )
   generated = {'commands.md', 'contributing.md', 'changelog.md'}
   docs = ROOT / 'docs'
   pages = {str(p.relative_to(docs)) for kind in ('*.md', '*.ipynb') for p in docs.rglob(kind)}

@@ -1,5 +1,6 @@
 """Writes docs/claims.md and its figures, and the results on the pages of the methods."""
 
+import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from benchmarks.claims.statistics import (
 from benchmarks.claims.trainings import UNTRAINED, Training, fields_at
 
 DOCS = pathlib.Path(__file__).parents[2] / 'docs'
+AGAINST_TORCH = pathlib.Path(__file__).parents[1] / 'against_torch.json'
 NAMES = {
   'linear': 'linear %',
   'knn': 'kNN %',
@@ -98,6 +100,8 @@ def write(claims: Mapping[str, Claim], results: Results, size: str) -> None:
     progress=f'{done} of {len(wanted)} trainings are done, {seconds / 3600:.1f} hours of one core. '
     + _sentence([o for group in outcomes.values() for o in group]),
   )
+  if size == 'small':
+    sections.append(_independent(json.loads(AGAINST_TORCH.read_text())))
   text = text.replace('](claims/', f']({folder.name}/')
   page = DOCS / f'{folder.name}.md'
   page.write_text('\n'.join([GENERATED, '', text + _summary(claims, outcomes), *sections]))
@@ -149,6 +153,37 @@ def _summary(claims, outcomes) -> str:
     cells = [f'[{claim.title}](#{_anchor(claim.title)})', claim.source, *(c or '' for c in counts)]
     lines.append(f'| {" | ".join(map(str, cells))} |')
   return head + '\n'.join(lines) + '\n'
+
+
+def _independent(saved) -> str:
+  """The comparison with an independent training, from the results of benchmarks/against_torch.py."""
+  lines = [
+    '\n## Against an independent training\n',
+    'SimCLR and MoCo, written a second time in plain PyTorch from the text of the papers: same network and recipe, other '
+    'initial weights, order and augmentation draws. Mean ± standard deviation over 3 seeds, difference with the 95 % interval '
+    "of Welch's t-test, on the images above.\n",
+    '| | simclr_jax | PyTorch | difference [95 % interval] | verdict |\n|---|--:|--:|--:|---|',
+  ]
+  for method, metrics in saved['comparison'].items():
+    for metric, r in metrics.items():
+      ours, theirs, digits = r['simclr_jax'], r['torch'], 1 if '%' in metric else 3
+      low, high = r['interval']
+      cells = [f'{np.mean(x):.{digits}f} ± {np.std(x, ddof=1):.{digits}f}' for x in (ours, theirs)]
+      cells += [
+        f'{r["difference"]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]',
+        r['verdict'],
+      ]
+      lines.append(f'| {method}, {metric} | {" | ".join(cells)} |')
+  times = []
+  for method, seconds in saved['seconds'].items():
+    ratios = np.array(seconds['simclr_jax']) / np.array(seconds['torch'])
+    times.append(f'{method} {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})')
+  lines += [
+    '\n![Loss curves of both](claims/against_torch.svg)\n',
+    f'Time of a step on one core, simclr_jax / PyTorch, augmentation included: {", ".join(times)}. Code: '
+    '`benchmarks/against_torch.py`.',
+  ]
+  return '\n'.join(lines) + '\n'
 
 
 RESULTS = re.compile(r'(<!-- begin results: (.*?) -->\n).*?(<!-- end results -->)', re.DOTALL)
