@@ -1,4 +1,4 @@
-"""Of the documentation site: the pages that are generated from the code, equations, links out of docs/.
+"""Of the documentation site: the pages that are generated from the code, tutorials, equations, links out of docs/.
 
 `python docs/hooks.py` writes docs/fields.md and docs/recipes.md; a test compares them with the code.
 """
@@ -16,6 +16,7 @@ DISPLAY, INLINE = (
   re.compile(r'\$(?=\S)([^$\n]+?)(?<=\S)\$'),
 )
 COPIED = {'contributing.md': 'CONTRIBUTING.md', 'changelog.md': 'CHANGELOG.md'}
+GROUPS = {'Training': '', 'Data': 'data', 'Augmentation': 'augment', 'Network': 'model'}
 NOTE = '<!-- written by `python docs/hooks.py` -->\n'
 
 
@@ -26,23 +27,25 @@ def fields_page() -> str:
   lines = [
     NOTE, '# Fields of recipes\n',
     '`--config.FIELD=VALUE` sets a field, `simclr-jax fields PATTERN` prints them. A run may be resumed with '
-    'another value of the fields marked *resumable*; all others are fixed by the run.\n',
+    'another value of the fields marked *resumable*; all others are fixed by the run. Training, data, augmentation '
+    'and network are fields of every method.\n',
   ]  # fmt: skip
-  tables = {'All methods': fields.TABLE}
-  tables |= {f'method = {name}': fields.of_method(name) for name in fields.method_names()}
-  for title, table in tables.items():
-    if table:
-      lines += [
-        f'## {title}\n',
-        '| field | default | allowed values | meaning |',
-        '|---|---|---|---|',
-      ]
-    for name, field in table.items():
-      allowed = str(field.allowed or '') + ' *resumable*' * field.resumable
-      cells = [f'`{name}`', f'`{field.default!r}`', allowed, field.help]
-      lines.append('| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells) + ' |')
-    lines.append('')
+  for title, prefix in GROUPS.items():
+    table = {name: f for name, f in fields.TABLE.items() if name.rpartition('.')[0] == prefix}
+    lines += _table_of_fields(title, table)
+  for method in fields.method_names():
+    if table := fields.of_method(method):
+      lines += _table_of_fields(f'Method {method}', table, f'{method}.')
   return '\n'.join(lines)
+
+
+def _table_of_fields(title, table, anchor=''):
+  lines = [f'## {title}\n', '| field | default | allowed values | meaning |', '|---|---|---|---|']
+  for name, field in table.items():
+    allowed = str(field.allowed or '') + ' *resumable*' * field.resumable
+    cells = [f'<a id="{anchor}{name}"></a>`{name}`', f'`{field.default!r}`', allowed, field.help]
+    lines.append('| ' + ' | '.join(cell.replace('|', r'\|') for cell in cells) + ' |')
+  return [*lines, '']
 
 
 def recipes_page() -> str:
@@ -87,7 +90,23 @@ def on_files(files, config):
   texts['commands.md'] = commands_page()
   for page, text in texts.items():
     files.append(File.generated(config, page, content=text))
+  for notebook in [file for file in files if file.src_uri.endswith('.ipynb')]:
+    for page, content in _notebook_page(notebook).items():
+      files.append(File.generated(config, page, content=content))
   return files
+
+
+def _notebook_page(notebook):
+  """The page of a notebook, as Markdown, and its pictures: file -> content."""
+  from nbconvert import MarkdownExporter
+
+  path = pathlib.PurePosixPath(notebook.src_uri)
+  resources = {'output_files_dir': path.stem}
+  text, resources = MarkdownExporter().from_filename(notebook.abs_src_path, resources)
+  title, rest = text.split('\n', 1)
+  download = f'<a href="../{path.name}" download>Download this notebook</a>'
+  page = {f'{path.with_suffix(".md")}': f'{title}\n\n{download}\n{rest}'}
+  return page | {f'{path.parent}/{k}': content for k, content in resources['outputs'].items()}
 
 
 def on_page_markdown(text, page, config, files):
@@ -103,7 +122,7 @@ def on_page_markdown(text, page, config, files):
     if file.is_relative_to(DOCS):
       if folder == ROOT:  # a copied page is in docs/ now
         return f'[{label}]({file.relative_to(DOCS)}{"#" * bool(anchor)}{anchor})'
-      return match[0]
+      return match[0].replace('.ipynb)', '.md)')
     if file == ROOT / 'README.md':
       return f'[{label}](index.md)'
     for copy, source in COPIED.items():
@@ -115,15 +134,21 @@ def on_page_markdown(text, page, config, files):
   parts = CODE.split(text)
   for i in range(0, len(parts), 2):
     parts[i] = DISPLAY.sub(lambda m: _mathml(m[1], 'block'), parts[i])
-    parts[i] = INLINE.sub(lambda m: _mathml(m[1], 'inline'), parts[i])
+    parts[i] = INLINE.sub(lambda m: _mathml(m[1], 'inline', m[2]), parts[i])
   return re.sub(r'(?<!!)\[([^\]]*)\]\(([^)\s]+)\)', link, ''.join(parts))
 
 
-def _mathml(latex, display):
+def _mathml(latex, display, punctuation=''):
   from latex2mathml import converter
 
   mathml = converter.convert(' '.join(latex.split()), display=display)
-  return mathml if display == 'block' else f'<span>{mathml}</span>'  # a line may start with it
+  # Without space around | of norms, as in TeX.
+  mathml = re.sub(
+    r'<mo[^>]*>&#x0007C;', '<mo stretchy="false" lspace="0" rspace="0">&#x0007C;', mathml
+  )
+  if display == 'block':
+    return mathml
+  return f'<span class="inline-math">{mathml}{punctuation}</span>'  # a line may start with it
 
 
 if __name__ == '__main__':

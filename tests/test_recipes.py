@@ -117,6 +117,7 @@ SIMCLR_LARS = [
 ]
 NT_XENT = [
   ('loss', 'nt_xent', 'v1 equation 1'),
+  ('hidden_norm', True, 'v1 equation 1; simclr run.py, --hidden_norm'),
   ('loss_scale', 2.0, 'simclr objective.py:34-88: the sum of both directions, not their mean'),
 ]
 MOCO_SGD = [
@@ -288,6 +289,7 @@ PUBLISHED = {
   'simclr_losses:nt_xent': [
     *SIMCLR_IMAGENET_V1,
     ('loss', 'nt_xent', 'DIFFERS: v1 B.10 has negatives of the other view only, here of both'),
+    ('hidden_norm', True, 'v1 equation 1; simclr run.py, --hidden_norm'),
     ('loss_scale', 2.0, 'simclr objective.py:34-88: the sum of both directions, not their mean'),
     ('temperature', 0.1, 'v1 table 5'),
   ],
@@ -485,6 +487,7 @@ CHOSEN_HERE = {
     ('model.head_layers', 2, 'v1 2.3'),
     ('model.head_dim', 64, OWN),
     ('loss', 'nt_xent', 'v1 equation 1'),
+    ('hidden_norm', True, 'v1 equation 1; simclr run.py, --hidden_norm'),
     ('loss_scale', 1.0, 'v1 algorithm 1: the mean'),
     ('temperature', 0.2, OWN),
     ('queue_size', 0, 'v1 2.2: no memory bank'),
@@ -788,6 +791,7 @@ ONLY_WITH = {
   'temperature': ('loss', (None, 'nt_xent', 'nt_logistic', 'info_nce', 'nce')),
   'margin': ('loss', ('margin_triplet', 'pairwise_margin')),
   'semi_hard': ('loss', ('nt_logistic', 'margin_triplet')),
+  'hidden_norm': ('loss', ('nt_xent',)),
   'key_momentum': ('queue_size', (4096, 65536)),
 }
 
