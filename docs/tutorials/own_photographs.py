@@ -36,7 +36,7 @@ if not FOLDER:
 # `check-data` lists sizes, classes, corrupt files and duplicates, and writes a contact sheet.
 
 # %%
-# !simclr-jax check-data --data="{FOLDER}" --sheet={WORK}/sheet.png
+# !simclr-jax check-data --data="{FOLDER}" --sheet={WORK}/sheet.png 2>/dev/null
 
 # %%
 plt.figure(figsize=(8, 5))
@@ -111,4 +111,4 @@ plt.show()
 features = run.embed(WORK / 'features.npz')
 print({name: array.shape for name, array in np.load(features).items()})
 print(run.report())
-# !simclr-jax export --workdir={WORK}/run --to=safetensors --out={WORK}/for_pytorch
+# !simclr-jax export --workdir={WORK}/run --to=safetensors --out={WORK}/for_pytorch 2>/dev/null

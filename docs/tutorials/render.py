@@ -42,6 +42,9 @@ def main() -> None:
     result = notebook(name)
     if args.execute:
       nbclient.NotebookClient(result, timeout=1800, record_timing=False).execute()
+      for cell in result.cells:
+        if cell.cell_type == 'code':  # without progress bars and warnings
+          cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr']
     nbformat.write(result, HERE / f'{name}.ipynb')
     print(f'wrote {HERE / name}.ipynb')
 
