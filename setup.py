@@ -94,7 +94,6 @@ setup(
     'docs': [  # the documentation site
       'latex2mathml>=3.77',
       'mkdocs>=1.6,<2',
-      'mkdocs-jupyter>=0.25',
       'mkdocs-material>=9.6',
       'mkdocstrings[python]>=1.0',
       'ruff>=0.14',  # formats signatures

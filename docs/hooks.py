@@ -3,6 +3,8 @@
 `python docs/hooks.py` writes docs/fields.md and docs/recipes.md; a test compares them with the code.
 """
 
+import base64
+import json
 import pathlib
 import re
 import subprocess
@@ -11,10 +13,8 @@ import sys
 DOCS = pathlib.Path(__file__).parent
 ROOT = DOCS.parent
 CODE = re.compile(r'(```.*?```|`[^`\n]*`)', re.DOTALL)
-DISPLAY, INLINE = (
-  re.compile(r'\$\$(.+?)\$\$', re.DOTALL),
-  re.compile(r'\$(?=\S)([^$\n]+?)(?<=\S)\$'),
-)
+DISPLAY = re.compile(r'\$\$(.+?)\$\$', re.DOTALL)
+INLINE = re.compile(r'\$(?=\S)([^$\n]+?)(?<=\S)\$([,.;:]?)')
 COPIED = {'contributing.md': 'CONTRIBUTING.md', 'changelog.md': 'CHANGELOG.md'}
 GROUPS = {'Training': '', 'Data': 'data', 'Augmentation': 'augment', 'Network': 'model'}
 NOTE = '<!-- written by `python docs/hooks.py` -->\n'
@@ -98,15 +98,26 @@ def on_files(files, config):
 
 def _notebook_page(notebook):
   """The page of a notebook, as Markdown, and its pictures: file -> content."""
-  from nbconvert import MarkdownExporter
-
   path = pathlib.PurePosixPath(notebook.src_uri)
-  resources = {'output_files_dir': path.stem}
-  text, resources = MarkdownExporter().from_filename(notebook.abs_src_path, resources)
-  title, rest = text.split('\n', 1)
-  download = f'<a href="../{path.name}" download>Download this notebook</a>'
-  page = {f'{path.with_suffix(".md")}': f'{title}\n\n{download}\n{rest}'}
-  return page | {f'{path.parent}/{k}': content for k, content in resources['outputs'].items()}
+  title, *cells = json.loads(notebook.content_string)['cells']
+  heading, _, text = ''.join(title['source']).partition('\n')
+  parts = [heading, f'<a href="../{path.name}" download>Download this notebook</a>', text]
+  pictures = {}
+  for cell in cells:
+    source = ''.join(cell['source'])
+    parts.append(source if cell['cell_type'] == 'markdown' else f'```python\n{source}\n```')
+    texts = ''
+    for output in cell.get('outputs', []):
+      data = output.get('data', {})
+      if 'image/png' in data:
+        name = f'{path.stem}/{len(pictures)}.png'
+        pictures[f'{path.parent}/{name}'] = base64.b64decode(''.join(data['image/png']))
+        parts.append(f'![Output of the cell above]({name})')
+      else:
+        texts += ''.join(output.get('text', data.get('text/plain', '')))
+    if texts := re.sub(r'.*\r', '', texts.replace('\r\n', '\n')).rstrip():  # what a terminal shows
+      parts.append(f'```text\n{texts}\n```')
+  return {f'{path.with_suffix(".md")}': '\n\n'.join(parts)} | pictures
 
 
 def on_page_markdown(text, page, config, files):

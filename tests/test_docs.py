@@ -52,5 +52,6 @@ def test_the_site_has_every_page():
   )
   generated = {'commands.md', 'contributing.md', 'changelog.md'}
   docs = ROOT / 'docs'
-  pages = {str(p.relative_to(docs)) for kind in ('*.md', '*.ipynb') for p in docs.rglob(kind)}
+  paths = [*docs.rglob('*.md'), *docs.rglob('*.ipynb')]  # a notebook becomes a page
+  pages = {str(path.relative_to(docs).with_suffix('.md')) for path in paths}
   assert named == pages | generated

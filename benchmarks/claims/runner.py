@@ -1,6 +1,7 @@
 """Runs a training of a claim and evaluates it."""
 
 import dataclasses
+import fcntl
 import functools
 import pathlib
 import time
@@ -13,7 +14,7 @@ from benchmarks.claims.trainings import SIMCLR, TIMES, VALIDATION, Training, fie
 from simclr_jax import config, data, downstream, encoder, run_config, runs, train, train_state
 from simclr_jax.data import Dataset
 from simclr_jax.evaluate import knn, logistic, probe
-from simclr_jax.runtime import logs
+from simclr_jax.runtime import checkpoint, logs
 
 COMMAND = 'python -m benchmarks.claims'
 LOGGED = ('loss', 'chance_loss', 'contrastive_acc', 'contrastive_acc_n', 'z_std', 'rank')
@@ -51,6 +52,15 @@ class Runner:
   def workdir(self, training: Training, seed: int) -> pathlib.Path:
     """The run directory of a training."""
     return (self.folder / f'{training.key}-seed{seed}').absolute()
+
+  def _source(self, training: Training, seed: int) -> pathlib.Path:
+    """The run directory that a training starts from; trained again if the result is from another machine."""
+    workdir = self.workdir(training.source, seed)
+    with open(f'{workdir}.lock', 'w') as lock:
+      fcntl.flock(lock, fcntl.LOCK_EX)
+      if not checkpoint.exists(workdir / 'checkpoints'):
+        self.run(training.source, seed)
+    return workdir
 
   @functools.cached_property
   def images(self) -> tuple[Dataset, Dataset, Dataset]:
@@ -99,7 +109,7 @@ class Runner:
     return metrics
 
   def _finetune(self, training, seed):
-    start = self.workdir(training.source, seed)
+    start = self._source(training, seed)
     fields = dict(training.fields)
     recipe = downstream.recipe('finetune_small', run_config.load(start), fields)
     epochs = downstream.least_epochs('finetune_small', fields)
@@ -112,7 +122,7 @@ class Runner:
     return self._train_classifier(training, recipe, images, seed)
 
   def _distill(self, training, seed):
-    teacher = self.workdir(training.source, seed)
+    teacher = self._source(training, seed)
     fields = dict(training.fields)
     share = fields.pop('share of the images', 1.0)
     source = run_config.load(teacher)
@@ -137,7 +147,7 @@ class Runner:
     return {'top1': 100 * test['top1'], 'parameters': test['parameters']}
 
   def _probe(self, training, seed):
-    features = runs.load_encoder(self.workdir(training.source, seed))
+    features = runs.load_encoder(self._source(training, seed))
     settings = probe.Settings(cached=True, seed=seed)
     protocol = probe.PROTOCOLS[training.recipe]
     score = probe.train_linear(features, *self.images[:2], protocol, settings)
