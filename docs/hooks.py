@@ -5,6 +5,7 @@
 
 import base64
 import json
+import logging
 import pathlib
 import re
 import subprocess
@@ -82,6 +83,12 @@ def commands_page() -> str:
   return '\n'.join(lines)
 
 
+def on_config(config):
+  """A link to the repository, if the environment variable PROJECT_URL names it."""
+  if url := config.extra['repository']:
+    config.nav.append({'Source code': url})
+
+
 def on_files(files, config):
   """Adds the pages that are no files of docs/."""
   from mkdocs.structure.files import File
@@ -91,12 +98,12 @@ def on_files(files, config):
   for page, text in texts.items():
     files.append(File.generated(config, page, content=text))
   for notebook in [file for file in files if file.src_uri.endswith('.ipynb')]:
-    for page, content in _notebook_page(notebook).items():
+    for page, content in notebook_page(notebook).items():
       files.append(File.generated(config, page, content=content))
   return files
 
 
-def _notebook_page(notebook):
+def notebook_page(notebook):
   """The page of a notebook, as Markdown, and its pictures: file -> content."""
   path = pathlib.PurePosixPath(notebook.src_uri)
   title, *cells = json.loads(notebook.content_string)['cells']
@@ -139,7 +146,7 @@ def on_page_markdown(text, page, config, files):
     for copy, source in COPIED.items():
       if file == ROOT / source:
         return f'[{label}]({copy})'
-    url = config['repo_url']
+    url = config.extra['repository']
     return f'[{label}]({url}/blob/main/{file.relative_to(ROOT)})' if url else label
 
   parts = CODE.split(text)
@@ -147,6 +154,15 @@ def on_page_markdown(text, page, config, files):
     parts[i] = DISPLAY.sub(lambda m: _mathml(m[1], 'block'), parts[i])
     parts[i] = INLINE.sub(lambda m: _mathml(m[1], 'inline', m[2]), parts[i])
   return re.sub(r'(?<!!)\[([^\]]*)\]\(([^)\s]+)\)', link, ''.join(parts))
+
+
+def on_post_page(output, page, config):
+  """Warns of what a browser would load from another host; the site loads nothing."""
+  for url in re.findall(
+    r'(?:\ssrc|rel="(?:stylesheet|preconnect|icon)" href)="(https?:[^"]+)', output
+  ):
+    logging.getLogger('mkdocs.hooks').warning(f'{page.file.src_uri} loads {url}')
+  return output
 
 
 def _mathml(latex, display, punctuation=''):

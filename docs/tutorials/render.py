@@ -13,7 +13,7 @@ import nbclient
 import nbformat
 
 HERE = pathlib.Path(__file__).parent
-NAMES = ('own_photographs', 'label_efficient', 'byol')
+NAMES = ('own_photographs', 'byol')  # label_efficient.py has not been executed in full yet
 
 
 def notebook(name: str) -> nbformat.NotebookNode:
