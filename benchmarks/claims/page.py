@@ -59,7 +59,7 @@ A contradiction here does not refute a paper: these networks are trained for min
 
 """
 SETUP = {
-  'small': """All figures below are of a lossily (JPEG) compressed copy of CIFAR-10: 10,000 training images and 2,000
+  'small': """All numbers below are of a lossily (JPEG) compressed copy of CIFAR-10: 10,000 training images and 2,000
 test images, of which chance is 10 %. Unless a row says otherwise, the network is a ResNet-8 with a quarter of the width
 (90,000 parameters, 128 features), trained for {epochs} epochs with batch size 128 on one core. Linear accuracy is that of
 an L2-regularised logistic regression on standardised features of all labelled training images, kNN accuracy has k = 200

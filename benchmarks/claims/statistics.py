@@ -79,7 +79,7 @@ class Claim:
     expected: the predictions, each with its own verdict.
     seeds: number of seeds.
     metrics: the metrics of the table and the plot, the first one is plotted.
-    published: the paper's figures.
+    published: the paper's numbers.
     note: what the reader should know about the comparison.
     statistic: for a claim that is no comparison of means: from all values of all claims to an `Outcome`.
   """

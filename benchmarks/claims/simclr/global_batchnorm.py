@@ -19,5 +19,5 @@ CLAIM = Claim(
     ),
   ),
   metrics=('linear', 'knn', 'contrastive_acc'),
-  note='Both views of an image are in the same group, as on one device. The paper states no figures.',
+  note='Both views of an image are in the same group, as on one device. The paper states no numbers.',
 )

@@ -24,5 +24,5 @@ CLAIM = Claim(
       text='the advantage of LARS is larger with batch 1,024',
     ),
   ),  # fmt: skip
-  note='The learning rate of each is the best of three on validation images. The paper states no figures.',
+  note='The learning rate of each is the best of three on validation images. The paper states no numbers.',
 )
