@@ -40,12 +40,13 @@ def nt_xent(
       replicated: the memory of SimCLR v2.
 
   Returns:
-    The loss in nats, a float32 scalar, and metrics, float32 scalars except `z`:
-    `contrastive_acc`: how often the positive is more similar than all 2n - 2 + K negatives;
-    `contrastive_acc_n`: the accuracy that SimCLR's code reports: candidates for the first view of
-    an image are the n second views only;
-    `chance_loss`: log(2n - 1 + K), the loss if all similarities are equal;
-    `z`: the projections `[2n, d]`, normalised if `normalize`, replicated.
+    The loss in nats, a float32 scalar, and metrics, float32 scalars except `z`.
+
+    - `contrastive_acc`: how often the positive is more similar than all 2n - 2 + K negatives;
+    - `contrastive_acc_n`: the accuracy that SimCLR's code reports: candidates for the first view of
+      an image are the n second views only;
+    - `chance_loss`: log(2n - 1 + K), the loss if all similarities are equal;
+    - `z`: the projections `[2n, d]`, normalised if `normalize`, replicated.
 
   Raises:
     ValueError: `z` is not a matrix with an even number of rows.
@@ -82,9 +83,9 @@ def info_nce(
     temperature: divides the similarities; above 0.
 
   Returns:
-    The mean over the queries in nats, and scalar metrics: `contrastive_acc` and `contrastive_acc5`, how
+    The mean over the queries in nats, and scalar metrics. `contrastive_acc` and `contrastive_acc5` are how
     often the key is the most similar, or among the five most similar, of 1 + K candidates;
-    `chance_loss`, log(1 + K), the loss if all similarities are equal.
+    `chance_loss` is log(1 + K), the loss if all similarities are equal.
   """
   positive, others = _scores(q, k, negatives, temperature)
   log_denominator = jnp.logaddexp(positive, jax.nn.logsumexp(others, axis=1))

@@ -82,8 +82,8 @@ def queue_metrics(queue: PyTree, n: int) -> dict[str, jax.Array]:
     n: number of keys that a step enqueues.
 
   Returns:
-    `queue_age`: age of the oldest key in steps; `queue_filled`: fraction of the rows that are keys; `queue_norm`:
-    mean norm of the rows, which should be 1.
+    `queue_age`, the age of the oldest key in steps; `queue_filled`, the fraction of the rows that are keys;
+    `queue_norm`, the mean norm of the rows, which should be 1.
   """
   return {
     'queue_age': queue['filled'] / n,

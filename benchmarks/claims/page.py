@@ -328,7 +328,7 @@ def _overview(claims, outcomes, path) -> None:
   axes.set_xticks(ticks, [f'{t:+d}' if t else '0' for t in ticks])
   axes.set_yticks(range(len(rows)), [_label(title, o.text) for title, o in rows], fontsize=7.5)
   axes.set_ylim(len(rows) - 0.5, -0.5)
-  axes.set_xlabel('difference in percentage points (linear up to 5, then logarithmic)')
+  axes.set_xlabel('difference in points (linear up to 5, then logarithmic)')
   figure.legend(frameon=False, loc='outside upper right', ncols=4, fontsize=8)
   figure.savefig(path, metadata={'Date': None})
 

@@ -4,16 +4,16 @@ A method is a module with a function `build(config) -> Method` and, if it has re
 `FIELDS`: name -> `fields.Field`. `method=NAME` is a file of this folder, `method=path/to/mine.py` any other file.
 The training step calls two pure functions of a method:
 
-  init(rng, batch) -> (params, state)
-  loss(params, state, batch, rng) -> (loss, (state, metrics))
+    init(rng, batch) -> (params, state)
+    loss(params, state, batch, rng) -> (loss, (state, metrics))
 
 `params` are the parameters that are learned by gradient, `state` is everything else: BatchNorm statistics, an EMA
 encoder, a queue. The returned `loss` is minimised. `batch` has the keys
 
-  views        float32 `[n, v, h, w, 3]` in [0, 1]
-  label, index int32 `[n]`: label, -1 if unknown, and index in the data set
-  step, steps  int32 `[]`: this step, from 0, and the number of steps of the training, for schedules
-  teacher      a `Teacher`, for methods with `needs_teacher`
+    views        float32 `[n, v, h, w, 3]` in [0, 1]
+    label, index int32 `[n]`: label, -1 if unknown, and index in the data set
+    step, steps  int32 `[]`: this step, from 0, and the number of steps of the training, for schedules
+    teacher      a `Teacher`, for methods with `needs_teacher`
 
 `init` gets a batch with `views` only. `metrics` are scalars; `metrics['loss']` is the logged loss. In addition,
 `metrics` has arrays: `embeddings`, unit rows `[n, v, d]`, for `simclr_jax.health`; and optionally `features`,
@@ -27,8 +27,8 @@ method writes its tables in `Method.update`, once per step; without `update`, ea
 A loss that compares the images of a batch with each other needs all n of them. Such a method has two more functions, of
 which `loss` is composed, see `joined`:
 
-  encode(params, state, batch, rng) -> (z, (state, extras))
-  objective(z, state) -> (loss, metrics)
+    encode(params, state, batch, rng) -> (z, (state, extras))
+    objective(z, state) -> (loss, metrics)
 
 `z` is a tree of arrays that get a gradient; `extras` are the metrics `features` and `entries`, which get none. In each of
 these arrays, the rows are in the order of the images. Micro-batches are then encoded one by one, and the loss is that of
@@ -61,7 +61,8 @@ class Method(NamedTuple):
   """A training method, returned by `build` of its module.
 
   Attributes:
-    init, loss: see above.
+    init: see above.
+    loss: see above.
     encoder: `encoder(params, state)` -> the variables of the encoder that is evaluated and exported.
     views: number of views of each image in `batch['views']`.
     joint_views: how many of these views go through the network in one batch, so that they share BatchNorm
@@ -79,7 +80,8 @@ class Method(NamedTuple):
       `init` with the weights that `runs.load_pretrained` returns; None: the method starts from scratch.
     classifier: `classifier(params, state)` -> the variables of a `models.classifier.Classifier`; None: the method
       trains no classifier.
-    encode, objective: see above; None: with `accumulate_steps`, the loss is that of each micro-batch.
+    encode: see above; None: with `accumulate_steps`, the loss is that of each micro-batch.
+    objective: as `encode`.
     notes: `notes(devices)` -> sentences about how the recipe is computed on this number of devices.
   """
 

@@ -17,12 +17,12 @@ class MLP(nn.Module):
 
   `norm` selects where batch normalisation is applied:
 
-  'all': after every layer, the last without offset (beta); no biases. The heads of SimCLR, v1 with 2 layers, v2 with
+  - 'all': after every layer, the last without offset (beta); no biases. The heads of SimCLR, v1 with 2 layers, v2 with
     3 (Chen et al. 2020a, 2020b).
-  'none': nowhere; all layers have biases. The heads of MoCo, v1 with 1 layer, v2 with 2 (He et al. 2020; Chen et al.
+  - 'none': nowhere; all layers have biases. The heads of MoCo, v1 with 1 layer, v2 with 2 (He et al. 2020; Chen et al.
     2020c).
-  'hidden': after every layer but the last, which has a bias (BYOL, Barlow Twins, VICReg).
-  'all_last_plain': after every layer, the last without scale and offset (SimSiam, MoCo v3).
+  - 'hidden': after every layer but the last, which has a bias (BYOL, Barlow Twins, VICReg).
+  - 'all_last_plain': after every layer, the last without scale and offset (SimSiam, MoCo v3).
 
   Kernels are initialised as in SimCLR's code for 'all', and as in torch.nn.Linear otherwise.
 
@@ -31,7 +31,8 @@ class MLP(nn.Module):
     dim: size of the output z.
     hidden: width of the hidden layers; 0: the width of the input.
     norm: see above.
-    groups, layout: as for `norm.BatchNorm`.
+    groups: as for `norm.BatchNorm`.
+    layout: as for `norm.BatchNorm`.
     dtype: dtype of the matrix products.
     keep: number of layers that are built, from the first; None: all.
   """

@@ -31,7 +31,8 @@ class BatchNorm(nn.Module):
     epsilon: added to the variance.
     unbiased: whether the running variance is the unbiased one, multiplied by m / (m - 1) for m values per channel and
       group. It is in PyTorch, it is not in SimCLR.
-    use_bias, use_scale: whether the layer has the learned parameters beta (offset) and gamma (scale).
+    use_bias: whether the layer has the learned parameter beta (offset).
+    use_scale: whether the layer has the learned parameter gamma (scale).
     scale_init: initialiser of gamma.
     dtype: dtype of the output.
   """

@@ -155,16 +155,14 @@ class ResNet(nn.Module):
 
   The variants differ in six places:
 
-  ====================  ================================  ============================  =============
-  .                     'simclr'                          'torchvision'                 'haiku'
-  ====================  ================================  ============================  =============
-  strided convolutions  pad all sides ('symmetric')       as 'simclr'                   pad as 'same'
-  3x3/2 max-pool        pads as 'same'                    pads one pixel on every side  as 'simclr'
-  projection            first block of every group        where the shape changes       as 'simclr'
-  convolution init      fan-in, truncated normal, gain 1  fan-out, normal, gain sqrt 2  as 'simclr'
-  last gamma            0                                 1                             as 'simclr'
-  running variance      biased                            unbiased                      as 'simclr'
-  ====================  ================================  ============================  =============
+  |                      | 'simclr'                         | 'torchvision'                | 'haiku'       |
+  |----------------------|----------------------------------|------------------------------|---------------|
+  | strided convolutions | pad all sides ('symmetric')      | as 'simclr'                  | pad as 'same' |
+  | 3x3/2 max-pool       | pads as 'same'                   | pads one pixel on every side | as 'simclr'   |
+  | projection           | first block of every group       | where the shape changes      | as 'simclr'   |
+  | convolution init     | fan-in, truncated normal, gain 1 | fan-out, normal, gain sqrt 2 | as 'simclr'   |
+  | last gamma           | 0                                | 1                            | as 'simclr'   |
+  | running variance     | biased                           | unbiased                     | as 'simclr'   |
 
   'same' pads images of an even size more at the bottom and on the right than at the top and on the left, see `Conv`.
 
@@ -174,7 +172,8 @@ class ResNet(nn.Module):
     stem: 'imagenet' (7x7, stride 2, max-pool), 'cifar' (3x3, stride 1), or for images of 64 pixels 'strided' (3x3,
       stride 2).
     variant: 'simclr', 'torchvision' or 'haiku', see above.
-    groups, layout: as for `norm.BatchNorm`.
+    groups: as for `norm.BatchNorm`.
+    layout: as for `norm.BatchNorm`.
     sk_ratio: above 0: the SK networks of SimCLR v2, where it is 0.0625: selective kernels in bottleneck blocks,
       and as in ResNet-D, average pooling in projections and a stem of three 3x3 convolutions.
     se_ratio: above 0: squeeze and excitation at the end of every block.
