@@ -65,9 +65,10 @@ def test_byol_is_at_most_60_lines_and_has_the_published_loss():
     config.key_momentum, config.predictor = 0.9, 'none'
   byol = namespace['byol'](config)
   views = jnp.asarray(np.random.default_rng(0).random((8, 2, 8, 8, 3)), jnp.float32)
-  params, state = jax.jit(byol.init)(jax.random.key(0), {'views': views})
+  batch = {'views': views, 'step': 0, 'steps': 10}
+  params, state = jax.jit(byol.init)(jax.random.key(0), batch)
   (value, (_, metrics)), grads = jax.jit(jax.value_and_grad(byol.loss, has_aux=True))(
-    params, state, {'views': views}, None
+    params, state, batch, None
   )
   # Without a predictor and before the first update, online and target network are equal, so both directions compare z1
   # with z2. The last embeddings are (online of view 2, target of view 1).
