@@ -88,8 +88,8 @@ mechanisms: $(VENV)/.installed
 	$(BIN)/python benchmarks/mechanisms.py --data=$(DATA)
 	$(BIN)/python benchmarks/mechanisms.py --data=$(DATA) --ablations
 
-# The claims of the papers as small trainings on CIFAR-10, and docs/claims.md: DATA is the TFDS folder. About seven hours of
-# one core, resumable. SIZE=full: ResNet-18 for 200 epochs, on a GPU.
+# The claims of the papers as small trainings on CIFAR-10, and docs/claims.md: DATA is the TFDS folder. About nine hours of
+# one core, resumable; WORKER_COUNT: processes, each on a core. SIZE=full: ResNet-18 for 200 epochs, on a GPU.
 claims: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.claims --data=$(DATA) --size=$(or $(SIZE),small) --workers=$(or $(WORKER_COUNT),1)
 

@@ -121,15 +121,7 @@ def costs(
     state: Any
     step: Any
     state, step = train_state.build(recipe, images)
-    analysis = step.lower(state, 0).compile().memory_analysis()
-    dataset = images.images.nbytes + 4 * len(images)  # is an argument, too
-    memory[name] = (
-      analysis.argument_size_in_bytes
-      + analysis.output_size_in_bytes
-      + analysis.temp_size_in_bytes
-      - analysis.alias_size_in_bytes
-      - dataset
-    ) / 2**20
+    memory[name] = mib_of_step(step, state, images)
     steps[name] = step, step(state, 0)[0]
   for i in range(1, rounds + 1):
     for name, (step, state) in steps.items():
@@ -139,6 +131,14 @@ def costs(
       times[name].append(time.monotonic() - start)
       steps[name] = step, state
   return {name: float(np.median(t)) for name, t in times.items()}, memory
+
+
+def mib_of_step(step: Any, state: Any, images: data.Arrays) -> float:
+  """The MiB that a compiled step needs in memory, besides the images of the data set."""
+  analysis = step.lower(state, 0).compile().memory_analysis()
+  dataset = images.images.nbytes + 4 * len(images)  # is an argument, too
+  size = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+  return (size + analysis.temp_size_in_bytes - analysis.alias_size_in_bytes - dataset) / 2**20
 
 
 def draw(records, path):

@@ -1,16 +1,13 @@
 """The claims of the papers: every comparison is possible, and the intervals are those of scipy."""
 
-import importlib
-
 import numpy as np
 import pytest
 import scipy.stats
 
-from benchmarks.claims import statistics, trainings
+from benchmarks.claims import plan, statistics, trainings
 from simclr_jax import config
 
-main = importlib.import_module('benchmarks.claims.__main__')
-CLAIMS = main.claims()
+CLAIMS = plan.claims()
 
 
 @pytest.mark.parametrize('name', CLAIMS)
@@ -24,14 +21,14 @@ def test_predictions_are_about_settings_of_the_claim(name):
 
 @pytest.mark.parametrize('size', trainings.SIZES)
 def test_recipes_are_valid(size):
-  wanted = [t for t, _ in main.jobs(CLAIMS, {}, 1) if t.kind in ('pretrain', 'cost')]
+  wanted = [t for t, _ in plan.jobs(CLAIMS, {}, 1) if t.kind in ('pretrain', 'cost')]
   assert len(wanted) > 50
   for training in wanted:
     config.load(training.recipe, trainings.fields_at(size, training))
 
 
 def test_trainings_that_differ_have_different_keys():
-  everything = {t for t, _ in main.jobs(CLAIMS, {}, 1)}
+  everything = {t for t, _ in plan.jobs(CLAIMS, {}, 1)}
   assert len({t.key for t in everything}) == len(everything)
 
 
@@ -74,10 +71,10 @@ def test_a_choice_is_made_on_validation_images_and_repeated_with_more_seeds():
   choice = trainings.best(trainings.SIMCLR, temperature=(0.1, 0.2))
   claim = statistics.Claim('', '', '', {'a': choice}, (statistics.better('a', 'a'),))
   first, second = choice.candidates
-  assert main.jobs({'c': claim}, {}, 3) == [(first, 0), (second, 0)]
+  assert plan.jobs({'c': claim}, {}, 3) == [(first, 0), (second, 0)]
   results = {
     (t.key, 0): {'metrics': {'linear_validation': score, 'linear': -score}}
     for t, score in ((first, 30.0), (second, 31.0))
   }
-  assert main.chosen(choice, results) == second
-  assert main.jobs({'c': claim}, results, 2)[2:] == [(second, 1)]
+  assert plan.chosen(choice, results) == second
+  assert plan.jobs({'c': claim}, results, 2)[2:] == [(second, 1)]

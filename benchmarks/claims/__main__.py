@@ -11,63 +11,15 @@ training with a result is not repeated. Delete its line after a change of the co
 
 import argparse
 import fcntl
-import importlib
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 
-from benchmarks.claims.statistics import Claim
-from benchmarks.claims.trainings import SIZES, Setting, Training
-
-HERE = pathlib.Path(__file__).parent
-Result = Mapping[str, object]
-Results = dict[tuple[str, int], Result]  # by key of the training, and seed
-
-
-def claims() -> dict[str, Claim]:
-  """All claims, by the name of their file, in the order of the papers."""
-  folders = ('simclr', 'moco', 'simclrv2', 'protocols')
-  files = [path for folder in folders for path in sorted((HERE / folder).glob('*.py'))]
-  names = [f'{path.parent.name}.{path.stem}' for path in files]
-  return {name: importlib.import_module(f'benchmarks.claims.{name}').CLAIM for name in names}
-
-
-def read(path: pathlib.Path) -> Results:
-  """The results so far."""
-  lines = path.read_text().splitlines() if path.exists() else []
-  return {(r['key'], r['seed']): r for r in map(json.loads, lines)}
-
-
-def chosen(setting: Setting, results: Results) -> Training | None:
-  """The training that represents a setting; None if a candidate has no result yet."""
-  if isinstance(setting, Training):
-    return setting
-  scores = {}
-  for candidate in setting.candidates:
-    if (candidate.key, 0) not in results:
-      return None
-    scores[candidate] = results[candidate.key, 0]['metrics']['linear_validation']
-  return max(scores, key=scores.get)
-
-
-def jobs(claims: Mapping[str, Claim], results: Results, seeds: int) -> list[tuple[Training, int]]:
-  """The trainings of the claims with their seeds, in the order in which they should run."""
-  wanted: dict[tuple[Training, int], None] = {}
-  for seed in range(seeds):
-    for claim in claims.values():
-      for setting in claim.settings.values() if seed < claim.seeds else ():
-        trainings = (
-          [chosen(setting, results)]
-          if seed or isinstance(setting, Training)
-          else setting.candidates
-        )
-        for training in filter(None, trainings):
-          wanted |= dict.fromkeys((part, seed) for part in training.trainings())
-  return list(wanted)
+from benchmarks.claims.plan import HERE, claims, jobs, read
+from benchmarks.claims.trainings import SIZES
 
 
 def work(args, selected) -> None:
@@ -133,9 +85,10 @@ def main() -> int:
   selected = {name: known[name] for name in names}
   path = HERE / f'results/{args.size}.jsonl'
   if args.list:
+    results = read(path)
     for name, claim in selected.items():
-      wanted = jobs({name: claim}, read(path), args.seeds)
-      done = [read(path)[t.key, s] for t, s in wanted if (t.key, s) in read(path)]
+      wanted = jobs({name: claim}, results, args.seeds)
+      done = [results[t.key, s] for t, s in wanted if (t.key, s) in results]
       seconds = sum(r['cpu_seconds'] for r in done)
       print(f'{name:28} {len(done):3} of {len(wanted):3} trainings, {seconds / 60:.0f} min')
     return 0
@@ -143,22 +96,31 @@ def main() -> int:
     if not args.data:
       parser.error('--data is required: the TFDS folder with CIFAR-10')
     if args.workers > 1:
-      return many(args.workers)
-    if args.size == 'small':  # one core, whatever the machine has: CPU time is comparable
-      os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-      cores = sorted(os.sched_getaffinity(0))
-      os.sched_setaffinity(0, {cores[int(os.environ.get('CLAIMS_WORKER', 0)) % len(cores)]})
-    work(args, selected)
+      if code := many(args.workers):
+        return code
+    else:
+      if args.size == 'small':
+        use_one_core()
+      work(args, selected)
+  if 'CLAIMS_WORKER' in os.environ:  # the process that started this one writes the page
+    return 0
   from benchmarks.claims import page
 
   page.write(known, read(path), args.size)
   return 0
 
 
+def use_one_core() -> None:
+  """Limits this process to a core, whatever the machine has, so that CPU times are comparable."""
+  os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+  if hasattr(os, 'sched_setaffinity'):  # not on macOS
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(os.environ.get('CLAIMS_WORKER', 0)) % len(cores)]})
+
+
 def many(workers: int) -> int:
   """The same command in several processes; returns the exit code."""
-  arguments = [a for a in sys.argv[1:] if not a.startswith('--workers')]
-  command = [sys.executable, '-m', 'benchmarks.claims', *arguments]
+  command = [sys.executable, '-m', 'benchmarks.claims', *sys.argv[1:], '--workers=1']
   processes = [
     subprocess.Popen(command, env={**os.environ, 'CLAIMS_WORKER': str(i)}) for i in range(workers)
   ]

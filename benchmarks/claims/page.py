@@ -9,7 +9,7 @@ import matplotlib
 import matplotlib.figure
 import numpy as np
 
-from benchmarks.claims.__main__ import Results, chosen, jobs
+from benchmarks.claims.plan import Results, chosen, jobs
 from benchmarks.claims.statistics import (
   CONFIRMED,
   CONTRADICTED,
@@ -157,10 +157,12 @@ def _summary(claims, outcomes) -> str:
 
 def _independent(saved) -> str:
   """The comparison with an independent training, from the results of benchmarks/against_torch.py."""
+  seeds = len(next(iter(next(iter(saved['comparison'].values())).values()))['torch'])
   lines = [
     '\n## Against an independent training\n',
     'SimCLR and MoCo, written a second time in plain PyTorch from the text of the papers: same network and recipe, other '
-    'initial weights, order and augmentation draws. Mean ± standard deviation over 3 seeds, difference with the 95 % interval '
+    'initial weights, order and augmentation draws. Mean ± standard deviation over '
+    f'{seeds} seeds, difference with the 95 % interval '
     "of Welch's t-test, on the images above.\n",
     '| | simclr_jax | PyTorch | difference [95 % interval] | verdict |\n|---|--:|--:|--:|---|',
   ]

@@ -72,7 +72,7 @@ class Claim:
   """A claim of a paper.
 
   Attributes:
-    title: a few words.
+    title: short, a heading of the page.
     source: paper, table or figure.
     text: the claim, in a sentence.
     settings: name -> training.

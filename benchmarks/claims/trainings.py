@@ -107,10 +107,10 @@ class Training:
 
   def describe(self) -> str:
     """The recipe and the fields that differ from it, as text."""
-    words = [self.recipe, *(f'{name}={value}' for name, value in self.fields)]
-    words += [f'labels={self.labels}'] if self.labels else []
-    words += [f'of ({self.source.describe()})'] if self.source else []
-    return ' '.join(map(str, words))
+    parts = [self.recipe, *(f'{name}={value}' for name, value in self.fields)]
+    parts += [f'labels={self.labels}'] if self.labels else []
+    parts += [f'of ({self.source.describe()})'] if self.source else []
+    return ' '.join(map(str, parts))
 
   def trainings(self) -> list['Training']:
     """This training, after those that it starts from."""
