@@ -267,10 +267,13 @@ def _named(setting, claim, results) -> str:
   training = claim.settings[setting]
   if isinstance(training, Training):
     return setting
-  fields = [dict(t.fields) for t in training.candidates]
-  varied = [f for f in fields[0] if len({str(x.get(f)) for x in fields}) > 1]
+  candidates = [dict(candidate.fields) for candidate in training.candidates]
   best = dict(chosen(training, results).fields)
-  return f'{setting} ({", ".join(f"{f}={best[f]:.3g}" if isinstance(best[f], float) else f"{f}={best[f]}" for f in varied if f in best)})'
+  varied = {name: v for name, v in best.items() if any(c.get(name) != v for c in candidates)}
+  values = [
+    f'{name}={v:.3g}' if isinstance(v, float) else f'{name}={v}' for name, v in varied.items()
+  ]
+  return f'{setting} ({", ".join(values) or "as in other claims"})'
 
 
 def _mean(values) -> str:

@@ -135,10 +135,11 @@ class Best:
 Setting = Training | Best
 
 
-def best(training: Training, **values: Sequence[Any]) -> Best:
-  """The best value of one field, such as `best(SIMCLR, learning_rate=(2, 4))`."""
+def best(training: Training, itself: bool = False, **values: Sequence[Any]) -> Best:
+  """The best value of one field, such as `best(SIMCLR, learning_rate=(2, 8))`; `itself`: or that of the training."""
   ((name, choices),) = values.items()
-  return Best(tuple(training.but(**{name: value}) for value in choices))
+  others = [training.but(**{name: value}) for value in choices]
+  return Best((*[training] * itself, *others))
 
 
 def pretrain(recipe: str, **fields: Any) -> Training:
