@@ -36,6 +36,7 @@ EXTRAS = {
   'compile-check': 'libtpu',
   'compile-check-gpu': 'jax-cuda12-plugin',
   'dev': 'pytest',
+  'docs': 'mkdocs-material',
   'interop': 'timm',
   'onnx': 'onnxruntime',
   'tpu': 'libtpu',
